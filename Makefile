@@ -1,0 +1,34 @@
+# make demo | test | check | format | clean. Everything lives in .venv, which is rebuilt when its inputs change.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.PHONY: demo test check format clean
+
+demo: $(STAMP)
+	@OMP_NUM_THREADS=$$(nproc 2>/dev/null || echo 2) $(BIN)/accelerate launch --config_file recipes/configs/single.yaml recipes/train.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# One stamp for recipes and dev together: `make test` after `make demo` finds pytest.
+$(STAMP): pyproject.toml constraints.txt Makefile
+	@test -n "$(PYTHON)" || { echo "make: no python3 found; install Python >= 3.10 or pass PYTHON=..."; exit 1; }
+	@echo "installing into .venv with $(PYTHON), once; about 2 GB with the CPU build of torch, more with a CUDA build"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[recipes,dev]"
+	@touch $@
+
+clean:
+	rm -rf .venv build dist

@@ -1,0 +1,89 @@
+"""Batches: a tensor, or a tuple or dict of tensors, with the examples on axis 0 of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Batch = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+
+
+def as_batch(x: Any) -> Batch:
+    """Check ``x`` and return it as a tensor, a tuple or a dict.
+
+    Args:
+        x: tensor, sequence or mapping of tensors that share the length of axis 0.
+
+    Raises:
+        TypeError: if something in ``x`` is no tensor.
+        ValueError: if ``x`` holds no example, or the tensors disagree on how many.
+    """
+    batch: Batch
+    if isinstance(x, Tensor):
+        batch = x
+    elif isinstance(x, Mapping):
+        batch = dict(x)
+    elif isinstance(x, Sequence) and not isinstance(x, str):
+        batch = tuple(x)
+    else:
+        raise TypeError(f"inputs: expected a tensor, or a tuple or dict of tensors, got {type(x).__name__}.")
+    parts = tensors(batch)
+    for part in parts:
+        if not isinstance(part, Tensor):
+            raise TypeError(
+                f"inputs: every part must be a tensor with the examples on axis 0, got a {type(part).__name__}. "
+                "Pass what is no tensor through forward_fn instead."
+            )
+        if part.ndim == 0:
+            raise ValueError("inputs: expected the examples on axis 0, got a tensor without axes.")
+    sizes = {part.shape[0] for part in parts}
+    if len(sizes) != 1:
+        raise ValueError(f"inputs: every part must hold the same number of examples on axis 0, got {sorted(sizes)}.")
+    if sizes == {0}:
+        raise ValueError("inputs: expected at least one example, got an empty batch. Skip empty batches.")
+    return batch
+
+
+def tensors(x: Batch) -> list[Tensor]:
+    """Return the tensors of ``x``, in order."""
+    if isinstance(x, Tensor):
+        return [x]
+    return list(x.values()) if isinstance(x, dict) else list(x)
+
+
+def map_tensors(fn: Callable[[Tensor], Tensor], x: Batch) -> Batch:
+    """Apply ``fn`` to each tensor of ``x``."""
+    if isinstance(x, Tensor):
+        return fn(x)
+    if isinstance(x, dict):
+        return {name: fn(part) for name, part in x.items()}
+    return tuple(fn(part) for part in x)
+
+
+def slice_examples(x: Batch, start: int, stop: int) -> Batch:
+    """Return the examples ``start:stop``."""
+    return map_tensors(lambda t: t[start:stop], x)
+
+
+def size(x: Batch) -> int:
+    """Return the number of examples n."""
+    return tensors(x)[0].shape[0]
+
+
+def concatenate(batches: Sequence[Batch]) -> Batch:
+    """Join batches of the same structure along axis 0."""
+    first = batches[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(batches))  # type: ignore[arg-type]
+    columns = [torch.cat(parts) for parts in zip(*(tensors(batch) for batch in batches), strict=True)]
+    return dict(zip(first, columns, strict=True)) if isinstance(first, dict) else tuple(columns)
+
+
+def call(model: nn.Module, x: Batch) -> Any:
+    """Call ``model`` as its user would: ``model(x)``, ``model(*x)`` for a tuple, ``model(**x)`` for a dict."""
+    if isinstance(x, Tensor):
+        return model(x)
+    return model(**x) if isinstance(x, dict) else model(*x)

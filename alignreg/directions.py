@@ -1,0 +1,61 @@
+"""Directions in parameter space, as whoever pushes features forward along them asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, final
+
+import torch
+from torch import Tensor
+
+
+class Directions(Protocol):
+    """m directions in parameter space, drawn block by block."""
+
+    @property
+    def m(self) -> int:
+        """Number of directions."""
+
+    def block(self, name: str, like: Tensor, start: int, stop: int) -> Tensor:
+        """Return directions ``start:stop`` for the parameter ``name``, ``(stop - start, *like.shape)``."""
+
+
+@final
+class GivenDirections:
+    """Directions that the caller holds as tensors."""
+
+    def __init__(self, directions: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+        if directions.keys() != shapes.keys():
+            raise ValueError(
+                f"directions: expected one tensor for each of {list(shapes)}, "
+                f"got {sorted(directions.keys() - shapes.keys())} too many and "
+                f"{sorted(shapes.keys() - directions.keys())} missing."
+            )
+        self.m = len(next(iter(directions.values())))
+        for name, shape in shapes.items():
+            if directions[name].shape != (self.m, *shape):
+                raise ValueError(
+                    f"directions: expected {name!r} of shape {(self.m, *shape)}, got {tuple(directions[name].shape)}."
+                )
+        self._directions = directions
+
+    def block(self, name: str, like: Tensor, start: int, stop: int) -> Tensor:
+        """See :class:`Directions`."""
+        return self._directions[name][start:stop].to(like)
+
+
+@final
+class LayerDirections:
+    """One direction per layer: a given direction, zero outside that layer."""
+
+    def __init__(self, direction: Mapping[str, Tensor], layers: Sequence[Sequence[str]]) -> None:
+        self.m = len(layers)
+        self._direction = direction
+        self._layer = {name: index for index, names in enumerate(layers) for name in names}
+
+    def block(self, name: str, like: Tensor, start: int, stop: int) -> Tensor:
+        """See :class:`Directions`."""
+        result = like.new_zeros(stop - start, *like.shape)
+        if start <= (index := self._layer[name]) < stop:
+            result[index - start] = self._direction[name][0]
+        return result

@@ -1,0 +1,184 @@
+r"""Unbiased estimators from the Gram matrix of a sketch.
+
+One set of formulas serves both sketches of Φ, since both have i.i.d. columns: the feature sketch ``z_a = Φ s_a`` with
+``G = ZᵀZ``, and the probe sketch ``g_a = Φᵀω_a`` with ``G = (g_a·g_b)``. G is ``(m, m)`` and carries no 1/m. Sums over
+pairs of *different* columns keep the noise of a column out of its own square:
+
+    E G_ab² = ‖K‖_F²,  E G_aa G_bb = (tr K)²  for a ≠ b,
+
+while E G_aa² = (tr K)² + 2‖K‖_F² for Gaussian entries, hence the upward bias of the naive ‖ZᵀZ‖_F²/m².
+The columns of structured sketches (CountSketch, Kronecker, layer-factored) are not independent: for them these
+formulas are wrong, and :func:`cross_frobenius2` of two independent sketches is right.
+All functions are differentiable.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def trace(G: Tensor) -> Tensor:
+    """Estimate tr K by tr G / m, unbiased.
+
+    Args:
+        G: Gram matrix of m i.i.d. columns, ``(m, m)``.
+
+    Raises:
+        ValueError: if G is not a square matrix of at least one column.
+
+    Example:
+        >>> import torch
+        >>> from alignreg import estimators
+        >>> estimators.trace(torch.tensor([[2.0, 1.0], [1.0, 4.0]]))
+        tensor(3.)
+    """
+    return G.diagonal().sum() / _columns(G, at_least=1)
+
+
+def frobenius2(G: Tensor) -> Tensor:
+    """Estimate ‖K‖_F² by Σ_{a≠b} G_ab² / (m(m−1)), unbiased for i.i.d. columns.
+
+    Args:
+        G: Gram matrix of m i.i.d. columns, ``(m, m)``.
+
+    Raises:
+        ValueError: if G is not a square matrix of at least two columns.
+
+    Example:
+        >>> import torch
+        >>> from alignreg import estimators
+        >>> estimators.frobenius2(torch.tensor([[2.0, 1.0], [1.0, 4.0]]))
+        tensor(1.)
+    """
+    m = _columns(G, at_least=2)
+    return (G.square().sum() - G.diagonal().square().sum()) / (m * (m - 1))
+
+
+def trace2(G: Tensor) -> Tensor:
+    """Estimate (tr K)² by Σ_{a≠b} G_aa G_bb / (m(m−1)), unbiased; the square of :func:`trace` is not.
+
+    Args:
+        G: Gram matrix of m i.i.d. columns, ``(m, m)``.
+
+    Raises:
+        ValueError: if G is not a square matrix of at least two columns.
+
+    Example:
+        >>> import torch
+        >>> from alignreg import estimators
+        >>> estimators.trace2(torch.tensor([[2.0, 1.0], [1.0, 4.0]]))
+        tensor(8.)
+    """
+    m = _columns(G, at_least=2)
+    t = G.diagonal()
+    return (t.sum().square() - t.square().sum()) / (m * (m - 1))
+
+
+def cross_frobenius2(G12: Tensor) -> Tensor:
+    """Estimate ‖K‖_F² by ‖Z₁ᵀZ₂‖_F² / (m₁m₂) from two independent sketches, unbiased for any E[SSᵀ] = m·I.
+
+    Args:
+        G12: products of the columns of one sketch with those of the other, ``(m1, m2)``.
+
+    Raises:
+        ValueError: if G12 is not a matrix of at least one entry.
+
+    Example:
+        >>> import torch
+        >>> from alignreg import estimators
+        >>> estimators.cross_frobenius2(torch.tensor([[1.0, 3.0]]))
+        tensor(5.)
+    """
+    if G12.ndim != 2 or G12.numel() == 0:
+        raise ValueError(f"G12: expected a matrix (m1, m2) with entries, got shape {tuple(G12.shape)}.")
+    return G12.square().mean()
+
+
+def frobenius2_without(G: Tensor) -> Tensor:
+    """Return :func:`frobenius2` with each column left out in turn, for the jackknife.
+
+    Args:
+        G: Gram matrix of m i.i.d. columns, ``(m, m)``.
+
+    Returns:
+        ``(m,)``; entry j is the estimate without column j.
+
+    Raises:
+        ValueError: if G is not a square matrix of at least three columns.
+
+    Example:
+        >>> import torch
+        >>> from alignreg import estimators
+        >>> G = torch.tensor([[2.0, 1.0, 0.0], [1.0, 4.0, 3.0], [0.0, 3.0, 5.0]])
+        >>> estimators.frobenius2_without(G)
+        tensor([9., 0., 1.])
+    """
+    m = _columns(G, at_least=3)
+    off = G.square() - G.square().diagonal().diag()
+    return (off.sum() - 2 * off.sum(0)) / ((m - 1) * (m - 2))
+
+
+def trace_without(G: Tensor) -> Tensor:
+    """Return :func:`trace` with each column left out in turn, ``(m,)``.
+
+    Args:
+        G: Gram matrix of m i.i.d. columns, ``(m, m)``.
+
+    Raises:
+        ValueError: if G is not a square matrix of at least two columns.
+
+    Example:
+        >>> import torch
+        >>> from alignreg import estimators
+        >>> estimators.trace_without(torch.tensor([[2.0, 1.0], [1.0, 4.0]]))
+        tensor([4., 2.])
+    """
+    m = _columns(G, at_least=2)
+    t = G.diagonal()
+    return (t.sum() - t) / (m - 1)
+
+
+def trace2_without(G: Tensor) -> Tensor:
+    """Return :func:`trace2` with each column left out in turn, ``(m,)``.
+
+    Args:
+        G: Gram matrix of m i.i.d. columns, ``(m, m)``.
+
+    Raises:
+        ValueError: if G is not a square matrix of at least three columns.
+
+    Example:
+        >>> import torch
+        >>> from alignreg import estimators
+        >>> estimators.trace2_without(torch.diag(torch.tensor([1.0, 2.0, 3.0])))
+        tensor([6., 3., 2.])
+    """
+    m = _columns(G, at_least=3)
+    t = G.diagonal()
+    total, squares = t.sum() - t, t.square().sum() - t.square()
+    return (total.square() - squares) / ((m - 1) * (m - 2))
+
+
+def jackknife(leave_one_out: Tensor) -> Tensor:
+    """Return the delete-one jackknife standard error √((m−1)/m · Σ_j (θ_j − mean θ)²).
+
+    Args:
+        leave_one_out: the statistic without column j, ``(m,)``.
+
+    Example:
+        >>> import torch
+        >>> from alignreg import estimators
+        >>> x = torch.tensor([1.0, 2.0, 4.0])  # of a mean, it is the usual standard error
+        >>> estimators.jackknife((x.sum() - x) / 2), x.std() / 3**0.5
+        (tensor(0.8819), tensor(0.8819))
+    """
+    m = len(leave_one_out)
+    return ((leave_one_out - leave_one_out.mean()).square().sum() * (m - 1) / m).sqrt()
+
+
+def _columns(G: Tensor, *, at_least: int) -> int:
+    if G.ndim != 2 or G.shape[0] != G.shape[1] or G.shape[0] < at_least:
+        raise ValueError(
+            f"G: expected the Gram matrix (m, m) of at least {at_least} columns, got shape {tuple(G.shape)}."
+        )
+    return G.shape[0]

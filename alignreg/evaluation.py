@@ -1,0 +1,255 @@
+"""The model as a function of its parameters at one batch, and the products with its Jacobian."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar, final
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vmap
+
+from alignreg.batch import Batch, call, map_tensors, size, tensors
+from alignreg.directions import Directions
+from alignreg.frozen import failing_module, repeatably, saved_bytes
+from alignreg.jacobian import Block, Params, reduce_jacobian
+from alignreg.kernel import Piece, collect
+
+WORKING_MEMORY = 2 * 2**30
+"""Bytes that a call may use beyond one forward and backward pass of its batch and its result."""
+
+ForwardFn = Callable[[nn.Module, Any], Tensor]
+T = TypeVar("T")
+
+
+@final
+class Bound(nn.Module):
+    """Model and ``forward_fn`` as one module, so that ``functional_call`` reaches through both."""
+
+    def __init__(self, model: nn.Module, forward_fn: ForwardFn | None) -> None:
+        super().__init__()
+        self.model = model
+        self.forward_fn = forward_fn or call
+
+    def forward(self, x: Batch) -> Any:
+        """Run ``forward_fn``."""
+        return self.forward_fn(self.model, x)
+
+
+@final
+class Evaluation:
+    """The model as a function of its parameters at one batch, while it is frozen."""
+
+    def __init__(
+        self,
+        bound: Bound,
+        parameters: Mapping[str, Tensor],
+        x: Batch,
+        chunk_size: int | None,
+        *,
+        create_graph: bool,
+    ) -> None:
+        self.create_graph = create_graph
+        self._bound = bound
+        self._chunk_size = chunk_size
+        chosen = {id(parameter) for parameter in parameters.values()}
+        self.params = {name: self._primal(p) for name, p in parameters.items()}
+        self._others = {name: self._primal(p) for name, p in bound.model.named_parameters() if id(p) not in chosen}
+        self.x = map_tensors(self._primal, x)
+        self._devices = {t.device for t in (*self.params.values(), *tensors(self.x))}
+        self.n = size(x)
+
+        leaves = self._leaves()
+        with saved_bytes() as count:
+            y = self._run(self.function, leaves, self.x)
+        self.y = y.detach()
+        self.c = y.shape[1]
+        self._activation_bytes = count()
+        if not bool(torch.isfinite(self.y).all()):
+            raise ValueError(
+                "the model's outputs contain NaN or inf, so they have no tangent features. "
+                "Look for a diverged training run or for missing values in the inputs."
+            )
+        if not y.requires_grad:
+            raise ValueError(
+                f"the model's output does not depend on the selected parameters {list(leaves)}: nothing to "
+                "differentiate. Does forward_fn detach, or run under no_grad?"
+            )
+
+    @property
+    def gram_dtype(self) -> torch.dtype:
+        """The dtype in which products of features are summed: float32 at least."""
+        dtype = torch.float32
+        for parameter in self.params.values():
+            dtype = torch.promote_types(dtype, parameter.dtype)
+        return dtype
+
+    def function(self, params: Params, x: Batch) -> Tensor:
+        """Return f(x) ``(n, c)`` at the given parameters."""
+        # Buffers go in as copies: what a module writes to them in its forward pass is dropped with the copy.
+        buffers = {name: buffer.detach().clone() for name, buffer in self._bound.model.named_buffers()}
+        state = {f"model.{name}": value for name, value in {**self._others, **buffers, **params}.items()}
+        y = functional_call(self._bound, state, (x,))
+        return _checked_output(y, size(x))
+
+    def reduce(self, consume: Callable[[Iterator[Block]], T], names: Sequence[str] | None = None) -> T:
+        """Return what ``consume`` makes of the blocks of the Jacobian, of some parameters or all."""
+        params = self.params if names is None else {name: self.params[name] for name in names}
+        fixed = {name: value for name, value in self.params.items() if name not in params}
+
+        def function(p: Params, x: Batch) -> Tensor:
+            return self.function({**fixed, **p}, x)
+
+        def pullback(u: Tensor) -> Params:
+            back = self.pullback(u[None], create_graph=False)
+            return {name: back[name][0] for name in params}
+
+        numbers = sum(p.numel() for p in params.values())
+        per_row = numbers * self.gram_dtype.itemsize + 2 * self._activation_bytes // self.n
+        return self._run(
+            partial(
+                reduce_jacobian,
+                function,
+                params,
+                self.x,
+                consume,
+                outputs=self.c,
+                rows=self._chunk_size or max(1, WORKING_MEMORY // 8 // per_row),
+                pullback=pullback,
+                create_graph=self.create_graph,
+            )
+        )
+
+    def columns(self, group: list[Piece]) -> Tensor:
+        """Return columns of the Jacobian as a matrix ``(n·c, numbers in the group)``."""
+        names = [name for name, _, _ in group]
+        consume = partial(collect, group=group, rows=self.n * self.c, create_graph=self.create_graph)
+        return self.reduce(consume, names)
+
+    def pullback(self, cotangents: Tensor, *, create_graph: bool | None = None) -> Params:
+        """Return Φᵀω for cotangents ``(m, n, c)``, by parameter name ``(m, *shape)``."""
+        create_graph = self.create_graph if create_graph is None else create_graph
+        if cotangents.ndim != 3 or cotangents.shape[1:] != self.y.shape:
+            raise ValueError(
+                f"cotangents: expected (m, n, c) = (m, {self.n}, {self.c}), got {tuple(cotangents.shape)}."
+            )
+        leaves = self._leaves()
+        y = self._run(self.function, leaves, self.x)
+        products = [
+            torch.autograd.grad(
+                y,
+                list(leaves.values()),
+                cotangent.to(y),
+                retain_graph=True,
+                create_graph=create_graph,
+                materialize_grads=True,
+            )
+            for cotangent in cotangents
+        ]
+        if not products:
+            return {name: p.new_empty(0, *p.shape) for name, p in self.params.items()}
+        columns = zip(*products, strict=True)
+        return {name: torch.stack(column) for name, column in zip(leaves, columns, strict=True)}
+
+    def pushforward(self, directions: Directions, *, create_graph: bool | None = None) -> Tensor:
+        """Return ΦS ``(n, c, m)``."""
+        create_graph = self.create_graph if create_graph is None else create_graph
+        starts = range(0, directions.m, self._directions_at_once())
+        blocks = [(start, min(start + starts.step, directions.m)) for start in starts]
+        if not blocks:
+            return self.y.new_empty(self.n, self.c, 0)
+        forward = self._forward_mode
+        parts: list[Tensor] = []
+        for start, stop in blocks:
+            block = {name: directions.block(name, p, start, stop) for name, p in self.params.items()}
+            try:
+                part = self._run(forward, block, create_graph)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                if forward == self._double_reverse:
+                    raise
+                # The plain forward pass ran, so this is forward mode's own failure.
+                forward = self._double_reverse
+                part = self._run(self._or_name_module, error, block, create_graph)
+            parts.append(part if create_graph else part.detach())
+        return torch.cat(parts, dim=-1)
+
+    def _forward_mode(self, block: Params, create_graph: bool) -> Tensor:
+        # Detached unless asked for, so that no graph is recorded along.
+        params = self.params if create_graph else {name: p.detach() for name, p in self.params.items()}
+
+        def derivative(direction: Params) -> Tensor:
+            result: Tensor = jvp(lambda p: self.function(p, self.x), (params,), (direction,))[1]
+            return result
+
+        with torch.set_grad_enabled(create_graph):
+            result: Tensor = vmap(derivative, out_dims=-1, randomness="same")(block)
+            return result
+
+    def _double_reverse(self, block: Params, create_graph: bool) -> Tensor:
+        # u ↦ Jᵀu is linear, so its own vector–Jacobian product with s is J s.
+        leaves = self._leaves()
+        y = self.function(leaves, self.x)
+        u = torch.zeros_like(y, requires_grad=True)
+        pulled = torch.autograd.grad(y, list(leaves.values()), u, create_graph=True, materialize_grads=True)
+        linear = [(name, g) for name, g in zip(leaves, pulled, strict=True) if g.requires_grad]
+        columns = [
+            torch.autograd.grad(
+                [g for _, g in linear],
+                u,
+                [block[name][a] for name, _ in linear],
+                retain_graph=True,
+                create_graph=create_graph,
+                materialize_grads=True,
+            )[0]
+            for a in range(len(next(iter(block.values()))))
+        ]
+        return torch.stack(columns, dim=-1)
+
+    def _or_name_module(self, forward_error: Exception, block: Params, create_graph: bool) -> Tensor:
+        try:
+            return self._double_reverse(block, create_graph)
+        except Exception as reverse_error:  # noqa: BLE001 - whatever it is, it goes into the message
+            where = failing_module(forward_error, self._bound.model)
+            raise RuntimeError(
+                f"no pushforward through {where}: torch can differentiate it neither in forward mode ({forward_error}) "
+                f"nor twice in reverse mode ({reverse_error}). Exclude the module from what forward_fn runs, or "
+                "replace the operation."
+            ) from forward_error
+
+    def _directions_at_once(self) -> int:
+        if self._chunk_size is not None:
+            return self._chunk_size
+        numbers = sum(p.numel() * p.element_size() for p in self.params.values())
+        fit = WORKING_MEMORY // 2 // (2 * numbers + self._activation_bytes)
+        # More at once fall out of a CPU's caches: 8 were quickest there, for small networks as for Transformers.
+        return max(1, min(fit, 8 if self.y.device.type == "cpu" else 64))
+
+    def _primal(self, tensor: Tensor) -> Tensor:
+        if tensor.is_inference():
+            return tensor.clone()  # made under inference_mode: autograd may not save it
+        return tensor if self.create_graph else tensor.detach()
+
+    def _leaves(self) -> Params:
+        return {name: p if p.requires_grad else p.detach().requires_grad_() for name, p in self.params.items()}
+
+    def _run(self, fn: Callable[..., T], *args: Any) -> T:
+        return repeatably(fn, *args, devices=self._devices)
+
+
+def _checked_output(y: Any, n: int) -> Tensor:
+    if not isinstance(y, Tensor):
+        raise TypeError(
+            f"the model's output: expected a tensor (n, c), got {type(y).__name__}. "
+            "Select it with forward_fn, as in forward_fn=lambda model, x: model(x)['logits']."
+        )
+    if y.ndim != 2 or y.shape[0] != n or y.shape[1] == 0:
+        raise ValueError(
+            f"the model's output: expected shape (n, c) = ({n}, number of outputs), got {tuple(y.shape)}. "
+            "Bring it to that shape with forward_fn; a single output per example is (n, 1)."
+        )
+    if not y.is_floating_point():
+        raise TypeError(f"the model's output: expected floating-point numbers, got {y.dtype}.")
+    return y

@@ -1,0 +1,87 @@
+"""A live model as a fixed, differentiable function, and back to exactly what it was."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+T = TypeVar("T")
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let the model be differentiated as a deterministic function of its parameters inside the block.
+
+    Inside: gradients are on, whatever the caller's ``no_grad`` or ``inference_mode``; every module is in evaluation
+    mode (dropout off, normalisation with its running statistics, which stay untouched); autocast is off, that
+    of a ``forward`` patched by Accelerate included; compiled parts run eagerly; attention takes the kernel
+    that can be differentiated twice and forward, recurrent layers leave the fused kernels that cannot.
+    Afterwards, also after an exception, everything is as before.
+    """
+    modules = list(model.modules())
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(mode=False))
+        stack.enter_context(torch.enable_grad())
+        for device in {"cpu", *(parameter.device.type for parameter in model.parameters())}:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        # In evaluation mode attention would take a fused path that has no forward-mode derivative.
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        if any(isinstance(module, nn.RNNBase) for module in modules):
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            if torch.cuda.is_available():
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        if "torch._dynamo" in sys.modules:  # only then can a part of the model be compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for module in modules:
+            stack.callback(module.__dict__.__setitem__, "training", module.training)
+            module.__dict__["training"] = False
+            if "_original_forward" in module.__dict__ and "forward" in module.__dict__:
+                stack.callback(module.__dict__.__setitem__, "forward", module.__dict__["forward"])
+                module.__dict__["forward"] = module.__dict__["_original_forward"]
+        with warnings.catch_warnings():
+            # torch calls a batching rule that it lacks a performance matter; the result is the same.
+            warnings.filterwarnings("ignore", message="There is a performance drop because")
+            yield
+
+
+def repeatably(fn: Callable[..., T], *args: Any, devices: set[torch.device]) -> T:
+    """Call ``fn`` and put the global random states back: every call sees the randomness that the caller would."""
+    cuda = [device for device in devices if device.type == "cuda"]
+    with torch.random.fork_rng(devices=cuda):
+        return fn(*args)
+
+
+@contextmanager
+def saved_bytes() -> Iterator[Callable[[], int]]:
+    """Count the bytes that autograd keeps for the backward pass of what runs inside the block."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield lambda: sum(storages.values())
+
+
+def failing_module(error: BaseException, model: nn.Module) -> str:
+    """Name the innermost module of ``model`` on the way to ``error``: ``'path' (Class)``."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    found = "the model"
+    trace = error.__traceback__
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and id(owner) in paths:
+            found = f"{paths[id(owner)] or 'the model'!r} ({type(owner).__name__})"
+        trace = trace.tb_next
+    return found

@@ -1,0 +1,218 @@
+r"""Moments of sketched tangent features: raw sums that add over batches, ranks and groups.
+
+With ``z_ik = Sᵀ∇_w f_k(x_i)`` (m numbers, no 1/√m inside) and targets y_ik, all sums are in float64 and uncentred;
+centring happens late, so that ``moments(a ++ b) == moments(a) + moments(b)``.
+
+The numerator of alignment, yᵀK_c y = ‖Φᵀ(y − ȳ)‖², needs the mean ȳ of *all* targets, which no batch knows. Each
+batch b therefore contributes the exact ``a_b = Φ_bᵀ(y_b − 1π_bᵀ)`` with a guess π_b, and the rest,
+``Φᵀ(ȳ − π)``, is estimated with the sketch: with s_a = Sᵀa and s_b = Sᵀ(Φᵀ(ȳ − π)), both known from sums,
+
+    ‖Φᵀ(y − ȳ)‖² = ‖a − b‖² ≈ ‖a‖² − 2 s_a·s_b/m + ‖s_b‖²/m,
+
+unbiased, and exact when π_b = ȳ. A batch of one row, whose own mean leaves nothing, comes entirely from the sketch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from alignreg import estimators
+from alignreg.targets import ConstantTargetError
+
+
+class Moments(NamedTuple):
+    """Raw sums over examples i and outputs k; see the module's text for the symbols.
+
+    Example:
+        >>> import torch
+        >>> from alignreg import moments
+        >>> z, y = torch.randn(6, 2, 4), torch.randn(6, 2)
+        >>> whole = moments.of(z, y)
+        >>> parts = moments.of(z[:2], y[:2]).merge(moments.of(z[2:], y[2:]))
+        >>> torch.allclose(whole.gram, parts.gram)
+        True
+    """
+
+    n: Tensor
+    """The number of examples, ()."""
+    features: Tensor
+    """Σ_i z_ik, (c, m)."""
+    gram: Tensor
+    """Σ_ik z_ik z_ikᵀ, (m, m)."""
+    features_targets: Tensor
+    """Σ_ik z_ik y_ik, (m,)."""
+    targets: Tensor
+    """Σ_i y_ik, (c,)."""
+    targets2: Tensor
+    """Σ_ik y_ik², ()."""
+    pullback: Tensor
+    """a = Σ_b Φ_bᵀ(y_b − 1π_bᵀ), (P,); empty where every numerator is to come from the sketch."""
+    guess: Tensor
+    """s_π = Σ_b Σ_k π_bk Σ_{i∈b} z_ik, (m,)."""
+
+    def merge(self, other: Moments) -> Moments:
+        """Return the moments of both samples together."""
+        for field, mine, theirs in zip(self._fields, self, other, strict=True):
+            if mine.shape != theirs.shape:
+                raise ValueError(
+                    f"moments: cannot add {field} of shapes {tuple(mine.shape)} and {tuple(theirs.shape)}. "
+                    "Both must come from the same directions, outputs and parameters."
+                )
+        return Moments(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+    def add(self, z: Tensor, y: Tensor, *, pullback: Tensor | None = None, guess: Tensor | None = None) -> Moments:
+        """Return the moments with a batch added; arguments as for :func:`of`."""
+        return self.merge(of(z, y, pullback=pullback, guess=guess))
+
+    def centred(self) -> Tensor:
+        """Return Σ z zᵀ − n Σ_k μ_k μ_kᵀ, μ_k = Σ_i z_ik / n: the Gram matrix ``(m, m)`` of the centred sketch."""
+        return self.gram - self.features.T @ self.features / self.n.clamp(min=1)
+
+
+def of(z: Tensor, y: Tensor, *, pullback: Tensor | None = None, guess: Tensor | None = None) -> Moments:
+    """Return the moments of one batch.
+
+    Args:
+        z: pushforward ΦS of the batch, ``(n, c, m)``.
+        y: targets as values, ``(n, c)``.
+        pullback: Φᵀ(y − 1πᵀ), flat ``(P,)``, for the π of ``guess``; without it the numerator of alignment comes from
+            the sketch.
+        guess: π, a guess of the targets' mean, ``(c,)``; zero without it.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    if z.ndim != 3 or z.shape[:2] != y.shape:
+        raise ValueError(f"z, y: expected (n, c, m) and (n, c), got {tuple(z.shape)} and {tuple(y.shape)}.")
+    z, y = z.detach().to(torch.float64), y.detach().to(z.device, torch.float64)
+    s1 = z.sum(0)
+    cross = torch.einsum("ikm,ik->m", z, y)
+    flat = z.flatten(0, 1)
+    if pullback is None:
+        # No exact part: the guess is y itself, a = 0.
+        a, s_pi = z.new_zeros(0), cross
+    else:
+        a = pullback.detach().to(z.device, torch.float64)
+        s_pi = z.new_zeros(z.shape[2]) if guess is None else guess.to(z) @ s1
+    return Moments(
+        n=torch.tensor(float(len(z)), dtype=torch.float64, device=z.device),
+        features=s1,
+        gram=flat.T @ flat,
+        features_targets=cross,
+        targets=y.sum(0),
+        targets2=y.square().sum(),
+        pullback=a,
+        guess=s_pi,
+    )
+
+
+def zeros(c: int, m: int, p: int) -> Moments:
+    """Return the moments of no examples, for c outputs, m directions and p parameters."""
+    shapes = ((), (c, m), (m, m), (m,), (c,), (), (p,), (m,))
+    return Moments(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+
+
+def trace(moments: Moments, *, centered: bool = True) -> Tensor:
+    """Estimate tr K_c (or tr K), unbiased."""
+    return estimators.trace(_gram(moments, centered=centered))
+
+
+def frobenius2(moments: Moments, *, centered: bool = True) -> Tensor:
+    """Estimate ‖K_c‖_F² (or ‖K‖_F²), unbiased, hence possibly negative at small m."""
+    return estimators.frobenius2(_gram(moments, centered=centered))
+
+
+def participation_ratio(moments: Moments, *, centered: bool = True) -> Tensor:
+    """Estimate (tr K)² / ‖K‖_F² as the ratio of two unbiased estimates, in [1, n·c]; 0 for K = 0."""
+    gram = _gram(moments, centered=centered)
+    return _participation(estimators.trace2(gram), estimators.frobenius2(gram), _rows(moments))
+
+
+def participation_ratio_std_error(moments: Moments, *, centered: bool = True) -> Tensor:
+    """Return the jackknife standard error of :func:`participation_ratio` over the m ≥ 3 directions."""
+    gram = _gram(moments, centered=centered)
+    trace2, norm2 = estimators.trace2_without(gram), estimators.frobenius2_without(gram)
+    return estimators.jackknife(_participation(trace2, norm2, _rows(moments)))
+
+
+def trace_std_error(moments: Moments, *, centered: bool = True) -> Tensor:
+    """Return the jackknife standard error of :func:`trace` over the directions."""
+    return estimators.jackknife(estimators.trace_without(_gram(moments, centered=centered)))
+
+
+def numerator(moments: Moments) -> Tensor:
+    """Estimate yᵀK_c y = ‖Φᵀ(y − ȳ)‖² ≥ 0: exact for one batch, else unbiased up to the clamp at zero."""
+    product, square = _correction(moments)
+    return (moments.pullback.square().sum() - 2 * product.mean() + square.mean()).clamp(min=0)
+
+
+def alignment(moments: Moments, *, centered: bool = True) -> Tensor:
+    r"""Estimate the alignment A = yᵀK_c y / (‖K_c‖_F ‖y − ȳ‖²), in [0, 1].
+
+    The numerator is :func:`numerator`; the norm is the root of an unbiased estimate. As a ratio, A is consistent in
+    m rather than unbiased. Since yᵀK_c y ≤ ‖K_c‖_F ‖y‖², an estimate of the norm below that bound is raised to it.
+
+    Raises:
+        ConstantTargetError: if the targets of all examples are equal.
+        ValueError: if there are no examples.
+    """
+    variance = _variance(moments)
+    return _alignment(numerator(moments), frobenius2(moments, centered=centered), variance)
+
+
+def alignment_std_error(moments: Moments, *, centered: bool = True) -> Tensor:
+    """Return the delete-one-direction jackknife standard error of :func:`alignment`, for m ≥ 3.
+
+    It holds the error of the sketch alone: the examples count as given.
+
+    Raises:
+        ConstantTargetError: as :func:`alignment`.
+        ValueError: as :func:`alignment`.
+    """
+    variance = _variance(moments)
+    product, square = _correction(moments)
+    without = (product.sum() - product, square.sum() - square)
+    mean = [values / (len(values) - 1) for values in without]
+    numerators = (moments.pullback.square().sum() - 2 * mean[0] + mean[1]).clamp(min=0)
+    norms = estimators.frobenius2_without(_gram(moments, centered=centered))
+    return estimators.jackknife(_alignment(numerators, norms, variance))
+
+
+def _gram(moments: Moments, *, centered: bool) -> Tensor:
+    return moments.centred() if centered else moments.gram
+
+
+def _correction(moments: Moments) -> tuple[Tensor, Tensor]:
+    mean = moments.targets / moments.n.clamp(min=1)
+    s_a = moments.features_targets - moments.guess
+    s_b = mean @ moments.features - moments.guess
+    return s_a * s_b, s_b.square()
+
+
+def _variance(moments: Moments) -> Tensor:
+    if not float(moments.n) > 0:
+        raise ValueError("alignment: no examples have been added.")
+    variance = moments.targets2 - moments.targets.square().sum() / moments.n
+    # The difference of two sums of N terms: what rounding leaves of a constant target is no variance.
+    if float(variance) <= 1e-12 * float(moments.targets2):
+        raise ConstantTargetError
+    return variance
+
+
+def _alignment(numerator: Tensor, frobenius2: Tensor, variance: Tensor) -> Tensor:
+    bound = numerator / variance
+    norm2 = torch.maximum(frobenius2, bound.square())
+    return bound / norm2.sqrt()
+
+
+def _rows(moments: Moments) -> Tensor:
+    return moments.n * len(moments.targets)
+
+
+def _participation(trace2: Tensor, frobenius2: Tensor, rows: Tensor) -> Tensor:
+    # (tr K)²/(n·c) ≤ ‖K‖_F² ≤ (tr K)² for any kernel: also where the noise of the estimates says otherwise.
+    norm2 = torch.minimum(torch.maximum(frobenius2, trace2 / rows), trace2)
+    return torch.where(trace2 > 0, trace2 / norm2, torch.zeros_like(trace2))

@@ -1,0 +1,166 @@
+"""Random directions in parameter space and random probes on outputs, reproducible from a seed.
+
+Nothing here uses or changes torch's global random state. Values are drawn in float32 on the device where they are
+needed and then cast, so a float64 model sees the directions of its float32 twin; CPU and CUDA draw different numbers
+from the same seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+Distribution = Literal["gaussian", "rademacher"]
+
+
+@final
+@dataclass(frozen=True)
+class RandomDirections:
+    """m i.i.d. random directions S with E[SSᵀ] = m·I, drawn block by block and never stored.
+
+    The numbers of a direction depend on (seed, parameter name, direction index) alone: chunk size, parameter
+    filters, order and sharding never change them.
+
+    Args:
+        m: number of directions.
+        seed: any integer.
+        distribution: of the entries, with mean 0 and variance 1.
+    """
+
+    m: int
+    seed: int
+    distribution: Distribution = "gaussian"
+
+    def __post_init__(self) -> None:
+        _check_count(self.m)
+        if self.distribution not in ("gaussian", "rademacher"):
+            raise ValueError(f"distribution: expected 'gaussian' or 'rademacher', got {self.distribution!r}.")
+
+    def block(self, name: str, like: Tensor, start: int, stop: int) -> Tensor:
+        """Return directions ``start:stop`` for the parameter ``name``.
+
+        Args:
+            name: the parameter's name.
+            like: tensor whose shape, dtype and device the directions take.
+            start: first direction.
+            stop: one past the last.
+
+        Returns:
+            ``(stop - start, *like.shape)``.
+        """
+        result = torch.empty(stop - start, *like.shape, dtype=torch.float32, device=like.device)
+        for row, index in zip(result, range(start, stop), strict=True):
+            _fill(row, self.distribution, f"{self.seed}/{name}/{index}")
+        return result.to(like.dtype)
+
+
+def gaussian(m: int, seed: int) -> RandomDirections:
+    """Return m lazy directions with independent standard normal entries.
+
+    Args:
+        m: number of directions.
+        seed: any integer.
+
+    Raises:
+        ValueError: if ``m`` is no positive integer.
+
+    Example:
+        >>> import torch
+        >>> from alignreg import sketches
+        >>> S = sketches.gaussian(8, seed=0)
+        >>> w = torch.zeros(3, 2)
+        >>> whole, part = S.block("w", w, 0, 8), S.block("w", w, 5, 8)
+        >>> whole.shape, torch.equal(whole[5:], part)
+        (torch.Size([8, 3, 2]), True)
+    """
+    return RandomDirections(m, seed, "gaussian")
+
+
+def rademacher(m: int, seed: int) -> RandomDirections:
+    """Return m lazy directions with independent random signs as entries.
+
+    Args:
+        m: number of directions.
+        seed: any integer.
+
+    Raises:
+        ValueError: if ``m`` is no positive integer.
+
+    Example:
+        >>> import torch
+        >>> from alignreg import sketches
+        >>> sketches.rademacher(2, seed=0).block("w", torch.zeros(100), 0, 2).abs().unique()
+        tensor([1.])
+    """
+    return RandomDirections(m, seed, "rademacher")
+
+
+def probes(
+    m: int,
+    n: int,
+    c: int,
+    *,
+    seed: int,
+    step: int = 0,
+    offset: int = 0,
+    distribution: Distribution = "gaussian",
+    like: Tensor | None = None,
+) -> Tensor:
+    """Return rows ``offset:offset + n`` of one global draw of m random probes Ω on the outputs.
+
+    The numbers of an example depend on (seed, step, its global index) alone. Ranks that take their own rows, by an
+    ``offset`` of the examples on the ranks before, therefore hold one global probe; the same probe on two
+    ranks would count the blocks of the kernel between them as if they were equal.
+
+    Args:
+        m: number of probes.
+        n: number of examples.
+        c: number of outputs.
+        seed: any integer.
+        step: redraws the probes when it changes.
+        offset: global index of the first example.
+        distribution: of the entries, with mean 0 and variance 1.
+        like: tensor whose dtype and device the probes take; float32 on the CPU by default.
+
+    Returns:
+        ``(m, n, c)``.
+
+    Raises:
+        ValueError: if ``m`` is no positive integer, or the distribution unknown.
+
+    Example:
+        >>> import torch
+        >>> from alignreg import sketches
+        >>> whole = sketches.probes(4, 6, 2, seed=0)
+        >>> torch.equal(whole[:, 4:], sketches.probes(4, 2, 2, seed=0, offset=4))
+        True
+    """
+    _check_count(m)
+    if distribution not in ("gaussian", "rademacher"):
+        raise ValueError(f"distribution: expected 'gaussian' or 'rademacher', got {distribution!r}.")
+    like = torch.empty(0) if like is None else like
+    rows = torch.empty(n, m, c, dtype=torch.float32, device=like.device)
+    for row, index in zip(rows, range(offset, offset + n), strict=True):
+        _fill(row, distribution, f"{seed}/{step}/{index}")
+    return rows.transpose(0, 1).to(like.dtype).contiguous()
+
+
+def _check_count(m: int) -> None:
+    if isinstance(m, bool) or not isinstance(m, int) or m < 1:
+        raise ValueError(f"m: expected a positive number of directions, got {m!r}.")
+
+
+def _fill(values: Tensor, distribution: Distribution, key: str) -> None:
+    # A hash, because neighbouring seeds may give neighbouring streams. torch's CPU generator takes 32 bits of it: two
+    # blocks in some billions of pairs coincide, which is far below what an estimate can show.
+    digest = hashlib.blake2b(f"{distribution}/{key}".encode(), digest_size=8).digest()
+    generator = torch.Generator(values.device)
+    generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+    if distribution == "gaussian":
+        values.normal_(generator=generator)
+    else:
+        values.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)

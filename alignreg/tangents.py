@@ -1,0 +1,365 @@
+"""Tangent features of a model, seen through products, and the tangent kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from fnmatch import fnmatchcase
+from typing import Any, final
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from alignreg import evaluation
+from alignreg.batch import as_batch
+from alignreg.directions import Directions, GivenDirections, LayerDirections
+from alignreg.distributed import unwrap
+from alignreg.evaluation import Bound, Evaluation, ForwardFn
+from alignreg.frozen import frozen
+from alignreg.jacobian import Block, Params, tolerance
+from alignreg.kernel import gram, pieces
+
+
+@final
+class TangentFeatures:
+    r"""Tangent features Φ = ∂f/∂w of a live model, and products with them.
+
+    For outputs ``f(x)`` of shape ``(n, c)`` and P parameters w, Φ has n·c rows, row (i, k) = ∇_w f_k(x_i), and the
+    tangent kernel is K = ΦΦᵀ, here a tensor ``(n, c, n, c)``, with no 1/n inside (Baratin et al., "Implicit
+    Regularization via Neural Feature Alignment", AISTATS 2021, section 2).
+
+    What is differentiated is the model as it would predict now: parameters of this moment, dropout off,
+    normalisation with its running statistics, no autocast. Modes, buffers, gradients and random states are
+    the caller's again after every call. Everything works under ``no_grad``, ``inference_mode`` and autocast.
+
+    Args:
+        model: the model, possibly wrapped (DDP, ``torch.compile``, Accelerate). It is referred to, never
+            registered or copied.
+        params: glob pattern or patterns of parameter names (``"head.*"``) of the bare model; all trainable
+            parameters by default. Tied parameters count once, by their first name.
+        forward_fn: ``(model, x) -> (n, c)`` for models whose output is not that tensor, as
+            ``lambda model, x: model(**x).logits``.
+        chunk_size: how many directions, or rows of the Jacobian, go through the model at once. By default as many as
+            are quick and keep the working memory under 2 GiB, beyond a forward and backward pass of the batch and the
+            result. It changes no value.
+
+    Raises:
+        TypeError: if the model is sharded.
+        ValueError: if it has no trainable parameter, or none that ``params`` matches.
+
+    Example:
+        >>> import torch
+        >>> from alignreg import TangentFeatures
+        >>> features = TangentFeatures(torch.nn.Linear(3, 2))
+        >>> x = torch.eye(3)
+        >>> features.kernel(x)[:, 0, :, 0]  # ⟨x_i, x_j⟩ from the weight and 1 from the bias
+        tensor([[2., 1., 1.],
+                [1., 2., 1.],
+                [1., 1., 2.]])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        params: str | Sequence[str] | None = None,
+        forward_fn: ForwardFn | None = None,
+        chunk_size: int | None = None,
+    ) -> None:
+        if chunk_size is not None and (isinstance(chunk_size, bool) or chunk_size < 1):
+            raise ValueError(f"chunk_size: expected a positive integer or None, got {chunk_size!r}.")
+        bare = unwrap(model)
+        patterns = (params,) if isinstance(params, str) else tuple(params) if params is not None else None
+        self._shapes = {name: p.shape for name, p in _select(bare, patterns).items()}
+        self._patterns = patterns
+        self._forward_fn = forward_fn
+        self._chunk_size = chunk_size
+        self._bound: Bound | None = Bound(bare, forward_fn)
+
+    @property
+    def model(self) -> nn.Module:
+        """The bare model."""
+        if self._bound is None:
+            raise RuntimeError("these tangent features lost their model in pickling: call bind(model) first.")
+        return self._bound.model
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters w by name, as they are now."""
+        live = dict(self.model.named_parameters())
+        changed = [name for name, shape in self._shapes.items() if name not in live or live[name].shape != shape]
+        if changed:
+            raise RuntimeError(
+                f"parameters {changed} of the model were removed or changed shape since it was bound. "
+                "Make new tangent features for the changed model."
+            )
+        return {name: live[name] for name in self._shapes}
+
+    @property
+    def num_parameters(self) -> int:
+        """P, the length of a tangent feature."""
+        return sum(shape.numel() for shape in self._shapes.values())
+
+    @property
+    def layers(self) -> dict[str, list[str]]:
+        """Parameter names by layer: the path of the module that owns them."""
+        owners: dict[str, list[str]] = {}
+        for name in self._shapes:
+            owners.setdefault(name.rpartition(".")[0], []).append(name)
+        return owners
+
+    def bind(self, model: nn.Module) -> None:
+        """Refer to ``model`` from now on, which must have the same selected parameters.
+
+        Raises:
+            ValueError: if its parameters differ in name or shape.
+        """
+        bare = unwrap(model)
+        shapes = {name: p.shape for name, p in _select(bare, self._patterns).items()}
+        if shapes != self._shapes:
+            odd = sorted(name for name in shapes.keys() | self._shapes if shapes.get(name) != self._shapes.get(name))
+            raise ValueError(f"model: its selected parameters differ from those bound before: {odd}.")
+        self._bound = Bound(bare, self._forward_fn)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TangentFeatures:
+        # A copy of what watches the model watches the same live model, unless the model is being copied along.
+        copied = copy(self)
+        copied.__dict__["_bound"] = self._bound
+        if self._bound is not None and id(self._bound.model) in memo:
+            copied.__dict__["_bound"] = Bound(memo[id(self._bound.model)], self._forward_fn)
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_bound": None}
+
+    def outputs(self, x: Any) -> Tensor:
+        """Return f(x) ``(n, c)``: the outputs that are differentiated, without a gradient history.
+
+        Args:
+            x: tensor, tuple or dict of tensors with the n examples on axis 0.
+
+        Raises:
+            TypeError: if ``x`` or the output is not made of tensors.
+            ValueError: if ``x`` is empty, or the output not a finite ``(n, c)`` that depends on the parameters.
+
+        Example:
+            >>> import torch
+            >>> from alignreg import TangentFeatures
+            >>> TangentFeatures(torch.nn.Linear(3, 2)).outputs(torch.ones(4, 3)).shape
+            torch.Size([4, 2])
+        """
+        with self._evaluation(x, create_graph=False) as at:
+            return at.y
+
+    def jacobian(self, x: Any, *, create_graph: bool = False) -> dict[str, Tensor]:
+        """Return Φ itself, by parameter name: ``(n, c, *shape)`` each.
+
+        Its n·c·P numbers are the result; for the kernel or the trace alone, :meth:`kernel` and :meth:`trace` take
+        less.
+
+        Args:
+            x: tensor, tuple or dict of tensors with the n examples on axis 0.
+            create_graph: make the result differentiable.
+
+        Raises:
+            TypeError: if ``x`` or the output is not made of tensors.
+            ValueError: if ``x`` is empty, or the output not a finite ``(n, c)``.
+
+        Example:
+            >>> import torch
+            >>> from alignreg import TangentFeatures
+            >>> TangentFeatures(torch.nn.Linear(3, 2)).jacobian(torch.ones(4, 3))["weight"].shape
+            torch.Size([4, 2, 2, 3])
+        """
+
+        def gather(blocks: Iterator[Block]) -> Params:
+            parts = [block for _, block in blocks]
+            return {name: torch.cat([part[name] for part in parts]) for name in self._shapes}
+
+        with self._evaluation(x, create_graph=create_graph) as at:
+            return at.reduce(gather)
+
+    def trace(self, x: Any, *, create_graph: bool = False) -> Tensor:
+        """Return tr K = ‖Φ‖_F² = Σ_ik ‖∇_w f_k(x_i)‖², exact and uncentred, without holding Φ.
+
+        Args:
+            x: tensor, tuple or dict of tensors with the n examples on axis 0.
+            create_graph: make the result differentiable.
+
+        Raises:
+            TypeError: as :meth:`jacobian`.
+            ValueError: as :meth:`jacobian`.
+
+        Example:
+            >>> import torch
+            >>> from alignreg import TangentFeatures
+            >>> TangentFeatures(torch.nn.Linear(3, 2)).trace(torch.eye(3))
+            tensor(12.)
+        """
+
+        def total(blocks: Iterator[Block]) -> Tensor:
+            squares = [value.square().sum(dtype=torch.float64) for _, block in blocks for value in block.values()]
+            return torch.stack(squares).sum()
+
+        with self._evaluation(x, create_graph=create_graph) as at:
+            return at.reduce(total).to(at.gram_dtype)
+
+    def kernel(
+        self, x: Any, x2: Any = None, *, per_layer: bool = False, create_graph: bool = False
+    ) -> Tensor | dict[str, Tensor]:
+        """Return the exact tangent kernel K[i, k, j, l] = ⟨∇_w f_k(x_i), ∇_w f_l(x2_j)⟩.
+
+        Every call checks itself: K u against ``pushforward(pullback(u))`` for one random u, layer by layer if asked
+        for layers. Half-precision models give a float32 kernel.
+
+        Args:
+            x: tensor, tuple or dict of tensors with the n examples on axis 0.
+            x2: another batch of n2 examples; ``x`` by default.
+            per_layer: return the kernel of each layer's own parameters, which sum to K.
+            create_graph: make the result differentiable; then all of Φ stays in memory.
+
+        Returns:
+            ``(n, c, n2, c)``, or a dict of them by layer (path of the module that owns the parameters).
+
+        Raises:
+            TypeError: as :meth:`jacobian`.
+            ValueError: as :meth:`jacobian`.
+            RuntimeError: if the kernel fails its self-check.
+
+        Example:
+            >>> import torch
+            >>> from alignreg import TangentFeatures
+            >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+            >>> features = TangentFeatures(net)
+            >>> x = torch.randn(5, 3)
+            >>> layers = features.kernel(x, per_layer=True)
+            >>> list(layers), torch.allclose(sum(layers.values()), features.kernel(x), atol=1e-5)
+            (['0', '2'], True)
+        """
+        with self._evaluation(x, create_graph=create_graph) as one:
+            if x2 is None:
+                kernels = self._layer_kernels(one, None, per_layer=per_layer)
+            else:
+                with self._evaluation(x2, create_graph=create_graph) as two:
+                    kernels = self._layer_kernels(one, two, per_layer=per_layer)
+        return kernels if per_layer else kernels[""]
+
+    def pushforward(
+        self, x: Any, directions: Mapping[str, Tensor] | Directions, *, create_graph: bool = False
+    ) -> Tensor:
+        """Return ΦS: the derivative of every output along m directions of parameter space.
+
+        One forward-mode product per direction, several at a time. Where torch has no forward-mode derivative (modules
+        under activation checkpointing, custom autograd functions), the same by two reverse-mode passes.
+
+        Args:
+            x: tensor, tuple or dict of tensors with the n examples on axis 0.
+            directions: S, as tensors ``(m, *shape)`` by parameter name, or a lazy sketch that draws them
+                (:func:`alignreg.sketches.gaussian`). No 1/√m is applied.
+            create_graph: make the result differentiable.
+
+        Returns:
+            ``(n, c, m)``.
+
+        Raises:
+            TypeError: as :meth:`jacobian`.
+            ValueError: as :meth:`jacobian`, and if the directions do not fit the parameters.
+            RuntimeError: if the model can be differentiated neither forward nor twice; names the module.
+
+        Example:
+            >>> import torch
+            >>> from alignreg import TangentFeatures, sketches
+            >>> features = TangentFeatures(torch.nn.Linear(3, 2))
+            >>> features.pushforward(torch.ones(4, 3), sketches.gaussian(16, seed=0)).shape
+            torch.Size([4, 2, 16])
+        """
+        lazy = GivenDirections(directions, self._shapes) if isinstance(directions, Mapping) else directions
+        with self._evaluation(x, create_graph=create_graph) as at:
+            return at.pushforward(lazy)
+
+    def pullback(self, x: Any, cotangents: Tensor, *, create_graph: bool = False) -> dict[str, Tensor]:
+        """Return Φᵀω for m cotangents ω on the outputs: one backward pass each, after one forward pass.
+
+        Args:
+            x: tensor, tuple or dict of tensors with the n examples on axis 0.
+            cotangents: Ω, ``(m, n, c)``.
+            create_graph: make the result differentiable.
+
+        Returns:
+            By parameter name, ``(m, *shape)``.
+
+        Raises:
+            TypeError: as :meth:`jacobian`.
+            ValueError: as :meth:`jacobian`, and if the cotangents do not fit the output.
+
+        Example:
+            >>> import torch
+            >>> from alignreg import TangentFeatures
+            >>> features = TangentFeatures(torch.nn.Linear(3, 2))
+            >>> features.pullback(torch.ones(4, 3), torch.ones(1, 4, 2))["bias"]
+            tensor([[4., 4.]])
+        """
+        with self._evaluation(x, create_graph=create_graph) as at:
+            return at.pullback(cotangents)
+
+    def _layer_kernels(self, one: Evaluation, two: Evaluation | None, *, per_layer: bool) -> dict[str, Tensor]:
+        layers = self.layers if per_layer else {"": list(self._shapes)}
+        layer_of = {name: layer for layer, names in layers.items() for name in names}
+        other = two or one
+        rows = one.n * one.c + (0 if two is None else two.n * two.c)
+        fit = max(1, evaluation.WORKING_MEMORY // 2 // (rows * one.gram_dtype.itemsize))
+        sizes = {name: shape.numel() for name, shape in self._shapes.items()}
+        groups = list(pieces(sizes, self.num_parameters if one.create_graph else fit))
+        flat = gram(one.columns, None if two is None else two.columns, groups, layer_of)
+        kernels = {layer: rearrange(flat[layer], "(n c) (k l) -> n c k l", n=one.n, k=other.n) for layer in layers}
+        self._check(kernels, layers, one, other)
+        return kernels
+
+    def _check(
+        self, kernels: dict[str, Tensor], layers: dict[str, list[str]], one: Evaluation, two: Evaluation
+    ) -> None:
+        generator = torch.Generator().manual_seed(one.n)
+        u = torch.empty(two.n, two.c).bernoulli_(0.5, generator=generator).mul_(2).sub_(1).to(two.y)
+        back = {name: value.detach() for name, value in two.pullback(u[None], create_graph=False).items()}
+        forth = one.pushforward(LayerDirections(back, list(layers.values())), create_graph=False)
+        for (layer, kernel), expected in zip(kernels.items(), forth.unbind(-1), strict=True):
+            scale = float(torch.linalg.vector_norm(kernel.detach()))
+            product = torch.tensordot(kernel.detach(), u.to(kernel), dims=2)
+            difference = float(torch.linalg.vector_norm(product - expected))
+            if not difference <= tolerance(two.y.dtype) * scale:
+                raise RuntimeError(
+                    f"the tangent kernel{f' of layer {layer!r}' if layer else ''} failed its self-check: K u differs "
+                    f"from pushforward(pullback(u)) by {difference:.1e} at a norm of K of {scale:.1e}. "
+                    "Is the model a deterministic function of its parameters and inputs?"
+                )
+
+    @contextmanager
+    def _evaluation(self, x: Any, *, create_graph: bool) -> Iterator[Evaluation]:
+        model = self.model
+        parameters = self.parameters
+        batch = as_batch(x)
+        with frozen(model):
+            assert self._bound is not None
+            yield Evaluation(self._bound, parameters, batch, self._chunk_size, create_graph=create_graph)
+
+
+def _select(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Parameter]:
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    lazy = [name for name, p in trainable.items() if nn.parameter.is_lazy(p)]
+    if lazy:
+        raise ValueError(f"model: parameters {lazy} have no shape yet. Run one forward pass first.")
+    if not trainable:
+        raise ValueError("model: expected a trainable parameter, got none with requires_grad=True.")
+    if patterns is None:
+        return trainable
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in trainable):
+            raise ValueError(
+                f"params: the pattern {pattern!r} matches no trainable parameter. There are: {', '.join(trainable)}."
+            )
+    chosen = {name: p for name, p in trainable.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    if not chosen:
+        raise ValueError("params: expected at least one pattern, got none.")
+    return chosen

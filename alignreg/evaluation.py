@@ -13,7 +13,7 @@ from torch.func import functional_call, jvp, vmap
 from alignreg.batch import Batch, call, map_tensors, size, tensors
 from alignreg.directions import Directions
 from alignreg.frozen import failing_module, repeatably, saved_bytes
-from alignreg.jacobian import Block, Params, reduce_jacobian
+from alignreg.jacobian import Block, Params, reduce_jacobian, signs, tolerance
 from alignreg.kernel import Piece, collect
 
 WORKING_MEMORY = 2 * 2**30
@@ -159,21 +159,52 @@ class Evaluation:
         blocks = [(start, min(start + starts.step, directions.m)) for start in starts]
         if not blocks:
             return self.y.new_empty(self.n, self.c, 0)
-        forward = self._forward_mode
+        try:
+            return self._checked_pushforward(self._forward_mode, directions, blocks, create_graph=create_graph)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the plain forward pass ran, so this is forward mode's own failure
+            failure = error
+        try:
+            return self._checked_pushforward(self._double_reverse, directions, blocks, create_graph=create_graph)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, it goes into the message
+            where = failing_module(failure, self._bound.model)
+            raise RuntimeError(
+                f"no pushforward through {where}: torch differentiates it neither in forward mode ({failure}) nor "
+                f"twice in reverse mode ({error}). Replace the operation, exclude the module from what forward_fn "
+                "runs, or select parameters after it."
+            ) from failure
+
+    def _checked_pushforward(
+        self,
+        route: Callable[[Params, bool], Tensor],
+        directions: Directions,
+        blocks: Sequence[tuple[int, int]],
+        *,
+        create_graph: bool,
+    ) -> Tensor:
+        # ⟨u, ΦS⟩ = ⟨Φᵀu, S⟩ for random signs u: both routes have ways to go wrong without an error, such as functions
+        # that may be differentiated once.
+        u = signs(self.y)
+        back = self.pullback(u[None], create_graph=False)
         parts: list[Tensor] = []
+        difference = torch.zeros((), dtype=torch.float64)
+        norm = torch.zeros((), dtype=torch.float64)
         for start, stop in blocks:
             block = {name: directions.block(name, p, start, stop) for name, p in self.params.items()}
-            try:
-                part = self._run(forward, block, create_graph)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                if forward == self._double_reverse:
-                    raise
-                # The plain forward pass ran, so this is forward mode's own failure.
-                forward = self._double_reverse
-                part = self._run(self._or_name_module, error, block, create_graph)
+            part = self._run(route, block, create_graph)
             parts.append(part if create_graph else part.detach())
+            left = torch.tensordot(u, part.detach(), dims=2).cpu()
+            right = torch.stack([(block[name].flatten(1) @ back[name].flatten()).cpu() for name in block]).sum(0)
+            difference += (left - right).detach().double().square().sum()
+            norm += part.detach().double().square().sum().cpu()
+        if not float(difference) ** 0.5 <= tolerance(self.y.dtype) * float(norm) ** 0.5:
+            raise RuntimeError(
+                f"its forward derivative disagrees with its backward derivative by {float(difference) ** 0.5:.1e} "
+                f"at a norm of {float(norm) ** 0.5:.1e}"
+            )
         return torch.cat(parts, dim=-1)
 
     def _forward_mode(self, block: Params, create_graph: bool) -> Tensor:
@@ -207,17 +238,6 @@ class Evaluation:
             for a in range(len(next(iter(block.values()))))
         ]
         return torch.stack(columns, dim=-1)
-
-    def _or_name_module(self, forward_error: Exception, block: Params, create_graph: bool) -> Tensor:
-        try:
-            return self._double_reverse(block, create_graph)
-        except Exception as reverse_error:  # noqa: BLE001 - whatever it is, it goes into the message
-            where = failing_module(forward_error, self._bound.model)
-            raise RuntimeError(
-                f"no pushforward through {where}: torch can differentiate it neither in forward mode ({forward_error}) "
-                f"nor twice in reverse mode ({reverse_error}). Exclude the module from what forward_fn runs, or "
-                "replace the operation."
-            ) from forward_error
 
     def _directions_at_once(self) -> int:
         if self._chunk_size is not None:

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from alignreg.normalization import PrimitiveNormalization
+
 T = TypeVar("T")
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module, *, primitive: bool = False) -> Iterator[None]:
     """Let the model be differentiated as a deterministic function of its parameters inside the block.
 
     Inside: gradients are on, whatever the caller's ``no_grad`` or ``inference_mode``; every module is in evaluation
@@ -24,9 +26,17 @@ def frozen(model: nn.Module) -> Iterator[None]:
     of a ``forward`` patched by Accelerate included; compiled parts run eagerly; attention takes the kernel
     that can be differentiated twice and forward, recurrent layers leave the fused kernels that cannot.
     Afterwards, also after an exception, everything is as before.
+
+    Args:
+        model: the bare model.
+        primitive: run normalisations from primitive operations, which derivatives of derivatives need.
     """
     modules = list(model.modules())
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        # A batching rule that torch lacks, and the switch of recurrent layers below: notes, the results are the same.
+        warnings.filterwarnings("ignore", message="There is a performance drop because")
+        warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
         for device in {"cpu", *(parameter.device.type for parameter in model.parameters())}:
@@ -47,10 +57,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
             if "_original_forward" in module.__dict__ and "forward" in module.__dict__:
                 stack.callback(module.__dict__.__setitem__, "forward", module.__dict__["forward"])
                 module.__dict__["forward"] = module.__dict__["_original_forward"]
-        with warnings.catch_warnings():
-            # torch calls a batching rule that it lacks a performance matter; the result is the same.
-            warnings.filterwarnings("ignore", message="There is a performance drop because")
-            yield
+        if primitive:
+            stack.enter_context(PrimitiveNormalization())
+        yield
 
 
 def repeatably(fn: Callable[..., T], *args: Any, devices: set[torch.device]) -> T:

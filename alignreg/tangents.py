@@ -18,7 +18,7 @@ from alignreg.directions import Directions, GivenDirections, LayerDirections
 from alignreg.distributed import unwrap
 from alignreg.evaluation import Bound, Evaluation, ForwardFn
 from alignreg.frozen import frozen
-from alignreg.jacobian import Block, Params, tolerance
+from alignreg.jacobian import Block, Params, signs, tolerance
 from alignreg.kernel import gram, pieces
 
 
@@ -320,15 +320,16 @@ class TangentFeatures:
     def _check(
         self, kernels: dict[str, Tensor], layers: dict[str, list[str]], one: Evaluation, two: Evaluation
     ) -> None:
-        generator = torch.Generator().manual_seed(one.n)
-        u = torch.empty(two.n, two.c).bernoulli_(0.5, generator=generator).mul_(2).sub_(1).to(two.y)
+        u = signs(two.y)
         back = {name: value.detach() for name, value in two.pullback(u[None], create_graph=False).items()}
         forth = one.pushforward(LayerDirections(back, list(layers.values())), create_graph=False)
+        whole = sum(float(torch.linalg.vector_norm(kernel.detach())) for kernel in kernels.values())
+        rounding = 10 * torch.finfo(two.y.dtype).eps * whole
         for (layer, kernel), expected in zip(kernels.items(), forth.unbind(-1), strict=True):
             scale = float(torch.linalg.vector_norm(kernel.detach()))
             product = torch.tensordot(kernel.detach(), u.to(kernel), dims=2)
             difference = float(torch.linalg.vector_norm(product - expected))
-            if not difference <= tolerance(two.y.dtype) * scale:
+            if not difference <= tolerance(two.y.dtype) * scale + rounding:
                 raise RuntimeError(
                     f"the tangent kernel{f' of layer {layer!r}' if layer else ''} failed its self-check: K u differs "
                     f"from pushforward(pullback(u)) by {difference:.1e} at a norm of K of {scale:.1e}. "
@@ -340,7 +341,7 @@ class TangentFeatures:
         model = self.model
         parameters = self.parameters
         batch = as_batch(x)
-        with frozen(model):
+        with frozen(model, primitive=create_graph):
             assert self._bound is not None
             yield Evaluation(self._bound, parameters, batch, self._chunk_size, create_graph=create_graph)
 

@@ -1,0 +1,256 @@
+"""TangentFeatures against row-by-row gradients, over the models of cases.py."""
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from cases import MODELS, Noisy, build
+from oracles import call, double, jacobian, kernel, matrix
+from torch import nn
+
+from alignreg import TangentFeatures, evaluation, sketches
+
+
+def features_of(name, **options):
+    model, x, forward_fn = build(name)
+    oracle = jacobian(model, x, forward_fn or call)
+    return TangentFeatures(model.double(), forward_fn=forward_fn, **options), double(x), oracle
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_jacobian_and_trace(name):
+    features, x, oracle = features_of(name)
+    jac = features.jacobian(x)
+    assert jac.keys() == oracle.keys()
+    for key, value in oracle.items():
+        torch.testing.assert_close(jac[key], value, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(features.trace(x), matrix(oracle).square().sum(), rtol=1e-9, atol=0)
+    assert features.num_parameters == matrix(oracle).shape[1]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_kernel_is_gram_of_jacobian(name):
+    features, x, oracle = features_of(name)
+    torch.testing.assert_close(features.kernel(x), kernel(oracle), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layer_kernels_sum_to_kernel(name):
+    features, x, oracle = features_of(name)
+    layers = features.kernel(x, per_layer=True)
+    for layer, value in layers.items():
+        own = {key: v for key, v in oracle.items() if key.rpartition(".")[0] == layer}
+        torch.testing.assert_close(value, kernel(own), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(sum(layers.values()), kernel(oracle), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_pushforward_of_identity_is_jacobian(name):
+    features, x, oracle = features_of(name)
+    names = [key for key in oracle if oracle[key][0, 0].numel() <= 64][:4]
+    part = TangentFeatures(features.model, params=names, forward_fn=build(name)[2])
+    size = sum(oracle[key][0, 0].numel() for key in names)
+    identity, start = {}, 0
+    for key in names:
+        shape = oracle[key].shape[2:]
+        block = torch.zeros(size, shape.numel(), dtype=torch.float64)
+        block[start : start + shape.numel()] = torch.eye(shape.numel(), dtype=torch.float64)
+        identity[key] = block.reshape(size, *shape)
+        start += shape.numel()
+    expected = matrix({key: oracle[key] for key in names}).reshape(*oracle[names[0]].shape[:2], size)
+    torch.testing.assert_close(part.pushforward(x, identity), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_pullback_and_adjoint(name):
+    features, x, oracle = features_of(name)
+    n, c = next(iter(oracle.values())).shape[:2]
+    omega = torch.randn(3, n, c, dtype=torch.float64)
+    back = features.pullback(x, omega)
+    for key, value in oracle.items():
+        torch.testing.assert_close(back[key], torch.einsum("mnc,nc...->m...", omega, value), rtol=1e-9, atol=1e-11)
+    directions = {key: torch.randn(2, *value.shape[2:], dtype=torch.float64) for key, value in oracle.items()}
+    forth = features.pushforward(x, directions)
+    left = torch.einsum("anc,ncb->ab", omega, forth)
+    right = sum(torch.einsum("a...,b...->ab", back[key], directions[key]) for key in oracle)
+    torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_differentiable(name):
+    """Gradients of scalar functions of each product equal central differences in one random direction."""
+    model, x, forward_fn = build(name)
+    model, x = model.double(), double(x)
+    if name in {"mlp", "cnn", "resnet, batchnorm", "in-place, dropout"}:
+        # Away from kinks: rectifiers would make the difference quotient jump.
+        for module in model.modules():
+            for key, child in module.named_children():
+                if isinstance(child, nn.ReLU):
+                    setattr(module, key, nn.Softplus())
+        if name == "resnet, batchnorm":
+            pytest.skip("functional rectifiers inside the blocks; their second derivatives are those of mlp's")
+        if name == "cnn":
+            model[2] = nn.AvgPool2d(2)
+    features = TangentFeatures(model, forward_fn=forward_fn)
+    directions = sketches.gaussian(3, seed=0)
+    n, c = features.outputs(x).shape
+    omega = torch.randn(2, n, c, dtype=torch.float64)
+    scalars = {
+        "jacobian": lambda g: sum(v.pow(3).sum() for v in features.jacobian(x, create_graph=g).values()),
+        "kernel": lambda g: features.kernel(x, create_graph=g).square().sum(),
+        "trace": lambda g: features.trace(x, create_graph=g),
+        "pushforward": lambda g: features.pushforward(x, directions, create_graph=g).pow(3).sum(),
+        "pullback": lambda g: sum(v.pow(3).sum() for v in features.pullback(x, omega, create_graph=g).values()),
+    }
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for label, fn in scalars.items():
+        if name == "checkpointed" and label == "pushforward":
+            with pytest.raises(torch.utils.checkpoint.CheckpointError):
+                torch.autograd.grad(fn(True), parameters)
+            continue
+        value = fn(True)
+        if not value.requires_grad:
+            assert name == "frozen backbone"  # the features of a linear head do not depend on the head
+            continue
+        torch.testing.assert_close(value.detach(), fn(False), rtol=1e-9, atol=1e-12)
+        grads = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
+        step = [torch.randn_like(p) for p in parameters]
+        slope = sum((g * s).sum() for g, s in zip(grads, step, strict=True))
+        eps, ends = 1e-5, []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for p, s in zip(parameters, step, strict=True):
+                    p.add_(s, alpha=sign * eps)
+                ends.append(fn(False))
+                for p, s in zip(parameters, step, strict=True):
+                    p.sub_(s, alpha=sign * eps)
+        numeric = (ends[0] - ends[1]) / (2 * eps)
+        assert abs(slope - numeric) <= 2e-5 * abs(numeric) + 1e-6 * abs(value), label
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 7, 1000])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "checkpointed", "coupled examples"])
+def test_chunk_size_changes_nothing(name, chunk_size):
+    features, x, oracle = features_of(name, chunk_size=chunk_size)
+    torch.testing.assert_close(features.kernel(x), kernel(oracle), rtol=1e-9, atol=1e-11)
+    lazy = sketches.gaussian(5, seed=3)
+    whole = {key: lazy.block(key, value[0, 0], 0, 5) for key, value in oracle.items()}
+    expected = sum(torch.einsum("nc...,m...->ncm", oracle[key], whole[key]) for key in oracle)
+    torch.testing.assert_close(features.pushforward(x, lazy), expected, rtol=1e-9, atol=1e-11)
+
+
+def test_kernel_in_pieces_of_memory(monkeypatch):
+    features, x, oracle = features_of("cnn")
+    for budget in (1, 1000, 20_000):
+        monkeypatch.setattr(evaluation, "WORKING_MEMORY", budget)
+        torch.testing.assert_close(features.kernel(x), kernel(oracle), rtol=1e-9, atol=1e-11)
+        layers = features.kernel(x, per_layer=True)
+        torch.testing.assert_close(sum(layers.values()), kernel(oracle), rtol=1e-9, atol=1e-11)
+
+
+def test_kernel_between_two_batches():
+    features, x, oracle = features_of("mlp")
+    other = torch.randn(4, 4, dtype=torch.float64)
+    oracle2 = jacobian(features.model, other)
+    torch.testing.assert_close(features.kernel(x, other), kernel(oracle, oracle2), rtol=1e-9, atol=1e-11)
+    layers = features.kernel(x, other, per_layer=True)
+    torch.testing.assert_close(sum(layers.values()), kernel(oracle, oracle2), rtol=1e-9, atol=1e-11)
+
+
+def test_params_by_pattern():
+    model, x, _ = build("mlp")
+    oracle = jacobian(model, x, names={"0.weight", "0.bias", "4.bias"})
+    features = TangentFeatures(model.double(), params=["0.*", "4.bias"])
+    assert list(features.parameters) == ["0.weight", "0.bias", "4.bias"]
+    assert features.layers == {"0": ["0.weight", "0.bias"], "4": ["4.bias"]}
+    torch.testing.assert_close(features.kernel(double(x)), kernel(oracle), rtol=1e-9, atol=1e-12)
+    lazy = sketches.gaussian(4, seed=0)
+    alone = TangentFeatures(model, params="4.bias").pushforward(double(x), lazy)
+    rest = TangentFeatures(model, params="0.*").pushforward(double(x), lazy)
+    torch.testing.assert_close(features.pushforward(double(x), lazy), alone + rest, rtol=1e-9, atol=1e-12)
+
+
+def test_random_forward_pass_is_one_function():
+    """What the model draws in its forward pass is drawn alike in every product, and the caller's stream goes on."""
+    model = Noisy().double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    features = TangentFeatures(model, chunk_size=2)
+    torch.manual_seed(7)
+    directions = {k: torch.randn(3, *p.shape, dtype=torch.float64) for k, p in model.named_parameters()}
+    omega = torch.randn(1, 5, 3, dtype=torch.float64)
+    state = torch.get_rng_state()
+    forth = features.pushforward(x, directions)
+    back = features.pullback(x, omega)
+    features.kernel(x)
+    assert torch.equal(state, torch.get_rng_state())
+    left = torch.einsum("anc,ncb->ab", omega, forth)
+    right = sum(torch.einsum("a...,b...->ab", back[key], directions[key]) for key in directions)
+    torch.testing.assert_close(left, right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_lower_precision(dtype):
+    model, x, _ = build("mlp")
+    oracle = kernel(jacobian(model.to(dtype), x.to(dtype)))
+    features = TangentFeatures(model)
+    K = features.kernel(x.to(dtype))
+    assert K.dtype == torch.float32
+    error = (K.double() - oracle).norm() / oracle.norm()
+    assert error < {torch.float16: 5e-3, torch.bfloat16: 5e-2, torch.float32: 1e-6}[dtype]
+    Z = features.pushforward(x.to(dtype), sketches.gaussian(3, seed=0))
+    assert Z.dtype == dtype
+    assert Z.shape == (6, 3, 3)
+
+
+def test_self_check_refuses_a_kernel_that_is_none():
+    """A model that answers differently from call to call has no kernel."""
+
+    class Drifting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(4, 3)
+            self.calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.calls * self.lin(x)
+
+    with pytest.raises(RuntimeError, match="deterministic function"):
+        TangentFeatures(Drifting()).kernel(torch.randn(5, 4))
+
+
+def test_neither_forward_nor_twice_names_the_module():
+    class OnceOnly(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, grad):
+            return grad * 2
+
+    class Odd(nn.Module):
+        def forward(self, x):
+            return OnceOnly.apply(x)
+
+    net = nn.Sequential(nn.Linear(4, 4), Odd(), nn.Linear(4, 2))
+    with pytest.raises(RuntimeError, match=r"'1' \(Odd\)"):
+        TangentFeatures(net).pushforward(torch.randn(3, 4), sketches.gaussian(2, seed=0))
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
+)
+@pytest.mark.parametrize(
+    "name", ["mlp", "cnn", "resnet, batchnorm", "transformer, dict output", "lstm", "checkpointed"]
+)
+def test_devices(name, device):
+    model, x, forward_fn = build(name)
+    oracle = jacobian(model, x, forward_fn or call)
+    features = TangentFeatures(model.double().to(device), forward_fn=forward_fn)
+    x = double(x).to(device)
+    torch.testing.assert_close(features.kernel(x).cpu(), kernel(oracle), rtol=1e-8, atol=1e-10)
+    lazy = sketches.gaussian(4, seed=0)
+    whole = {key: lazy.block(key, p, 0, 4).cpu() for key, p in features.parameters.items()}
+    expected = sum(torch.einsum("nc...,m...->ncm", oracle[key], whole[key]) for key in oracle)
+    torch.testing.assert_close(features.pushforward(x, lazy).cpu(), expected, rtol=1e-8, atol=1e-10)

@@ -62,7 +62,7 @@ class Evaluation:
 
         leaves = self._leaves()
         with saved_bytes() as count:
-            y = self._run(self.function, leaves, self.x)
+            y = self.function(leaves, self.x)
         self.y = y.detach()
         self.c = y.shape[1]
         self._activation_bytes = count()
@@ -90,7 +90,7 @@ class Evaluation:
         # Buffers go in as copies: what a module writes to them in its forward pass is dropped with the copy.
         buffers = {name: buffer.detach().clone() for name, buffer in self._bound.model.named_buffers()}
         state = {f"model.{name}": value for name, value in {**self._others, **buffers, **params}.items()}
-        y = functional_call(self._bound, state, (x,))
+        y = repeatably(functional_call, self._bound, state, (x,), devices=self._devices)
         return _checked_output(y, size(x))
 
     def reduce(self, consume: Callable[[Iterator[Block]], T], names: Sequence[str] | None = None) -> T:
@@ -107,18 +107,15 @@ class Evaluation:
 
         numbers = sum(p.numel() for p in params.values())
         per_row = numbers * self.gram_dtype.itemsize + 2 * self._activation_bytes // self.n
-        return self._run(
-            partial(
-                reduce_jacobian,
-                function,
-                params,
-                self.x,
-                consume,
-                outputs=self.c,
-                rows=self._chunk_size or max(1, WORKING_MEMORY // 8 // per_row),
-                pullback=pullback,
-                create_graph=self.create_graph,
-            )
+        return reduce_jacobian(
+            function,
+            params,
+            self.x,
+            consume,
+            outputs=self.c,
+            rows=self._chunk_size or max(1, WORKING_MEMORY // 32 // per_row),
+            pullback=pullback,
+            create_graph=self.create_graph,
         )
 
     def columns(self, group: list[Piece]) -> Tensor:
@@ -135,7 +132,7 @@ class Evaluation:
                 f"cotangents: expected (m, n, c) = (m, {self.n}, {self.c}), got {tuple(cotangents.shape)}."
             )
         leaves = self._leaves()
-        y = self._run(self.function, leaves, self.x)
+        y = self.function(leaves, self.x)
         products = [
             torch.autograd.grad(
                 y,
@@ -194,7 +191,7 @@ class Evaluation:
         norm = torch.zeros((), dtype=torch.float64)
         for start, stop in blocks:
             block = {name: directions.block(name, p, start, stop) for name, p in self.params.items()}
-            part = self._run(route, block, create_graph)
+            part = route(block, create_graph)
             parts.append(part if create_graph else part.detach())
             left = torch.tensordot(u, part.detach(), dims=2).cpu()
             right = torch.stack([(block[name].flatten(1) @ back[name].flatten()).cpu() for name in block]).sum(0)
@@ -254,9 +251,6 @@ class Evaluation:
 
     def _leaves(self) -> Params:
         return {name: p if p.requires_grad else p.detach().requires_grad_() for name, p in self.params.items()}
-
-    def _run(self, fn: Callable[..., T], *args: Any) -> T:
-        return repeatably(fn, *args, devices=self._devices)
 
 
 def _checked_output(y: Any, n: int) -> Tensor:

@@ -63,7 +63,7 @@ def frozen(model: nn.Module, *, primitive: bool = False) -> Iterator[None]:
 
 
 def repeatably(fn: Callable[..., T], *args: Any, devices: set[torch.device]) -> T:
-    """Call ``fn`` and put the global random states back: every call sees the randomness that the caller would."""
+    """Call ``fn`` and put the global random states back: every call draws what the caller would draw next."""
     cuda = [device for device in devices if device.type == "cuda"]
     with torch.random.fork_rng(devices=cuda):
         return fn(*args)

@@ -80,14 +80,18 @@ def gram(
     total: dict[str, Tensor] = {}
     for group in groups:
         a = left(group)
-        b = a if right is None else right(group)
-        widths = [stop - start for _, start, stop in group]
-        for piece, u, v in zip(group, torch.split(a, widths, dim=1), torch.split(b, widths, dim=1), strict=True):
-            layer = layer_of[piece.name]
-            if layer not in total:
-                total[layer] = u @ v.T
-            elif u.requires_grad or v.requires_grad:
-                total[layer] = total[layer] + u @ v.T
-            else:
-                total[layer].addmm_(u, v.T)
+        _add_gram(total, group, a, a if right is None else right(group), layer_of)
+        del a  # before the next group takes its place
     return total
+
+
+def _add_gram(total: dict[str, Tensor], group: list[Piece], a: Tensor, b: Tensor, layer_of: Mapping[str, str]) -> None:
+    widths = [stop - start for _, start, stop in group]
+    for piece, u, v in zip(group, torch.split(a, widths, dim=1), torch.split(b, widths, dim=1), strict=True):
+        layer = layer_of[piece.name]
+        if layer not in total:
+            total[layer] = u @ v.T
+        elif u.requires_grad or v.requires_grad:
+            total[layer] = total[layer] + u @ v.T
+        else:
+            total[layer].addmm_(u, v.T)

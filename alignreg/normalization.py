@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 @final
 class PrimitiveNormalization(TorchFunctionMode):
-    """Compute layer, group, instance, batch, RMS and weight normalisation without torch's fused kernels inside the block.
+    """Compute layer, group, instance, batch, RMS and weight normalisation from primitives inside the block.
 
     The fused kernels hand mean and scale to their derivative formulas as constants. A first derivative accounts for
     what depends on them; a derivative *of* a forward-mode or vectorised derivative silently misses it.

@@ -200,8 +200,12 @@ class TangentFeatures:
         """
 
         def total(blocks: Iterator[Block]) -> Tensor:
-            squares = [value.square().sum(dtype=torch.float64) for _, block in blocks for value in block.values()]
-            return torch.stack(squares).sum()
+            # One running sum: a list of small tensors would pin the memory between the large ones.
+            result = torch.zeros((), dtype=torch.float64)
+            for _, block in blocks:
+                for value in block.values():
+                    result = result.to(value.device) + value.square().sum(dtype=torch.float64)
+            return result
 
         with self._evaluation(x, create_graph=create_graph) as at:
             return at.reduce(total).to(at.gram_dtype)

@@ -1,0 +1,150 @@
+"""Unbiasedness over a fixed number of draws, |z| < 3.5, from one large pushforward or pullback cut into sketches."""
+
+import oracles
+import pytest
+import torch
+from cases import build
+
+from alignreg import TangentFeatures, estimators, moments, sketches
+
+DRAWS = 600
+
+
+def z_score(values, truth):
+    values = torch.as_tensor(values, dtype=torch.float64)
+    return float((values.mean() - truth) / (values.std() / len(values) ** 0.5))
+
+
+def problem(name="mlp"):
+    model, x, _ = build(name)
+    features = TangentFeatures(model.double())
+    jac = oracles.jacobian(model, x)
+    y = torch.randn(len(x), next(iter(jac.values())).shape[1], dtype=torch.float64)
+    return features, x.double(), jac, y
+
+
+@pytest.fixture(scope="module")
+def feature_sketches():
+    """DRAWS sketches of m directions each, by distribution and m."""
+    features, x, jac, y = problem()
+    out = {}
+    for distribution in ("gaussian", "rademacher"):
+        for m in (3, 8):
+            lazy = sketches.RandomDirections(DRAWS * m, 11, distribution)
+            out[distribution, m] = features.pushforward(x, lazy).unflatten(2, (DRAWS, m)).unbind(2)
+    return out, jac, y
+
+
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("m", [3, 8])
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_feature_sketch_is_unbiased(feature_sketches, distribution, m, centered):
+    draws, jac, y = feature_sketches
+    K = oracles.kernel(oracles.centred_features(jac) if centered else jac)
+    target = (y - y.mean(0)).flatten()
+    truth = {
+        "trace": torch.einsum("ikik->", K),
+        "frobenius2": K.square().sum(),
+        "trace2": torch.einsum("ikik->", K).square(),
+        "numerator": target @ oracles.matrix(jac) @ oracles.matrix(jac).T @ target,
+    }
+    samples = {key: [] for key in truth}
+    for z in draws[distribution, m]:
+        batch = moments.of(z, y)
+        gram = batch.centred() if centered else batch.gram
+        samples["trace"].append(moments.trace(batch, centered=centered))
+        samples["frobenius2"].append(moments.frobenius2(batch, centered=centered))
+        samples["trace2"].append(estimators.trace2(gram))
+        samples["numerator"].append(moments.numerator(batch))
+    for key, values in samples.items():
+        assert abs(z_score(values, truth[key])) < 3.5, key
+
+
+def test_naive_frobenius_would_be_caught(feature_sketches):
+    """The power of the test above: the biased estimate is far outside."""
+    draws, jac, y = feature_sketches
+    truth = oracles.kernel(oracles.centred_features(jac)).square().sum()
+    naive = [moments.of(z, y).centred().square().mean() for z in draws["gaussian", 8]]
+    assert z_score(naive, truth) > 10
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_probe_sketch_is_unbiased(distribution):
+    features, x, jac, _ = problem()
+    n, c, m = 6, 3, 4
+    K = oracles.kernel(oracles.centred_features(jac))
+    truth = (torch.einsum("ikik->", K), K.square().sum(), torch.einsum("ikik->", K).square())
+    omega = torch.cat(
+        [sketches.probes(m, n, c, seed=3, step=t, distribution=distribution, like=x) for t in range(DRAWS)]
+    )
+    omega = omega - omega.mean(1, keepdim=True)  # centring the probes centres the kernel
+    back = features.pullback(x, omega)
+    g = torch.cat([value.flatten(1) for value in back.values()], dim=1).unflatten(0, (DRAWS, m))
+    grams = g @ g.mT
+    for fn, want in zip((estimators.trace, estimators.frobenius2, estimators.trace2), truth, strict=True):
+        assert abs(z_score([fn(G) for G in grams], want)) < 3.5, fn.__name__
+
+
+def test_probes_over_ranks_are_one_global_draw():
+    """Two ranks with their own rows: G is the sum of their pullbacks, and the norm includes the blocks between them."""
+    features, x, jac, _ = problem()
+    K = oracles.kernel(jac)
+    own, same = [], []
+    for step in range(DRAWS):
+        first, second = (sketches.probes(4, 3, 3, seed=1, step=step, offset=o, like=x) for o in (0, 3))
+        for probes, into in (((first, second), own), ((first, first), same)):
+            parts = [features.pullback(x[3 * r : 3 * r + 3], omega) for r, omega in enumerate(probes)]
+            g = torch.cat([(parts[0][key] + parts[1][key]).flatten(1) for key in parts[0]], dim=1)
+            into.append(estimators.frobenius2(g @ g.T))
+    assert abs(z_score(own, K.square().sum())) < 3.5
+    assert z_score(same, K.square().sum()) > 5  # the mistake this prevents
+
+
+def test_cross_estimate_holds_for_structured_sketches():
+    """CountSketch: columns are not independent. The column formula is biased, two independent sketches are not."""
+    _, _, jac, _ = problem()
+    phi = oracles.matrix(oracles.centred_features(jac))
+    p, m = phi.shape[1], 8
+    generator = torch.Generator().manual_seed(4)
+
+    def count_sketch():
+        S = torch.zeros(p, m, dtype=torch.float64)
+        S[torch.arange(p), torch.randint(m, (p,), generator=generator)] = (
+            torch.randint(2, (p,), generator=generator).double() * 2 - 1
+        )
+        return phi @ S * m**0.5  # E[SSᵀ] = m·I
+
+    truth = (phi @ phi.T).square().sum()
+    draws = [(count_sketch(), count_sketch()) for _ in range(DRAWS)]
+    assert abs(z_score([estimators.cross_frobenius2(a.T @ b) for a, b in draws], truth)) < 3.5
+    assert abs(z_score([estimators.frobenius2(a.T @ a) for a, _ in draws], truth)) > 5
+
+
+@pytest.mark.parametrize(
+    ("whole", "without"),
+    [
+        (estimators.trace, estimators.trace_without),
+        (estimators.frobenius2, estimators.frobenius2_without),
+        (estimators.trace2, estimators.trace2_without),
+    ],
+)
+def test_leaving_columns_out(whole, without):
+    Z = torch.randn(9, 5, dtype=torch.float64)
+    G = Z.T @ Z
+    keep = [[b for b in range(5) if b != a] for a in range(5)]
+    expected = torch.stack([whole(G[k][:, k]) for k in keep])
+    torch.testing.assert_close(without(G), expected, rtol=1e-10, atol=0)
+
+
+def test_jackknife():
+    values = torch.randn(6, dtype=torch.float64)
+    expected = (5 / 6 * sum((v - values.mean()) ** 2 for v in values)) ** 0.5
+    torch.testing.assert_close(estimators.jackknife(values), expected)
+
+
+@pytest.mark.parametrize(
+    "fn", [estimators.trace, estimators.frobenius2, estimators.trace2, estimators.cross_frobenius2]
+)
+def test_gradients(fn):
+    Z = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z: fn(z.T @ z), Z)

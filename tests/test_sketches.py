@@ -1,0 +1,59 @@
+"""Directions and probes depend on their keys alone."""
+
+import pytest
+import torch
+
+from alignreg import sketches
+
+
+@pytest.mark.parametrize("make", [sketches.gaussian, sketches.rademacher])
+def test_blocks_depend_on_seed_name_and_index_alone(make):
+    like = torch.zeros(4, 3)
+    whole = make(10, seed=1).block("a", like, 0, 10)
+    state = torch.get_rng_state()
+    assert torch.equal(make(10, seed=1).block("a", like, 3, 7), whole[3:7])
+    assert torch.equal(make(5, seed=1).block("a", like, 0, 5), whole[:5])
+    assert torch.equal(make(10, seed=1).block("a", like.double(), 0, 10), whole.double())
+    assert torch.equal(state, torch.get_rng_state())
+    for other in (make(10, seed=2).block("a", like, 0, 10), make(10, seed=1).block("b", like, 0, 10)):
+        assert not torch.isclose(other.flatten(1).mean(1), whole.flatten(1).mean(1)).all()
+    assert len({tuple(row.flatten().tolist()) for row in whole}) > 5
+
+
+@pytest.mark.parametrize("make", [sketches.gaussian, sketches.rademacher])
+def test_moments_of_the_entries(make):
+    values = make(50, seed=0).block("w", torch.zeros(2000), 0, 50)
+    assert abs(float(values.mean())) * 100_000**0.5 < 4
+    assert float(values.square().mean()) == pytest.approx(1, abs=0.02)
+    gram = values @ values.T / 2000
+    off = gram - gram.diag().diag()
+    assert float(off.square().sum() / (50 * 49)) * 2000 == pytest.approx(1, abs=0.15)  # independent directions
+    if make is sketches.rademacher:
+        assert values.abs().eq(1).all()
+    else:
+        assert float(values.pow(4).mean()) == pytest.approx(3, abs=0.1)
+
+
+def test_probes():
+    whole = sketches.probes(4, 7, 2, seed=0, step=3)
+    assert whole.shape == (4, 7, 2)
+    assert torch.equal(whole[:, 2:5], sketches.probes(4, 3, 2, seed=0, step=3, offset=2))
+    assert not torch.equal(whole, sketches.probes(4, 7, 2, seed=0, step=4))
+    assert not torch.equal(whole, sketches.probes(4, 7, 2, seed=1, step=3))
+    assert sketches.probes(2, 3, 1, seed=0, distribution="rademacher").abs().eq(1).all()
+    assert sketches.probes(2, 3, 1, seed=0, like=torch.zeros((), dtype=torch.float64)).dtype == torch.float64
+    assert sketches.probes(2, 0, 3, seed=0).shape == (2, 0, 3)
+
+
+@pytest.mark.parametrize("m", [0, -1, 2.5, True, "3"])
+def test_bad_count(m):
+    for make in (sketches.gaussian, sketches.rademacher, lambda m, seed: sketches.probes(m, 2, 2, seed=seed)):
+        with pytest.raises(ValueError, match="positive number"):
+            make(m, 0)
+
+
+def test_bad_distribution():
+    with pytest.raises(ValueError, match="cauchy"):
+        sketches.RandomDirections(3, 0, "cauchy")
+    with pytest.raises(ValueError, match="cauchy"):
+        sketches.probes(3, 2, 2, seed=0, distribution="cauchy")

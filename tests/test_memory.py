@@ -36,14 +36,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def peak_kib(code, n):
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(n)],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).parent.parent,
-    )
-    return int(result.stdout)
+    return int(subprocess.run([sys.executable, "-c", code, str(n)], capture_output=True, check=True).stdout)
 
 
 def test_streaming_memory_does_not_grow():

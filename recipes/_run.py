@@ -1,0 +1,108 @@
+"""What recipes share around training: the launch guard, the run folder, the log and the closing table."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import alignreg
+
+
+def refuse_split_launch(num_processes: int) -> None:
+    """Stop where a launcher started several processes that Accelerate does not know of.
+
+    Raises:
+        RuntimeError: if ``WORLD_SIZE`` and Accelerate disagree: every process would train alone, and all of them
+            would write the same files.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and num_processes == 1:
+        raise RuntimeError(
+            f"expected the launcher's {world} processes to train together, but Accelerate sees one. "
+            "On CPUs pass --cpu to the recipe: torchrun --nproc_per_node 2 recipes/train.py --cpu"
+        )
+
+
+def claim_folder(accelerator: Accelerator, wanted: str | None, default_name: str) -> Path:
+    """Make the run's own folder, decided on the main process alone.
+
+    Raises:
+        ValueError: on every process, if the folder holds something already or cannot be written.
+    """
+    answer: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")
+        folder = Path(wanted) if wanted else Path("runs") / f"{default_name}-{stamp}"
+        answer = [str(folder), _claim(folder)]
+    broadcast_object_list(answer)
+    if answer[1]:
+        raise ValueError(answer[1])
+    return Path(answer[0])
+
+
+def _claim(folder: Path) -> str | None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            return (
+                f"--output_dir: expected a new or empty folder, but {folder} holds another run. "
+                "Choose another one, or leave the flag out for a new folder under runs/."
+            )
+        (folder / "metrics.jsonl").touch()
+    except OSError as error:
+        return f"--output_dir: expected a folder that can be written, but {folder}: {error.strerror}."
+    return None
+
+
+def save_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write the flags and the versions that made the run."""
+    versions = {"alignreg": alignreg.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    (folder / "config.json").write_text(json.dumps({"config": config, "versions": versions}, indent=1) + "\n")
+
+
+def append(folder: Path, values: dict[str, float]) -> None:
+    """Add one line to the log. Numbers that json has no word for become null."""
+    line = {key: value if math.isfinite(value) else None for key, value in values.items()}
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read(folder: Path) -> list[dict[str, float]]:
+    """Read the log; null comes back as NaN."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{key: math.nan if v is None else v for key, v in json.loads(line).items()} for line in lines]
+
+
+def print_table(folder: Path, rows: int = 8) -> None:
+    """Print some rows of the log, the first and last among them."""
+    log = read(folder)
+    chosen = sorted({round(i * (len(log) - 1) / max(1, rows - 1)) for i in range(rows)})
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = ("step", "train\nloss", "train\naccuracy", "test\naccuracy", "alignment\non train ± s.e.")
+    columns += ("alignment\non test ± s.e.", "effective\nrank", "participation\nratio")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for line in (log[i] for i in chosen):
+        table.add_row(
+            str(line["step"]),
+            f"{line['train/loss']:.3f}",
+            f"{line['train/accuracy']:.3f}",
+            f"{line['test/accuracy']:.3f}",
+            f"{line['train/alignment']:.3f} ± {line['train/alignment_std_error']:.3f}",
+            f"{line['test/alignment']:.3f} ± {line['test/alignment_std_error']:.3f}",
+            f"{line['train/effective_rank']:.1f}",
+            f"{line['train/participation_ratio']:.1f}",
+        )
+    Console(width=max(100, Console().width)).print(table)

@@ -1,0 +1,211 @@
+"""The recipes as a user runs them."""
+
+import ast
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "recipes"
+TINY = "--steps 6 --train_size 128 --hidden 16 --sketch_dim 4 --probe_size 110 --kernel_size 10 --cpu"
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(RECIPES / "configs/single.yaml")]
+SPAWN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+KEYS = ["step"]
+for _part in ("train", "test"):
+    KEYS += [f"{_part}/{key}" for key in ("loss", "accuracy", "alignment", "alignment_std_error")]
+KEYS += ["train/effective_rank", "train/participation_ratio"]
+
+
+def load(name):
+    """A file of recipes/, which is no package, as a module."""
+    sys.path.insert(0, str(RECIPES))
+    try:
+        spec = importlib.util.spec_from_file_location(f"recipes_{name}", RECIPES / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(RECIPES))
+    return module
+
+
+def run(*flags, launcher=LAUNCH, cwd=None, **environment):
+    command = [*launcher, str(RECIPES / "train.py"), *TINY.split(), *map(str, flags)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd, check=False, timeout=120)
+
+
+def read(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("first") / "run"
+    result = run("--output_dir", folder)
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def test_one_process(first):
+    folder, result = first
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "figure.png", "metrics.jsonl"]
+    log = read(folder)
+    assert [line["step"] for line in log] == [0, 5, 6]
+    assert all(list(line) == KEYS for line in log)
+    assert log[-1]["train/loss"] < log[0]["train/loss"]
+    assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert str(folder / "metrics.jsonl") in result.stdout
+    assert "participation" in result.stdout
+    config = json.loads((folder / "config.json").read_text())
+    assert config["config"]["hidden"] == 16
+    assert set(config["versions"]) == {"alignreg", "torch", "python"}
+
+
+def test_same_flags_give_the_same_bytes_in_a_new_folder(first, tmp_path):
+    folder, _ = first
+    result = run("--config", folder / "config.json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (again,) = (tmp_path / "runs").iterdir()
+    assert (again / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+
+
+def test_two_processes_measure_the_same_network(first, tmp_path):
+    """At step 0 network and examples are the same: counts, losses and the exact kernel agree.
+
+    Other batches have other label means for a guess, which moves the alignment, well within its error.
+    """
+    result = run("--output_dir", tmp_path / "run", launcher=SPAWN)
+    assert result.returncode == 0, result.stderr
+    one, two = read(first[0])[0], read(tmp_path / "run")[0]
+    for key in KEYS:
+        if key.endswith("alignment"):
+            assert abs(one[key] - two[key]) < one[f"{key}_std_error"]
+        elif not key.endswith("std_error"):
+            assert two[key] == pytest.approx(one[key], rel=1e-5), key
+    assert len(read(tmp_path / "run")) == 3
+
+
+def test_two_processes_on_the_same_batches_agree(tmp_path):
+    """100 probes are one batch, wherever it goes: nothing but the order of sums differs."""
+    values = []
+    for name, launcher in (("one", LAUNCH), ("two", SPAWN)):
+        result = run("--output_dir", tmp_path / name, "--probe_size", 100, "--steps", 0, launcher=launcher)
+        assert result.returncode == 0, result.stderr
+        values.append(read(tmp_path / name)[0])
+    assert values[1] == pytest.approx(values[0], rel=1e-5)
+
+
+def test_wandb_offline(tmp_path):
+    folder = tmp_path / "run"
+    result = run("--output_dir", folder, "--with_tracking", WANDB_MODE="offline", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert list((folder / "wandb").glob("offline-run-*"))
+    assert list((folder / "wandb").glob("offline-run-*/files/media/images/figure*.png"))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(
+    "flags", ["--dataset disk", "--model cnn --regularizer weight_decay --weight 0.01 --label_noise 0.4"]
+)
+def test_other_data_and_models(flags, tmp_path):
+    result = run("--output_dir", tmp_path / "run", *flags.split())
+    assert result.returncode == 0, result.stderr
+    assert len(read(tmp_path / "run")) == 3
+
+
+def test_folder_of_another_run_is_left_as_it_is(first):
+    folder, _ = first
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    result = run("--output_dir", folder)
+    assert result.returncode != 0
+    assert "holds another run" in result.stderr
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+BAD = {
+    "--label_noise 1.5": r"--label_noise: expected a share in [0, 1], got 1.5",
+    "--label_noise -0.1": r"--label_noise: expected a share in [0, 1]",
+    "--label_noise nan": r"--label_noise: expected a share in [0, 1]",
+    "--dataset imagenet": "--dataset: expected one of digits, disk, got 'imagenet'",
+    "--model vgg": "--model: expected one of mlp, cnn",
+    "--regularizer magic": "--regularizer: expected one of none, weight_decay",
+    "--weight -1 --regularizer weight_decay": "--weight: expected a strength of 0 or more",
+    "--weight 0.1": "expected --regularizer weight_decay with it",
+    "--train_size 10": "--train_size: expected between one batch (64) and the 1000",
+    "--train_size 1001": "--train_size: expected between one batch (64) and the 1000",
+    "--sketch_dim 2": "--sketch_dim: expected at least 3",
+    "--steps -1": "--steps: expected 0 or more",
+    "--dataset disk --model cnn": "points and no images",
+    "--config missing.json": "missing.json: No such file",
+    "--config Makefile": "got another file",
+    "--mixed_precision fp3": "--mixed_precision: expected one of",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_flags_make_nothing(flags, tmp_path, monkeypatch, capsys):
+    (tmp_path / "Makefile").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    train = load("train")
+    with pytest.raises(SystemExit) as stop:
+        train.parse(flags.split())
+    assert stop.value.code == 2
+    assert BAD[flags] in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["Makefile"]
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    result = run("--output_dir", tmp_path / "file" / "run")
+    assert result.returncode != 0
+    assert "expected a folder that can be written" in result.stderr
+    assert "Not a directory" in result.stderr
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_split_launch_is_refused(monkeypatch):
+    module = load("_run")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="Accelerate sees one"):
+        module.refuse_split_launch(1)
+    module.refuse_split_launch(2)
+    monkeypatch.delenv("WORLD_SIZE")
+    module.refuse_split_launch(1)
+
+
+@pytest.mark.parametrize("dataset", ["digits", "disk"])
+def test_label_noise(dataset):
+    data = load("_data")
+    clean, half, noise = (data.load(dataset, train_size=1000, label_noise=p, seed=3) for p in (0, 0.5, 1))
+    assert torch.equal(clean.train_x, half.train_x)
+    assert torch.equal(clean.test_y, noise.test_y)
+    c = clean.num_classes
+    for noisy, share in ((half, 0.5), (noise, 1.0)):
+        wrong = float((noisy.train_y != clean.train_y).double().mean())
+        expected = share * (1 - 1 / c)  # redrawn uniformly: one in c stays right
+        assert wrong == pytest.approx(expected, abs=3.5 * (expected * (1 - expected) / 1000) ** 0.5)
+    assert torch.equal(half.train_y, data.load(dataset, train_size=1000, label_noise=0.5, seed=3).train_y)
+    assert not torch.equal(half.train_y, data.load(dataset, train_size=1000, label_noise=0.5, seed=4).train_y)
+    assert len(data.load(dataset, train_size=100, label_noise=0, seed=0).train_x) == 100
+
+
+def test_layers_of_the_mlp_are_distinct():
+    model = load("_models").mlp((1, 8, 8), 10, hidden=8, depth=5)
+    weights = [p for p in model.parameters() if p.ndim == 2]
+    assert len({id(p) for p in weights}) == 5
+    assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_nothing_imports_recipes():
+    for path in (*(ROOT / "alignreg").rglob("*.py"), *RECIPES.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.split(".")[0] == "recipes" for name in names), path

@@ -169,6 +169,7 @@ def train(config: Config) -> Path:
             import wandb  # noqa: PLC0415 - optional
 
             accelerator.get_tracker("wandb").log({"figure": wandb.Image(str(folder / "figure.png"))})
+    accelerator.wait_for_everyone()  # no process tears the group down while another still uses it
     accelerator.end_training()
     return folder
 

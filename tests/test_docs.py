@@ -1,0 +1,22 @@
+"""What the README shows runs as written."""
+
+import re
+from pathlib import Path
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_readme_python_runs():
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
+    names = {}
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), names)
+    assert 0 < float(names["metric"].compute()) < 1
+    assert set(names["layers"]) == {"0", "2"}
+
+
+def test_links_lead_somewhere():
+    for document in (README, *README.parent.glob("docs/*.md")):
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+            assert target.startswith("https://") or (document.parent / target).exists(), target

@@ -121,7 +121,7 @@ def trace(moments: Moments, *, centered: bool = True) -> Tensor:
 
 
 def frobenius2(moments: Moments, *, centered: bool = True) -> Tensor:
-    """Estimate ‖K_c‖_F² (or ‖K‖_F²), unbiased, hence possibly negative at small m."""
+    """Estimate ‖K_c‖_F² (or ‖K‖_F²), unbiased and not negative."""
     return estimators.frobenius2(_gram(moments, centered=centered))
 
 
@@ -213,6 +213,6 @@ def _rows(moments: Moments) -> Tensor:
 
 
 def _participation(trace2: Tensor, frobenius2: Tensor, rows: Tensor) -> Tensor:
-    # (tr K)²/(n·c) ≤ ‖K‖_F² ≤ (tr K)² for any kernel: also where the noise of the estimates says otherwise.
+    # (tr K)²/(n·c) ≤ ‖K‖_F² ≤ (tr K)² for any kernel, also where the noise of the estimates says otherwise.
     norm2 = torch.minimum(torch.maximum(frobenius2, trace2 / rows), trace2)
     return torch.where(trace2 > 0, trace2 / norm2, torch.zeros_like(trace2))

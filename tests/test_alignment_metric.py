@@ -280,6 +280,8 @@ def test_collection_shares_what_is_equal_and_nothing_else():
         "exact": TangentAlignment(model, 3, method="exact"),
         "exact uncentred": TangentAlignment(model, 3, method="exact", centered=False),
     }
+    names = {key: frozenset(metric.metric_state) for key, metric in variants.items()}
+    assert len(set(names.values())) == 6  # "a", "same", "uncentred", "twin" alike, both exact ones alike
     collection = MetricCollection({key: metric.clone() for key, metric in variants.items()})
     for rows in (slice(0, 30), slice(30, 60)):
         collection.update(x[rows], y[rows])

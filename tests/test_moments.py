@@ -155,12 +155,16 @@ def test_participation_ratio_converges():
 
 
 def test_bounds_hold_however_bad_the_sketch():
-    """With three directions the unbiased norm is often negative; values stay in their range."""
+    """With three directions the norm is far off; values stay in their range."""
     features, x, y, _ = problem()
     for seed in range(50):
         batch = batch_moments(features, x[:6], y[:6], sketches.gaussian(3, seed=seed))
         assert 0 <= moments.alignment(batch) <= 1
         assert 1 <= moments.participation_ratio(batch) <= 18
+    line = torch.randn(6, 1, dtype=torch.float64)  # f = w·x: the kernel is xxᵀ, and y = x is aligned with it
+    for seed in range(50):
+        z = line[:, None] * sketches.gaussian(3, seed=seed).block("w", torch.zeros((), dtype=torch.float64), 0, 3)
+        assert 0 <= moments.alignment(moments.of(z, line)) <= 1 + 1e-12
     zero = moments.of(torch.zeros(4, 2, 3), torch.randn(4, 2))
     assert moments.participation_ratio(zero) == 0
     assert moments.alignment(zero).isnan()

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import importlib.util
 import json
 import math
@@ -292,6 +293,8 @@ def main() -> None:
         if not str(error).startswith("--"):
             raise
         sys.exit(f"train.py: error: {error}")
+    # DDP's reference cycles would keep gloo's threads alive into the interpreter's exit, which can abort the process.
+    gc.collect()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """One of two gloo processes: `python distributed_worker.py RANK STORE OUT`. Writes what it found as json."""
 
 import copy
+import gc
 import json
 import sys
 from pathlib import Path
@@ -74,3 +75,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    gc.collect()  # DDP's cycles would keep gloo's threads alive into the interpreter's exit, which can abort

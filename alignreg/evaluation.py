@@ -12,7 +12,7 @@ from torch.func import functional_call, jvp, vmap
 
 from alignreg.batch import Batch, call, map_tensors, size, tensors
 from alignreg.directions import Directions
-from alignreg.frozen import failing_module, repeatably, saved_bytes
+from alignreg.frozen import Saved, failing_module, repeatably
 from alignreg.jacobian import Block, Params, reduce_jacobian, signs, tolerance
 from alignreg.kernel import Piece, collect
 
@@ -61,11 +61,15 @@ class Evaluation:
         self.n = size(x)
 
         leaves = self._leaves()
-        with saved_bytes() as count:
+        saved = Saved()
+        with saved.recording():
             y = self.function(leaves, self.x)
         self.y = y.detach()
         self.c = y.shape[1]
-        self._activation_bytes = count()
+        self._activation_bytes = saved.nbytes
+        # The coarsest precision on the way, a cast inside the model included: the scale of honest rounding.
+        dtypes = {y.dtype, *saved.dtypes, *(p.dtype for p in self.params.values())}
+        self.precision = max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
         if not bool(torch.isfinite(self.y).all()):
             raise ValueError(
                 "the model's outputs contain NaN or inf, so they have no tangent features. "
@@ -116,6 +120,7 @@ class Evaluation:
             rows=self._chunk_size or max(1, WORKING_MEMORY // 32 // per_row),
             pullback=pullback,
             create_graph=self.create_graph,
+            precision=self.precision,
         )
 
     def columns(self, group: list[Piece]) -> Tensor:
@@ -193,11 +198,14 @@ class Evaluation:
             block = {name: directions.block(name, p, start, stop) for name, p in self.params.items()}
             part = route(block, create_graph)
             parts.append(part if create_graph else part.detach())
-            left = torch.tensordot(u, part.detach(), dims=2).cpu()
-            right = torch.stack([(block[name].flatten(1) @ back[name].flatten()).cpu() for name in block]).sum(0)
-            difference += (left - right).detach().double().square().sum()
-            norm += part.detach().double().square().sum().cpu()
-        if not float(difference) ** 0.5 <= tolerance(self.y.dtype) * float(norm) ** 0.5:
+            part = part.detach().to(self.gram_dtype)
+            left = torch.tensordot(u.to(part), part, dims=2).cpu()
+            right = [
+                (s.flatten(1).to(part.dtype) @ back[name].flatten().to(part.dtype)).cpu() for name, s in block.items()
+            ]
+            difference += (left - torch.stack(right).sum(0)).detach().double().square().sum()
+            norm += part.double().square().sum().cpu()
+        if not float(difference) ** 0.5 <= tolerance(self.precision) * float(norm) ** 0.5:
             raise RuntimeError(
                 f"its forward derivative disagrees with its backward derivative by {float(difference) ** 0.5:.1e} "
                 f"at a norm of {float(norm) ** 0.5:.1e}"

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -69,18 +69,31 @@ def repeatably(fn: Callable[..., T], *args: Any, devices: set[torch.device]) -> 
         return fn(*args)
 
 
-@contextmanager
-def saved_bytes() -> Iterator[Callable[[], int]]:
-    """Count the bytes that autograd keeps for the backward pass of what runs inside the block."""
-    storages: dict[int, int] = {}
+@final
+class Saved:
+    """What autograd keeps for the backward pass: bytes by storage, and dtypes."""
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def __init__(self) -> None:
+        self.dtypes: set[torch.dtype] = set()
+        self._storages: dict[int, int] = {}
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield lambda: sum(storages.values())
+    @property
+    def nbytes(self) -> int:
+        """Bytes in all."""
+        return sum(self._storages.values())
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record what is saved inside the block."""
+
+        def pack(tensor: Tensor) -> Tensor:
+            self.dtypes.add(tensor.dtype)
+            storage = tensor.untyped_storage()
+            self._storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
 
 
 def failing_module(error: BaseException, model: nn.Module) -> str:

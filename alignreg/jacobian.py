@@ -47,6 +47,7 @@ def reduce_jacobian(
     rows: int,
     pullback: Callable[[Tensor], Params],
     create_graph: bool,
+    precision: torch.dtype,
 ) -> T:
     """Feed the blocks of the Jacobian to ``consume`` and return what it makes of them.
 
@@ -65,6 +66,7 @@ def reduce_jacobian(
         rows: how many rows (example, output) of the Jacobian may be in memory at once.
         pullback: ``u (n, c) -> Jᵀu``, by which the routes are checked.
         create_graph: keep the graph of the Jacobian, for differentiating it again.
+        precision: the coarsest dtype on the way through f.
 
     Raises:
         RuntimeError: if no route gives a Jacobian that agrees with ``pullback``.
@@ -77,7 +79,7 @@ def reduce_jacobian(
     failure: Exception | None = None
     for route in (_by_example, per_example, whole_batch):
         try:
-            return consume(_checked(route(f, params, x, outputs, rows), probe, expected))
+            return consume(_checked(route(f, params, x, outputs, rows), probe, expected, precision))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - the plain forward ran, so this is the route's own failure
@@ -126,7 +128,7 @@ def _by_row(
             yield slice(first + start, first + stop), block
 
 
-def _checked(blocks: Iterator[Block], probe: Tensor, expected: Params) -> Iterator[Block]:
+def _checked(blocks: Iterator[Block], probe: Tensor, expected: Params, precision: torch.dtype) -> Iterator[Block]:
     total = {name: torch.zeros_like(value) for name, value in expected.items()}
     energy = dict.fromkeys(expected, 0.0)
     for rows, block in blocks:
@@ -141,8 +143,8 @@ def _checked(blocks: Iterator[Block], probe: Tensor, expected: Params) -> Iterat
         # For random signs u, E‖Jᵀu‖² = ‖J‖_F²: the scale of an honest difference. Where a derivative vanishes (a bias
         # before a normalisation), what is left is rounding of the others.
         difference = float(torch.linalg.vector_norm((total[name] - value).to(torch.float64)))
-        rounding = 10 * torch.finfo(value.dtype).eps * whole
-        if not difference <= tolerance(value.dtype) * energy[name] ** 0.5 + rounding:
+        rounding = 10 * torch.finfo(precision).eps * whole
+        if not difference <= tolerance(precision) * energy[name] ** 0.5 + rounding:
             raise RuntimeError(
                 f"rows of the Jacobian of {name!r} differ from its vector-Jacobian product by {difference:.1e}, "
                 f"at a norm of {energy[name] ** 0.5:.1e}"

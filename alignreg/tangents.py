@@ -328,12 +328,12 @@ class TangentFeatures:
         back = {name: value.detach() for name, value in two.pullback(u[None], create_graph=False).items()}
         forth = one.pushforward(LayerDirections(back, list(layers.values())), create_graph=False)
         whole = sum(float(torch.linalg.vector_norm(kernel.detach())) for kernel in kernels.values())
-        rounding = 10 * torch.finfo(two.y.dtype).eps * whole
+        rounding = 10 * torch.finfo(two.precision).eps * whole
         for (layer, kernel), expected in zip(kernels.items(), forth.unbind(-1), strict=True):
             scale = float(torch.linalg.vector_norm(kernel.detach()))
             product = torch.tensordot(kernel.detach(), u.to(kernel), dims=2)
             difference = float(torch.linalg.vector_norm(product - expected))
-            if not difference <= tolerance(two.y.dtype) * scale + rounding:
+            if not difference <= tolerance(two.precision) * scale + rounding:
                 raise RuntimeError(
                     f"the tangent kernel{f' of layer {layer!r}' if layer else ''} failed its self-check: K u differs "
                     f"from pushforward(pullback(u)) by {difference:.1e} at a norm of K of {scale:.1e}. "

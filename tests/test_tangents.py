@@ -201,6 +201,46 @@ def test_lower_precision(dtype):
     assert Z.shape == (6, 3, 3)
 
 
+def test_parameters_of_several_dtypes():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6).bfloat16(), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.b(torch.tanh(self.a(x.bfloat16())).float())
+
+    model, x = Mixed(), torch.randn(5, 4)
+    features = TangentFeatures(model)
+    K = features.kernel(x)
+    phi = matrix({k: v.float() for k, v in features.jacobian(x).items()})
+    assert K.dtype == torch.float32
+    torch.testing.assert_close(K.reshape(15, 15), phi @ phi.T, rtol=1e-4, atol=1e-4)
+    Z = features.pushforward(x, sketches.gaussian(3, seed=0))
+    S = {k: sketches.gaussian(3, seed=0).block(k, p, 0, 3).float() for k, p in features.parameters.items()}
+    expected = phi @ torch.cat([v.flatten(1) for v in S.values()], dim=1).T
+    assert (Z.reshape(15, 3) - expected).norm() < 0.05 * expected.norm()
+
+
+def test_autocast_inside_the_model():
+    """Its own casts are the model's business; the checks allow for their rounding and no more."""
+
+    class Inside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 30), nn.Tanh(), nn.Linear(30, 30), nn.Tanh(), nn.Linear(30, 3))
+
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return self.net(x).float()
+
+    model, x = Inside(), torch.randn(20, 4)
+    features = TangentFeatures(model)
+    oracle = kernel(jacobian(model.net, x))
+    assert (features.kernel(x) - oracle).norm() < 0.05 * oracle.norm()
+    assert features.pushforward(x, sketches.gaussian(3, seed=0)).isfinite().all()
+
+
 def test_self_check_refuses_a_kernel_that_is_none():
     """A model that answers differently from call to call has no kernel."""
 

@@ -14,8 +14,6 @@ from torch import nn
 
 from alignreg.metrics import TangentAlignment
 
-RANK, STORE, OUT = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-
 
 def shares(n, uneven):
     """Batches of 20 by rank: even, uneven, or none on rank 1."""
@@ -25,8 +23,8 @@ def shares(n, uneven):
     return [cuts[:4], cuts[4:]] if uneven == "uneven" else [cuts, []]
 
 
-def main():
-    dist.init_process_group("gloo", init_method=f"file://{STORE}", rank=RANK, world_size=2)
+def main(rank, store, out):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     model, _, _ = build("mlp")
     model = model.double()
     generator = torch.Generator().manual_seed(0)
@@ -38,7 +36,7 @@ def main():
     for method in ("sketch", "exact"):
         for uneven in ("even", "uneven", "empty"):
             metric = TangentAlignment(wrapped, 3, sketch_dim=16, method=method)
-            for cut in shares(110, uneven)[RANK]:
+            for cut in shares(110, uneven)[rank]:
                 metric.update(x[cut], y[cut])
             local = {
                 k: [t.clone() for t in v] if isinstance(v, list) else v.clone() for k, v in metric.metric_state.items()
@@ -51,7 +49,7 @@ def main():
             found[f"{method}/{uneven}/again"] = float(metric.standard_error())
     # Constant on the whole: the error leaves every rank with its own sums, ready to go on.
     metric = TangentAlignment(wrapped, 3, sketch_dim=16)
-    cuts = shares(110, "even")[RANK]
+    cuts = shares(110, "even")[rank]
     metric.update(x[cuts[0]], torch.ones(20, dtype=torch.long))
     count = copy.deepcopy(metric.metric_state)
     for call in (metric.compute, metric.standard_error):
@@ -69,10 +67,10 @@ def main():
     metric = TangentAlignment(wrapped, 3, sketch_dim=16, sync_on_compute=False)
     metric.update(x[cuts[0]], y[cuts[0]])
     found["alone"] = [float(metric.compute()), float(metric.standard_error())]
-    Path(f"{OUT}.{RANK}").write_text(json.dumps(found))
+    Path(f"{out}.{rank}").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
     gc.collect()  # DDP's cycles would keep gloo's threads alive into the interpreter's exit, which can abort

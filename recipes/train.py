@@ -65,12 +65,34 @@ class Config:
     lr: float = 0.05
     momentum: float = 0.9
     sketch_dim: int = 64  # random directions of the alignment
-    probe_size: int = 500  # training, and test, examples that alignment is measured on
-    kernel_size: int = 50  # training examples of the exact kernel
+    probe_size: int = 500  # training, and test, examples that alignment is measured on, or all if fewer
+    kernel_size: int = 50  # training examples of the exact kernel, or all if fewer
     mixed_precision: str = "no"  # no, bf16 or fp16
     cpu: bool = False
     with_tracking: bool = False  # log to wandb as well
     output_dir: str | None = None  # a new folder under runs/ by default
+
+
+CHOICES = {
+    "dataset": tuple(_data.DATASETS),
+    "model": tuple(_models.MODELS),
+    "regularizer": ("none", "weight_decay"),
+    "mixed_precision": ("no", "bf16", "fp16"),
+}
+LEAST = {
+    "hidden": 1,
+    "depth": 2,
+    "batch_size": 1,
+    "sketch_dim": 3,
+    "probe_size": 10,
+    "kernel_size": 2,
+    "steps": 0,
+    "seed": 0,
+}
+LEAST |= dict.fromkeys(("kernel_size", "steps", "seed", "lr", "momentum", "weight", "label_noise"), 0) | {
+    "kernel_size": 2
+}
+MOST = {"momentum": 1.0, "label_noise": 1.0}
 
 
 def check(config: Config) -> None:
@@ -79,30 +101,19 @@ def check(config: Config) -> None:
     Raises:
         ValueError: with the flag, what was expected and what came.
     """
-    choices = {
-        "dataset": tuple(_data.DATASETS),
-        "model": tuple(_models.MODELS),
-        "regularizer": ("none", "weight_decay"),
-        "mixed_precision": ("no", "bf16", "fp16"),
-    }
-    for name, allowed in choices.items():
+    for name, allowed in CHOICES.items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"--{name}: expected one of {', '.join(allowed)}, got {getattr(config, name)!r}.")
-    least = {"hidden": 1, "depth": 2, "batch_size": 1, "sketch_dim": 3, "probe_size": 2, "kernel_size": 2}
-    for name, low in least.items():
-        if getattr(config, name) < low:
-            raise ValueError(f"--{name}: expected at least {low}, got {getattr(config, name)}.")
-    if config.steps < 0:
-        raise ValueError(f"--steps: expected 0 or more, got {config.steps}.")
-    if not 0 <= config.label_noise <= 1:
-        raise ValueError(f"--label_noise: expected a share in [0, 1], got {config.label_noise}.")
+    for name, least in LEAST.items():
+        value, most = getattr(config, name), MOST.get(name, math.inf)
+        if not (least <= value <= most and math.isfinite(value)):
+            bounds = f"between {least:g} and {most:g}" if name in MOST else f"of at least {least:g}"
+            raise ValueError(f"--{name}: expected a number {bounds}, got {value}.")
     if not config.batch_size <= config.train_size <= 1000:
         raise ValueError(
             f"--train_size: expected between one batch ({config.batch_size}) and the 1000 training examples of "
             f"{config.dataset}, got {config.train_size}."
         )
-    if not (math.isfinite(config.weight) and config.weight >= 0):
-        raise ValueError(f"--weight: expected a strength of 0 or more, got {config.weight}.")
     if config.regularizer == "none" and config.weight:
         raise ValueError(f"--weight: expected --regularizer weight_decay with it, got {config.weight} with none.")
     if config.model == "cnn" and config.dataset == "disk":
@@ -127,6 +138,11 @@ def train(config: Config) -> Path:
         dataloader_config=DataLoaderConfiguration(even_batches=False, use_seedable_sampler=True),
     )
     _run.refuse_split_launch(accelerator.num_processes)
+    if config.train_size // config.batch_size < accelerator.num_processes:  # drop_last would leave no batch: no end
+        raise ValueError(
+            f"--train_size: expected a batch of {config.batch_size} for each of {accelerator.num_processes} processes, "
+            f"got {config.train_size} examples. Lower --batch_size or use fewer processes."
+        )
     name = f"{config.dataset}-{config.model}-{config.regularizer}"
     folder = _run.claim_folder(accelerator, config.output_dir, name)
     if accelerator.is_main_process:
@@ -293,7 +309,8 @@ def main() -> None:
         if not str(error).startswith("--"):
             raise
         sys.exit(f"train.py: error: {error}")
-    # DDP's reference cycles would keep gloo's threads alive into the interpreter's exit, which can abort the process.
+    # After DDP, gloo's threads outlive the process group, and one that still drops its last work while the interpreter
+    # exits aborts the process. The time that this takes lets it finish first: enough under load, but no guarantee.
     gc.collect()
 
 

@@ -73,4 +73,4 @@ def main(rank, store, out):
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
-    gc.collect()  # DDP's cycles would keep gloo's threads alive into the interpreter's exit, which can abort
+    gc.collect()  # the time it takes lets gloo drop its last work, which aborts while the interpreter exits

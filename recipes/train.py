@@ -86,11 +86,7 @@ LEAST = {
     "sketch_dim": 3,
     "probe_size": 10,
     "kernel_size": 2,
-    "steps": 0,
-    "seed": 0,
-}
-LEAST |= dict.fromkeys(("kernel_size", "steps", "seed", "lr", "momentum", "weight", "label_noise"), 0) | {
-    "kernel_size": 2
+    **dict.fromkeys(("steps", "seed", "lr", "momentum", "weight", "label_noise"), 0),
 }
 MOST = {"momentum": 1.0, "label_noise": 1.0}
 

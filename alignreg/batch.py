@@ -68,6 +68,11 @@ def slice_examples(x: Batch, start: int, stop: int) -> Batch:
     return map_tensors(lambda t: t[start:stop], x)
 
 
+def take(x: Batch, rows: Tensor) -> Batch:
+    """Return the examples with the indices ``rows``."""
+    return map_tensors(lambda t: t[rows.to(t.device)], x)
+
+
 def size(x: Batch) -> int:
     """Return the number of examples n."""
     return tensors(x)[0].shape[0]

@@ -1,14 +1,16 @@
-"""The module behind the wrappers that training puts around it."""
+"""The module behind the wrappers that training puts around it, and whether its gradients are averaged over ranks."""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
 
-from torch import nn
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.utils._pytree import tree_leaves
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -37,13 +39,88 @@ def unwrap(model: nn.Module) -> nn.Module:
             f"model: {path or 'the model itself'} is sharded by {kind}, whose parameters hold one rank's shard "
             "only. Pass a model with whole parameters: wrap it in DistributedDataParallel, or measure a gathered copy."
         )
+    *_, bare = _chain(model)
+    return bare
+
+
+def rank() -> int:
+    """Return this process's rank, 0 where no process group is up."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return the number of processes, 1 where no process group is up."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def find_ddp(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
+    """Return the ``DistributedDataParallel`` among the wrappers of ``model``, made ready for :func:`require_sync`."""
+    for module in _chain(model):
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            if _note_outputs not in module._forward_hooks.values():  # noqa: SLF001 - hooks have no public list
+                module.register_forward_hook(_note_outputs)
+            return module
+    return None
+
+
+def require_sync(loss: Tensor, ddp: nn.parallel.DistributedDataParallel) -> None:
+    """Make the backward pass of ``loss`` raise where DDP would not average its gradients over ranks.
+
+    DDP averages the gradients of the backward pass that its own forward pass prepared, and of no other. What reaches
+    the parameters past its forward pass, as the losses of this package do, is averaged along when both are
+    differentiated in **one** backward pass; alone, or in a second one, it stays on its rank and the replicas part.
+
+    Args:
+        loss: a differentiable scalar of the bare module.
+        ddp: what :func:`find_ddp` returned.
+    """
+    if not loss.requires_grad or ddp.process_group.size() == 1:
+        return
+
+    def at_the_end(_: Tensor) -> None:
+        task = _backward_pass()
+
+        def check() -> None:
+            if ddp.require_backward_grad_sync and _last_backward.get(ddp) != task:
+                raise RuntimeError(
+                    "a loss on tangent features was differentiated without the output of the DistributedDataParallel "
+                    "model, so its gradients were not averaged over ranks: the replicas now differ. Add both losses "
+                    "and call backward() once, as in (task_loss(model(x), y) + reg(x, y)).backward(), or keep the "
+                    "extra backward pass before it and under model.no_sync()."
+                )
+
+        torch.autograd.Variable._execution_engine.queue_callback(check)  # noqa: SLF001 - as DDP does
+
+    loss.register_hook(at_the_end)  # type: ignore[no-untyped-call]
+
+
+_last_backward: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+def _backward_pass() -> int:
+    number: int = torch._C._current_graph_task_id()  # noqa: SLF001 - the only name that a backward pass has
+    return number
+
+
+# At module level, so that a model with the hook can still be pickled.
+def _note_outputs(module: nn.Module, _: Any, output: Any) -> None:
+    def note(_: Tensor) -> None:
+        _last_backward[module] = _backward_pass()
+
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            leaf.register_hook(note)  # type: ignore[no-untyped-call]
+
+
+def _chain(model: nn.Module) -> Iterator[nn.Module]:
     while True:
+        yield model
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
         elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
         else:
-            return model
+            return
 
 
 def _sharded(model: nn.Module) -> Iterator[tuple[str, str]]:

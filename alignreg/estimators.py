@@ -14,7 +14,41 @@ All functions are differentiable.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor
+
+
+def gram(columns: Mapping[str, Tensor]) -> Tensor:
+    """Return the Gram matrix G_ab = g_a·g_b of m vectors in parameter space.
+
+    Args:
+        columns: the vectors by parameter name, ``(m, *shape)`` each, as
+            :meth:`~alignreg.TangentFeatures.pullback` returns them.
+
+    Returns:
+        ``(m, m)``, in float32 at least.
+
+    Raises:
+        ValueError: if there are none.
+
+    Example:
+        >>> import torch
+        >>> from alignreg import estimators
+        >>> estimators.gram({"weight": torch.ones(2, 3, 4), "bias": torch.tensor([[1.0], [2.0]])})
+        tensor([[13., 14.],
+                [14., 16.]])
+    """
+    if not columns:
+        raise ValueError("columns: expected vectors by parameter name, got none.")
+    total: Tensor | None = None
+    for value in columns.values():
+        flat = value.flatten(1).to(torch.promote_types(value.dtype, torch.float32))
+        part = flat @ flat.T
+        total = part if total is None else total + part
+    assert total is not None
+    return total
 
 
 def trace(G: Tensor) -> Tensor:

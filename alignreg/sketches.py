@@ -149,18 +149,39 @@ def probes(
     return rows.transpose(0, 1).to(like.dtype).contiguous()
 
 
+def subset(n: int, size: int, *, seed: int, step: int = 0, stream: int = 0) -> Tensor:
+    """Return ``size`` of the indices below ``n``, drawn uniformly without replacement.
+
+    Args:
+        n: number of examples.
+        size: how many of them, at most n.
+        seed: any integer.
+        step: redraws when it changes.
+        stream: redraws when it changes, for ranks that are to draw different subsets.
+
+    Example:
+        >>> from alignreg import sketches
+        >>> sorted(sketches.subset(4, 4, seed=0).tolist())
+        [0, 1, 2, 3]
+    """
+    return torch.randperm(n, generator=_generator(f"subset/{seed}/{step}/{stream}", torch.device("cpu")))[:size]
+
+
 def _check_count(m: int) -> None:
     if isinstance(m, bool) or not isinstance(m, int) or m < 1:
         raise ValueError(f"m: expected a positive number of directions, got {m!r}.")
 
 
 def _fill(values: Tensor, distribution: Distribution, key: str) -> None:
-    # A hash, because neighbouring seeds may give neighbouring streams. torch's CPU generator takes 32 bits of it: two
-    # blocks in some billions of pairs coincide, which is far below what an estimate can show.
-    digest = hashlib.blake2b(f"{distribution}/{key}".encode(), digest_size=8).digest()
-    generator = torch.Generator(values.device)
-    generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+    generator = _generator(f"{distribution}/{key}", values.device)
     if distribution == "gaussian":
         values.normal_(generator=generator)
     else:
         values.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+
+
+def _generator(key: str, device: torch.device) -> torch.Generator:
+    # A hash, because neighbouring seeds may give neighbouring streams. torch's CPU generator takes 32 bits of it: two
+    # blocks in some billions of pairs coincide, which is far below what an estimate can show.
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -7,7 +7,7 @@ from cases import MODELS, Noisy, build
 from oracles import call, double, jacobian, kernel, matrix
 from torch import nn
 
-from alignreg import TangentFeatures, evaluation, sketches
+from alignreg import TangentFeatures, evaluation, sketches, tangents
 
 
 def features_of(name, **options):
@@ -256,6 +256,20 @@ def test_self_check_refuses_a_kernel_that_is_none():
 
     with pytest.raises(RuntimeError, match="deterministic function"):
         TangentFeatures(Drifting()).kernel(torch.randn(5, 4))
+
+
+def test_self_check_refuses_a_wrong_gram_matrix(monkeypatch):
+    features, x, _ = features_of("mlp")
+    right = tangents.gram
+
+    def wrong(*args):
+        return {layer: value * (2 if layer in ("", "4") else 1) for layer, value in right(*args).items()}
+
+    monkeypatch.setattr(tangents, "gram", wrong)
+    with pytest.raises(RuntimeError, match="the tangent kernel failed its self-check"):
+        features.kernel(x)
+    with pytest.raises(RuntimeError, match="of layer '4' failed its self-check"):
+        features.kernel(x, per_layer=True)
 
 
 def test_neither_forward_nor_twice_names_the_module():

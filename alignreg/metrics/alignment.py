@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from alignreg import functional, moments, sketches
-from alignreg.batch import Batch, as_batch, concatenate, map_tensors, size, tensors
+from alignreg.batch import Batch, concatenate, map_tensors, size, tensors
 from alignreg.evaluation import ForwardFn
+from alignreg.metrics.base import TangentMetric, as_inputs
 from alignreg.metrics.records import Record, digest, pack, unpack
 from alignreg.moments import Moments
-from alignreg.tangents import TangentFeatures
 from alignreg.targets import ConstantTargetError, encode
 
 
@@ -31,7 +28,7 @@ class AlignmentEstimate(NamedTuple):
 
 
 @final
-class TangentAlignment(Metric):
+class TangentAlignment(TangentMetric):
     r"""Alignment of the tangent kernel with the targets, A = yᵀK_c y / (‖K_c‖_F ‖y − ȳ‖²), in [0, 1].
 
     It measures how far the gradient features of the network point along the task (Baratin et al., "Implicit
@@ -85,7 +82,6 @@ class TangentAlignment(Metric):
         True
     """
 
-    is_differentiable: bool = False
     higher_is_better: bool = True
     full_state_update: bool = False
     plot_lower_bound: float = 0.0
@@ -106,7 +102,6 @@ class TangentAlignment(Metric):
         return_std_error: bool = False,
         **metric_kwargs: Any,
     ) -> None:
-        super().__init__(**metric_kwargs)
         if isinstance(num_outputs, bool) or not isinstance(num_outputs, int) or num_outputs < 1:
             raise ValueError(f"num_outputs: expected a positive integer, got {num_outputs!r}.")
         if isinstance(sketch_dim, bool) or not isinstance(sketch_dim, int) or sketch_dim < 3:
@@ -118,6 +113,14 @@ class TangentAlignment(Metric):
         guess = None if target_mean is None else torch.as_tensor(target_mean, dtype=torch.float64).detach().cpu()
         if guess is not None and (guess.shape != (num_outputs,) or not bool(torch.isfinite(guess).all())):
             raise ValueError(f"target_mean: expected {num_outputs} finite values, got {target_mean!r}.")
+        # `centered` is left out: the raw sums are the same, so both kinds do share.
+        configuration = (
+            method,
+            num_outputs,
+            None if guess is None else guess.tolist(),
+            (sketch_dim, seed) if method == "sketch" else (),
+        )
+        super().__init__(model, params=params, forward_fn=forward_fn, configuration=configuration, **metric_kwargs)
         self.num_outputs = num_outputs
         self.sketch_dim = sketch_dim
         self.seed = seed
@@ -125,39 +128,13 @@ class TangentAlignment(Metric):
         self.method = method
         self.return_std_error = return_std_error
         self._target_mean = guess
-        self._features = TangentFeatures(model, params=params, forward_fn=forward_fn)
-        self._forward_fn = forward_fn
         self._weights: str | None = None
-        self._in_forward = False
-
-        # torchmetrics lets metrics with equal states share one update. Names that carry the configuration, and a
-        # state that carries which model and forward_fn these are, keep apart what may become different later.
-        # `centered` is left out: the raw sums are the same, so both kinds do share.
-        configuration = (
-            method,
-            num_outputs,
-            None if guess is None else guess.tolist(),
-            {name: tuple(p.shape) for name, p in self._features.parameters.items()},
-            (sketch_dim, seed) if method == "sketch" else (),
-        )
-        self._fingerprint = hashlib.blake2b(repr(configuration).encode(), digest_size=6).hexdigest()
-        self.add_state(self._name("binding"), self._binding(), dist_reduce_fx="max")
         if method == "exact":
             self.add_state(self._name("records"), [], dist_reduce_fx="cat")
         else:
             start = moments.zeros(num_outputs, sketch_dim, self._features.num_parameters)
             for field, value in start._asdict().items():
                 self.add_state(self._name(field), value, dist_reduce_fx="sum")
-
-    def bind(self, model: nn.Module) -> None:
-        """Watch ``model`` from now on: after unpickling, which drops the model.
-
-        Raises:
-            ValueError: if its selected parameters differ in name or shape.
-        """
-        self._features.bind(model)
-        self._defaults[self._name("binding")] = self._binding().to(self.device)
-        setattr(self, self._name("binding"), self._binding().to(self.device))
 
     def update(self, inputs: Any, target: Tensor) -> None:
         """Add a batch: the model's inputs and their targets.
@@ -169,7 +146,7 @@ class TangentAlignment(Metric):
             RuntimeError: with ``method="exact"``, if the weights changed since the first update.
         """
         with self._unchanged_on_error():
-            batch = self._refuse_predictions(as_batch(inputs))
+            batch = as_inputs(inputs)
             y = encode(target, self.num_outputs, size(batch))
             weights = self._checked_weights(self._weights)
             if self.method == "exact":
@@ -216,22 +193,8 @@ class TangentAlignment(Metric):
     def reset(self) -> None:
         """Forget all batches."""
         super().reset()
-        self._weights = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Add a batch and return the value of that batch alone."""
-        # torchmetrics resets the states for the batch's own value and would lose them if the update raises.
-        before = {key: list(v) if isinstance(v, list) else v for key, v in self.__dict__.items()}
-        weights = self._weights
-        self._in_forward = True
-        try:
-            self._checked_weights(weights)
-            return super().forward(*args, **kwargs)
-        except BaseException:
-            self.__dict__.update(before)
-            raise
-        finally:
-            self._in_forward = False
+        if not self._in_forward:  # where torchmetrics resets for the batch's own value, to add it to the others after
+            self._weights = None
 
     def _sketch(self, batch: Batch, y: Tensor) -> Moments:
         z = self._features.pushforward(batch, sketches.gaussian(self.sketch_dim, self.seed))
@@ -298,43 +261,8 @@ class TangentAlignment(Metric):
             )
         return weights
 
-    @staticmethod
-    def _refuse_predictions(batch: Batch) -> Batch:
-        if any(part.grad_fn is not None for part in tensors(batch)):
-            raise ValueError(
-                "inputs: expected the model's inputs, got a tensor with a grad_fn, probably predictions. "
-                "In a MetricCollection use keywords: update(inputs=x, preds=p, target=y)."
-            )
-        return batch
-
-    @contextmanager
-    def _unchanged_on_error(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self._update_count -= 1  # torchmetrics counts before it updates
-            raise
-
-    @contextmanager
-    def _restored_on_error(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            # torchmetrics would go on with the sums of all ranks in place of this rank's own.
-            if self._is_synced and self._should_unsync:
-                self.unsync()
-            raise
-
     def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
         # torchmetrics lets a rank without examples send floats where the others send bytes.
         if self.method == "exact" and len(getattr(self, self._name("records"))) == 0:
             setattr(self, self._name("records"), [torch.empty(0, dtype=torch.uint8, device=self.device)])
         super()._sync_dist(dist_sync_fn, process_group=process_group)
-
-    def _name(self, field: str) -> str:
-        return f"{field}_{self._fingerprint}"
-
-    def _binding(self) -> Tensor:
-        # Four 16-bit words: exact also under the tolerance with which torchmetrics compares states.
-        key = hashlib.blake2b(f"{id(self._features.model)}/{id(self._forward_fn)}".encode(), digest_size=8).digest()
-        return torch.tensor([int.from_bytes(key[i : i + 2], "little") for i in range(0, 8, 2)])

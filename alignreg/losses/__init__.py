@@ -1,0 +1,4 @@
+"""Differentiable losses on the tangent features of a live model, for one line in a training loop."""
+
+from alignreg.losses.alignment import AlignmentLoss as AlignmentLoss
+from alignreg.losses.complexity import ComplexityPenalty as ComplexityPenalty

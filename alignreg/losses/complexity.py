@@ -1,0 +1,83 @@
+"""Penalise the size of the tangent features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+from torch import Tensor, nn
+
+from alignreg import estimators
+from alignreg.evaluation import ForwardFn
+from alignreg.losses.base import Sample, TangentLoss
+
+
+@final
+class ComplexityPenalty(TangentLoss):
+    r"""weight · tr K_c / (n·c): the mean squared norm of the (centred) tangent features.
+
+    ‖Φ‖_F² = tr K is what a step of given length costs in the complexity measure Σ_t ‖δw_t‖‖Φ_t‖_F of Baratin et al.
+    ("Implicit Regularization via Neural Feature Alignment", AISTATS 2021, section 4); penalising it makes the path
+    less complex. Estimated without bias by the mean of ‖Φᵀω_a‖² over m Gaussian probes ω_a, centred: one forward
+    pass and m backward passes, themselves differentiated. Neither ``every_n_steps`` nor ``examples`` changes the
+    expectation: s of n examples are centred by their own mean, which the factor (n−1)/n · s/(s−1) makes good.
+
+    Args:
+        model: the model, possibly wrapped (DDP, ``torch.compile``, Accelerate); never registered, copied or changed.
+        weight: factor, ≥ 0.
+        examples: how many examples of a batch to use; all by default.
+        every_n_steps: apply at every n-th step, with n times the weight.
+        probes: m ≥ 1.
+        seed: of probes and examples.
+        centered: centre the kernel over the examples.
+        params: glob pattern or patterns of parameter names.
+        forward_fn: ``(model, x) -> (n, c)`` for models with another output.
+
+    Raises:
+        TypeError: if the model is sharded (FSDP).
+        ValueError: if an argument is out of range, or nothing is trainable.
+
+    Example:
+        >>> import torch
+        >>> from alignreg.losses import ComplexityPenalty
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+        >>> reg = ComplexityPenalty(net, weight=0.01)
+        >>> x, y = torch.randn(20, 4), torch.randint(3, (20,))
+        >>> loss = torch.nn.functional.cross_entropy(net(x), y) + reg(x)
+        >>> loss.backward()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        weight: float,
+        examples: int | None = None,
+        every_n_steps: int = 1,
+        probes: int = 1,
+        seed: int = 0,
+        centered: bool = True,
+        params: str | Sequence[str] | None = None,
+        forward_fn: ForwardFn | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            weight=weight,
+            examples=examples,
+            every_n_steps=every_n_steps,
+            probes=probes,
+            seed=seed,
+            centered=centered,
+            params=params,
+            forward_fn=forward_fn,
+            least_probes=1,
+        )
+
+    def _estimate(self, sample: Sample, *, create_graph: bool) -> Tensor | None:
+        _, s, c = sample.probes.shape
+        if self.centered and s == 1:
+            return None  # one example, centred, is zero
+        products = self._features.pullback(sample.x, sample.probes, create_graph=create_graph)
+        n = sample.drawn_from
+        rows = (s - 1) * n / (n - 1) * c if self.centered else s * c
+        return estimators.trace(estimators.gram(products)) / rows

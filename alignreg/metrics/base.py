@@ -1,0 +1,117 @@
+"""What every metric of a live model shares: the reference to it, state names, and errors that lose nothing."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from alignreg.batch import Batch, as_batch, tensors
+from alignreg.evaluation import ForwardFn
+from alignreg.tangents import TangentFeatures
+
+
+class TangentMetric(Metric, ABC):
+    """A metric that is shown inputs and runs the live model on them by itself.
+
+    torchmetrics lets metrics with equal states share one update. Names that carry the configuration, and a state that
+    carries which model and ``forward_fn`` these are, keep apart what may become different later.
+
+    Args:
+        model: the model, possibly wrapped; never registered, copied or changed. Clones watch the same live model.
+        params: glob pattern or patterns of parameter names.
+        forward_fn: ``(model, inputs) -> (n, c)``.
+        configuration: whatever else the states depend on, with a ``repr`` that tells it apart.
+        metric_kwargs: of :class:`torchmetrics.Metric`.
+    """
+
+    is_differentiable: bool = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        params: str | Sequence[str] | None,
+        forward_fn: ForwardFn | None,
+        configuration: tuple[Any, ...],
+        **metric_kwargs: Any,
+    ) -> None:
+        super().__init__(**metric_kwargs)
+        self._features = TangentFeatures(model, params=params, forward_fn=forward_fn)
+        self._forward_fn = forward_fn
+        self._in_forward = False
+        shapes = {name: tuple(p.shape) for name, p in self._features.parameters.items()}
+        key = repr((type(self).__name__, shapes, configuration))
+        self._fingerprint = hashlib.blake2b(key.encode(), digest_size=6).hexdigest()
+        self.add_state(self._name("binding"), self._binding(), dist_reduce_fx="max")
+
+    def bind(self, model: nn.Module) -> None:
+        """Watch ``model`` from now on: after unpickling, which drops the model.
+
+        Raises:
+            ValueError: if its selected parameters differ in name or shape.
+        """
+        self._features.bind(model)
+        self._defaults[self._name("binding")] = self._binding().to(self.device)
+        setattr(self, self._name("binding"), self._binding().to(self.device))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Add a batch and return the value of that batch alone."""
+        # torchmetrics resets the states for the batch's own value and would lose them if the update raises.
+        before = {key: list(v) if isinstance(v, list) else v for key, v in self.__dict__.items()}
+        self._in_forward = True
+        try:
+            return super().forward(*args, **kwargs)
+        except BaseException:
+            self.__dict__.update(before)
+            raise
+        finally:
+            self._in_forward = False
+
+    def _name(self, field: str) -> str:
+        return f"{field}_{self._fingerprint}"
+
+    def _binding(self) -> Tensor:
+        # Four 16-bit words: exact also under the tolerance with which torchmetrics compares states.
+        key = hashlib.blake2b(f"{id(self._features.model)}/{id(self._forward_fn)}".encode(), digest_size=8).digest()
+        return torch.tensor([int.from_bytes(key[i : i + 2], "little") for i in range(0, 8, 2)])
+
+    @contextmanager
+    def _unchanged_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._update_count -= 1  # torchmetrics counts before it updates
+            raise
+
+    @contextmanager
+    def _restored_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            # torchmetrics would go on with the sums of all ranks in place of this rank's own.
+            if self._is_synced and self._should_unsync:
+                self.unsync()
+            raise
+
+
+def as_inputs(x: Any) -> Batch:
+    """Return ``x`` as a batch of the model's inputs.
+
+    Raises:
+        TypeError: if something in it is no tensor.
+        ValueError: if it is empty or carries a gradient history, as predictions do.
+    """
+    batch = as_batch(x)
+    if any(part.grad_fn is not None for part in tensors(batch)):
+        raise ValueError(
+            "inputs: expected the model's inputs, got a tensor with a grad_fn, probably predictions. "
+            "In a MetricCollection use keywords: update(inputs=x, preds=p, target=y)."
+        )
+    return batch

@@ -333,7 +333,7 @@ def test_a_loss_of_ones_own():
 @pytest.mark.parametrize("kind", LOSSES)
 def test_training_with_it_moves_what_it_says(kind):
     reached = []
-    for weight in (0.0, 0.05):
+    for weight in (0.0, 0.2 if kind == "alignment" else 0.05):
         torch.manual_seed(0)
         model, x, y = problem()
         reg = LOSSES[kind](model, weight=weight, probes=16)

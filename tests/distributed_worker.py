@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import oracles
@@ -11,8 +12,12 @@ import torch
 import torch.distributed as dist
 from cases import build
 from torch import nn
+from torch.nn.functional import cross_entropy
 
-from alignreg.metrics import TangentAlignment
+from alignreg.losses import AlignmentLoss, ComplexityPenalty
+from alignreg.metrics import PathComplexity, TangentAlignment
+
+LOSSES = {"alignment": AlignmentLoss, "complexity": ComplexityPenalty}
 
 
 def shares(n, uneven):
@@ -23,8 +28,7 @@ def shares(n, uneven):
     return [cuts[:4], cuts[4:]] if uneven == "uneven" else [cuts, []]
 
 
-def main(rank, store, out):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def alignment(rank):
     model, _, _ = build("mlp")
     model = model.double()
     generator = torch.Generator().manual_seed(0)
@@ -67,6 +71,179 @@ def main(rank, store, out):
     metric = TangentAlignment(wrapped, 3, sketch_dim=16, sync_on_compute=False)
     metric.update(x[cuts[0]], y[cuts[0]])
     found["alone"] = [float(metric.compute()), float(metric.standard_error())]
+    return found
+
+
+def replica():
+    torch.manual_seed(0)
+    return build("mlp")[0].double()
+
+
+def batch(rank, step, n=12):
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return torch.randn(n, 4, dtype=torch.float64, generator=generator), torch.arange(n) % 3
+
+
+def gathered(values):
+    everyone = [torch.zeros_like(values) for _ in range(2)]
+    dist.all_gather(everyone, values)
+    return everyone
+
+
+def flat(tensors):
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+def losses(rank):
+    found = {}
+    x, y = batch(rank, 0, n=12 + 3 * rank)
+    for kind, loss in LOSSES.items():
+        for options in ({}, {"examples": 7, "centered": False}):
+            model = replica()
+            ddp = nn.parallel.DistributedDataParallel(model)
+            alone = replica()
+            own = cross_entropy(alone(x), y) + loss(alone, weight=0.3, **options)(x, y)
+            grads = gathered(flat(torch.autograd.grad(own, list(alone.parameters()), materialize_grads=True)))
+            reg = loss(ddp, weight=0.3, **options)
+            (cross_entropy(ddp(x), y) + reg(x, y)).backward()
+            got = flat(p.grad for p in model.parameters())
+            key = f"{kind}/gradient/{'sub-batch' if options else 'plain'}"
+            found[key] = float((got - (grads[0] + grads[1]) / 2).norm() / got.norm())
+            found[f"{key}/ranks"] = float((grads[0] - grads[1]).norm() / got.norm())
+        model = replica()
+        ddp = nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9)
+        reg = loss(ddp, weight=0.1, examples=8, every_n_steps=2)
+        for step in range(20):
+            x, y = batch(rank, step)
+            optimizer.zero_grad()
+            (cross_entropy(ddp(x), y) + reg(x, y)).backward()
+            optimizer.step()
+        weights = gathered(flat(model.parameters()))
+        found[f"{kind}/replicas"] = [bool(torch.equal(*weights)), int(reg.step)]
+        found[f"{kind}/ways"] = {name: outcome(way, loss, rank) for name, way in WAYS.items()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        reg = ComplexityPenalty(replica(), weight=1.0)
+        reg(x)
+        reg(x)
+    found["bare model"] = [str(w.message) for w in caught if "DistributedDataParallel" in str(w.message)]
+    return found
+
+
+def together(ddp, reg, x, y):
+    (cross_entropy(ddp(x), y) + reg(x, y)).backward()
+
+
+def alone(ddp, reg, x, y):
+    reg(x, y).backward()
+
+
+def task_first(ddp, reg, x, y):
+    cross_entropy(ddp(x), y).backward()
+    reg(x, y).backward()
+
+
+def regulariser_first(ddp, reg, x, y):
+    task, extra = cross_entropy(ddp(x), y), reg(x, y)
+    extra.backward()
+    task.backward()
+
+
+def regulariser_first_no_sync(ddp, reg, x, y):
+    with ddp.no_sync():
+        reg(x, y).backward()
+    cross_entropy(ddp(x), y).backward()
+
+
+def accumulated(ddp, reg, x, y):
+    with ddp.no_sync():
+        together(ddp, reg, x[:6], y[:6])
+    together(ddp, reg, x[6:], y[6:])
+
+
+def past_the_wrapper(ddp, reg, x, y):
+    (cross_entropy(ddp.module(x), y) + reg(x, y)).backward()
+
+
+WAYS = {
+    fn.__name__: fn
+    for fn in (
+        together,
+        alone,
+        task_first,
+        regulariser_first,
+        regulariser_first_no_sync,
+        accumulated,
+        past_the_wrapper,
+    )
+}
+COMPILED = {
+    "compiled": lambda model: torch.compile(nn.parallel.DistributedDataParallel(model), backend="aot_eager"),
+    "compiled inside": lambda model: nn.parallel.DistributedDataParallel(torch.compile(model, backend="aot_eager")),
+    "static graph": lambda model: nn.parallel.DistributedDataParallel(model, static_graph=True),
+    "bucket views": lambda model: nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True),
+}
+
+
+def outcome(way, loss, rank, wrap=nn.parallel.DistributedDataParallel):
+    """Whether gradients came out equal on both ranks, or what was raised."""
+    model = replica()
+    ddp = wrap(model)
+    reg = loss(ddp, weight=0.3)
+    x, y = batch(rank, 3)
+    try:
+        way(ddp, reg, x, y)
+    except RuntimeError as error:
+        return str(error)
+    return bool(torch.equal(*gathered(flat(p.grad for p in model.parameters()))))
+
+
+def wrappers(rank):
+    return {f"wrapper/{name}": outcome(together, AlignmentLoss, rank, wrap) for name, wrap in COMPILED.items()}
+
+
+def path(rank):
+    """The same walk on both ranks, with batches of a moment shared in several ways."""
+    found = {}
+    for share in ("even", "uneven", "empty", "now and then"):
+        for each_step in (False, True):
+            model = replica()
+            metric = PathComplexity(nn.parallel.DistributedDataParallel(model))
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            for step in range(7):
+                for index, cut in enumerate((slice(0, 4), slice(4, 8), slice(8, 12))):
+                    mine = {
+                        "even": index % 2 == rank,
+                        "uneven": (index == 2) == (rank == 1),
+                        "empty": rank == 0,
+                        "now and then": rank == (index == 2 and step % 3 == 1),
+                    }[share]
+                    if mine:
+                        metric.update(batch(0, 50)[0][cut])
+                x, y = batch(0, step)
+                optimizer.zero_grad()
+                cross_entropy(model(x), y).backward()
+                optimizer.step()
+                if each_step:
+                    metric.step()
+            found[f"path/{share}/{each_step}"] = [float(metric.compute()), metric.history().traces.tolist()]
+            found[f"path/{share}/{each_step}/again"] = float(metric.compute())
+    metric = PathComplexity(model)
+    metric.update(x)
+    with torch.no_grad():
+        model[0].weight += 1 + rank
+    metric.update(x)
+    try:
+        metric.compute()
+    except RuntimeError as error:
+        found["path/parted"] = str(error)
+    return found
+
+
+def main(rank, store, out):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    found = {**alignment(rank), **losses(rank), **wrappers(rank), **path(rank)}
     Path(f"{out}.{rank}").write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from cases import build
+from distributed_worker import batch
+from torch.nn.functional import cross_entropy
 
-from alignreg.metrics import TangentAlignment
+from alignreg.metrics import PathComplexity, TangentAlignment
 
 HERE = Path(__file__).parent
 
@@ -65,3 +67,68 @@ def test_constant_total_loses_nothing(two_ranks):
 
 def test_without_sync_each_rank_has_its_own(two_ranks):
     assert two_ranks[0]["alone"] != two_ranks[1]["alone"]
+
+
+@pytest.mark.parametrize("options", ["plain", "sub-batch"])
+@pytest.mark.parametrize("kind", ["alignment", "complexity"])
+def test_gradient_of_a_loss_is_the_mean_over_ranks(two_ranks, kind, options):
+    for found in two_ranks:
+        assert found[f"{kind}/gradient/{options}"] < 1e-12
+        assert found[f"{kind}/gradient/{options}/ranks"] > 0.01  # they differ before
+
+
+@pytest.mark.parametrize("kind", ["alignment", "complexity"])
+def test_replicas_stay_equal(two_ranks, kind):
+    assert [found[f"{kind}/replicas"] for found in two_ranks] == [[True, 20]] * 2
+
+
+@pytest.mark.parametrize("kind", ["alignment", "complexity"])
+def test_unsynced_ways_raise_and_others_do_not(two_ranks, kind):
+    for found in two_ranks:
+        ways = found[f"{kind}/ways"]
+        for way in ("together", "regulariser_first_no_sync", "accumulated"):
+            assert ways[way] is True, way
+        for way in ("alone", "task_first", "regulariser_first", "past_the_wrapper"):
+            assert "call backward() once" in str(ways[way]), way
+
+
+@pytest.mark.parametrize("name", ["compiled", "compiled inside", "static graph", "bucket views"])
+def test_losses_know_ddp_in_other_forms(two_ranks, name):
+    assert [found[f"wrapper/{name}"] for found in two_ranks] == [True, True]
+
+
+def test_bare_model_among_several_processes_warns_once(two_ranks):
+    for found in two_ranks:
+        assert len(found["bare model"]) == 1
+
+
+def one_path(each_step):
+    torch.manual_seed(0)
+    model = build("mlp")[0].double()
+    metric = PathComplexity(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for step in range(7):
+        probe, _ = batch(0, 50)
+        metric.update(probe)
+        x, y = batch(0, step)
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+        if each_step:
+            metric.step()
+    return float(metric.compute()), metric.history().traces.tolist()
+
+
+@pytest.mark.parametrize("each_step", [False, True])
+@pytest.mark.parametrize("share", ["even", "uneven", "empty", "now and then"])
+def test_path_of_two_ranks_is_that_of_one(two_ranks, share, each_step):
+    value, traces = one_path(each_step)
+    for found in two_ranks:
+        assert found[f"path/{share}/{each_step}"][0] == pytest.approx(value, rel=1e-10)
+        assert found[f"path/{share}/{each_step}"][1] == pytest.approx(traces, rel=1e-10)
+        assert found[f"path/{share}/{each_step}/again"] == found[f"path/{share}/{each_step}"][0]
+
+
+def test_ranks_that_went_different_ways_are_refused(two_ranks):
+    for found in two_ranks:
+        assert "different weights" in found["path/parted"]

@@ -42,8 +42,8 @@ class TangentLoss(nn.Module, ABC):
     not apply (``eval()``, weight zero, a step between strides) the result is an exact zero that can be differentiated.
 
     Under DDP each rank evaluates its own examples and DDP averages the gradients, provided that this loss and the
-    task's loss are differentiated in **one** ``backward()``. Pass the wrapped model: the other ways then raise in
-    ``backward()`` instead of letting the replicas drift apart.
+    task's loss are differentiated in **one** ``backward()``. Pass the wrapped model, before its first forward pass: the
+    other ways then raise in ``backward()`` instead of letting the replicas drift apart.
 
     Args:
         model: the model, possibly wrapped (DDP, ``torch.compile``, Accelerate).

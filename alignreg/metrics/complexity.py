@@ -102,7 +102,8 @@ class PathComplexity(TangentMetric):
         self.normalize_by_n = normalize
         # Rows (index, key of the weights, length of the interval before, tr K, n), one a moment.
         self.add_state(self._name("moments"), [], dist_reduce_fx="cat")
-        self.add_state(self._name("open"), torch.zeros((), dtype=torch.float64), dist_reduce_fx="max")
+        # Way since the last moment. Of several ranks, the one with the latest moment has gone the least.
+        self.add_state(self._name("open"), torch.tensor(torch.inf, dtype=torch.float64), dist_reduce_fx="min")
         self.add_state(self._name("weights"), torch.zeros(0), dist_reduce_fx=None)
 
     def update(self, inputs: Any, target: Tensor | None = None) -> None:  # noqa: ARG002 - for collections
@@ -118,7 +119,7 @@ class PathComplexity(TangentMetric):
             trace = self._features.trace(batch).to(self.device, torch.float64)
             self._follow()
             rows: list[Tensor] = getattr(self, self._name("moments"))
-            length = getattr(self, self._name("open"))
+            length = getattr(self, self._name("open")) if rows else trace.new_zeros(())
             added = torch.stack([trace, trace.new_tensor(float(size(batch)))])
             if rows and not float(length) > 0:
                 rows[-1] = torch.cat([rows[-1][:, :3].to(added), rows[-1][:, 3:].to(added) + added], dim=1)

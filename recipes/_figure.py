@@ -1,4 +1,4 @@
-"""One figure of a run, from its log alone."""
+"""One figure of one or several runs, from their logs alone."""
 
 from __future__ import annotations
 
@@ -10,44 +10,50 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-TRAIN, TEST = "#1f6fb4", "#d1661f"
+Log = list[dict[str, float]]
+COLORS = ("#1f6fb4", "#d1661f", "#2c8a57", "#8a4fa0", "#8c6d31", "#c0392b")
 
 
-def draw(log: list[dict[str, float]], title: str, path: Path) -> None:
-    """Draw accuracy, alignment with its error, and the two ranks along training."""
-    steps = [line["step"] + 1 for line in log]
-
-    def series(key: str) -> list[float]:
-        return [line[key] for line in log]
-
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
-    for part, color in (("train", TRAIN), ("test", TEST)):
-        left.plot(steps, series(f"{part}/accuracy"), color=color, label=f"{part} accuracy")
-        value, error = series(f"{part}/alignment"), series(f"{part}/alignment_std_error")
-        middle.plot(steps, value, color=color, label=f"{part} examples")
-        low = [v - 2 * e for v, e in zip(value, error, strict=True)]
-        high = [v + 2 * e for v, e in zip(value, error, strict=True)]
-        middle.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
-    loss = left.twinx()
-    loss.plot(steps, series("train/loss"), color="0.5", linestyle=":", label="train loss")
-    loss.set_ylabel("loss", color="0.4")
-    left.plot([], [], color="0.5", linestyle=":", label="train loss")
-    left.set_ylim(0, 1.02)
-    right.plot(steps, series("train/effective_rank"), color="#2c8a57", label="effective rank")
-    right.plot(steps, series("train/participation_ratio"), color="#8a4fa0", label="participation ratio")
-    _finish(left, "accuracy", "center right")
-    _finish(middle, "alignment with the labels (± 2 s.e.)")
-    _finish(right, "rank of the centred tangent kernel")
-    middle.set_ylim(bottom=0)
-    right.set_ylim(bottom=0)
+def draw(runs: dict[str, Log], title: str, path: Path) -> None:
+    """Draw accuracy, alignment with its error, the two ranks, and path complexity along training; a colour a run."""
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.4), layout="constrained")
+    accuracy, alignment, rank, complexity = axes
+    for index, (label, log) in enumerate(runs.items()):
+        color = COLORS[index % len(COLORS)]
+        steps = [line["step"] + 1 for line in log]
+        for part, style in (("test", "-"), ("train", ":")):
+            accuracy.plot(steps, _series(log, f"{part}/accuracy"), style, color=color)
+            value, error = _series(log, f"{part}/alignment"), _series(log, f"{part}/alignment_std_error")
+            alignment.plot(steps, value, style, color=color)
+            low = [v - 2 * e for v, e in zip(value, error, strict=True)]
+            high = [v + 2 * e for v, e in zip(value, error, strict=True)]
+            alignment.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+        rank.plot(steps, _series(log, "train/effective_rank"), "-", color=color)
+        rank.plot(steps, _series(log, "train/participation_ratio"), ":", color=color)
+        complexity.plot(steps, _series(log, "train/path_complexity"), "-", color=color, label=label)
+    _finish(accuracy, "accuracy", "test", "train")
+    _finish(alignment, "alignment with the labels, ± 2 s.e.", "test", "train")
+    _finish(rank, "rank of the centred tangent kernel", "effective rank", "participation ratio")
+    _finish(complexity, "path complexity")
     figure.suptitle(title, fontsize=11)
+    handles, labels = complexity.get_legend_handles_labels()
+    if len(runs) > 1:
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(runs), frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def _finish(axis: Any, title: str, legend: str = "best") -> None:
+def _series(log: Log, key: str) -> list[float]:
+    return [line[key] for line in log]
+
+
+def _finish(axis: Any, title: str, *styles: str) -> None:
+    for style, name in zip("-:", styles, strict=False):
+        axis.plot([], [], style, color="0.3", label=name)
     axis.set_xscale("log")
+    axis.set_ylim(bottom=0)
     axis.set_xlabel("optimizer steps + 1")
     axis.set_title(title, fontsize=10)
-    axis.legend(frameon=False, fontsize=8, loc=legend)
-    axis.spines["top"].set_visible(False)
+    if styles:
+        axis.legend(frameon=False, fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)

@@ -85,13 +85,43 @@ def read(folder: Path) -> list[dict[str, float]]:
     return [{key: math.nan if v is None else v for key, v in json.loads(line).items()} for line in lines]
 
 
+def cut(accelerator: Accelerator, folder: Path, steps: list[int]) -> None:
+    """Cut the log back to the given steps, which a run that goes on has behind it.
+
+    Raises:
+        ValueError: on every process, if the log lacks one of them; it is then left as it is.
+    """
+    answer: list[Any] = [None]
+    if accelerator.is_main_process:
+        log = folder / "metrics.jsonl"
+        lines = log.read_text().splitlines() if log.exists() else []
+        kept = {step: line for line in lines if (step := _step(line)) in steps}
+        if sorted(kept) != sorted(steps):
+            lost = sorted(set(steps) - kept.keys())
+            answer = [f"--resume_from_checkpoint: expected a log with the steps before it, but {log}: lacks {lost}."]
+        else:
+            new = log.with_suffix(".new")
+            new.write_text("".join(f"{kept[step]}\n" for step in sorted(steps)))
+            new.replace(log)
+    broadcast_object_list(answer)
+    if answer[0]:
+        raise ValueError(answer[0])
+
+
+def _step(line: str) -> int | None:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None  # the last line of a process that was killed while it wrote
+
+
 def print_table(folder: Path, rows: int = 8) -> None:
     """Print some rows of the log, the first and last among them."""
     log = read(folder)
     chosen = sorted({round(i * (len(log) - 1) / max(1, rows - 1)) for i in range(rows)})
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     columns = ("step", "train\nloss", "train\naccuracy", "test\naccuracy", "alignment\non train ± s.e.")
-    columns += ("alignment\non test ± s.e.", "effective\nrank", "participation\nratio")
+    columns += ("alignment\non test ± s.e.", "effective\nrank", "participation\nratio", "path\ncomplexity")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for line in (log[i] for i in chosen):
@@ -104,5 +134,6 @@ def print_table(folder: Path, rows: int = 8) -> None:
             f"{line['test/alignment']:.3f} ± {line['test/alignment_std_error']:.3f}",
             f"{line['train/effective_rank']:.1f}",
             f"{line['train/participation_ratio']:.1f}",
+            f"{line['train/path_complexity']:.0f}",
         )
-    Console(width=max(100, Console().width)).print(table)
+    Console(width=max(118, Console().width)).print(table)

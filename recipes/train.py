@@ -1,18 +1,23 @@
 r"""What happens to the tangent kernel of a network while it is trained?
 
 Trains a small network on bundled data and follows, at log-spaced steps, the alignment of its tangent kernel with the
-labels (streamed sketch, with standard error, on training and test examples) and the kernel's effective rank and
-participation ratio (exact, on a few training examples). Training examples count with the labels that the network is
-trained on, redrawn ones included; test labels are clean.
+labels (streamed sketch, with standard error, on training and test examples), the kernel's effective rank and
+participation ratio (exact, on a few training examples), and the complexity of the path that the weights take. Training
+examples count with the labels that the network is trained on, redrawn ones included; test labels are clean.
 
     accelerate launch --config_file recipes/configs/single.yaml recipes/train.py
     accelerate launch --config_file recipes/configs/single.yaml recipes/train.py --label_noise 0.4 \
-        --regularizer weight_decay --weight 0.02
+        --regularizer complexity --weight 0.016                               # or alignment, or weight_decay
     torchrun --nproc_per_node 2 recipes/train.py --cpu                        # two CPU processes
     WANDB_MODE=offline accelerate launch --config_file recipes/configs/single.yaml recipes/train.py --with_tracking
 
 Each run makes a new folder with config.json, metrics.jsonl (no clock times: the same flags give the same bytes) and
-figure.png.
+figure.png. With --checkpointing_steps it can be killed at any time and goes on exactly where the newest checkpoint is:
+
+    accelerate launch --config_file recipes/configs/single.yaml recipes/train.py --checkpointing_steps 200
+    accelerate launch --config_file recipes/configs/single.yaml recipes/train.py --resume_from_checkpoint runs/FOLDER
+
+On SIGTERM it finishes the step, writes a checkpoint and leaves with exit status 143.
 """
 
 from __future__ import annotations
@@ -23,28 +28,27 @@ import gc
 import importlib.util
 import json
 import math
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import _checkpoint
 import _data
 import _figure
 import _models
 import _run
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
+from _measure import Measurements
+from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from accelerate.utils import set_seed
 from rich.console import Console
 from rich.progress import Progress
-from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
 
-from alignreg import TangentFeatures, functional
-from alignreg.metrics import TangentAlignment
+from alignreg.losses import AlignmentLoss, ComplexityPenalty
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,10 @@ class Config:
     model: str = "mlp"  # mlp or cnn
     hidden: int = 256  # width of the hidden layers; the cnn takes an eighth of it as channels
     depth: int = 3  # layers with weights
-    regularizer: str = "none"  # none or weight_decay
+    regularizer: str = "none"  # none, weight_decay, alignment or complexity
     weight: float = 0.0  # strength of the regularizer
+    reg_examples: int = 32  # of a batch, what alignment and complexity are evaluated on, or all if fewer
+    reg_every: int = 1  # steps between their evaluations
     label_noise: float = 0.0  # share of the training labels that are redrawn uniformly
     train_size: int = 1000
     seed: int = 0
@@ -70,13 +76,15 @@ class Config:
     mixed_precision: str = "no"  # no, bf16 or fp16
     cpu: bool = False
     with_tracking: bool = False  # log to wandb as well
+    checkpointing_steps: int = 0  # steps between checkpoints, 0 for none
     output_dir: str | None = None  # a new folder under runs/ by default
 
 
+LOSSES = {"alignment": AlignmentLoss, "complexity": ComplexityPenalty}
 CHOICES = {
     "dataset": tuple(_data.DATASETS),
     "model": tuple(_models.MODELS),
-    "regularizer": ("none", "weight_decay"),
+    "regularizer": ("none", "weight_decay", *LOSSES),
     "mixed_precision": ("no", "bf16", "fp16"),
 }
 LEAST = {
@@ -86,7 +94,9 @@ LEAST = {
     "sketch_dim": 3,
     "probe_size": 10,
     "kernel_size": 2,
-    **dict.fromkeys(("steps", "seed", "lr", "momentum", "weight", "label_noise"), 0),
+    "reg_examples": 2,
+    "reg_every": 1,
+    **dict.fromkeys(("steps", "seed", "lr", "momentum", "weight", "label_noise", "checkpointing_steps"), 0),
 }
 MOST = {"momentum": 1.0, "label_noise": 1.0}
 
@@ -111,7 +121,7 @@ def check(config: Config) -> None:
             f"{config.dataset}, got {config.train_size}."
         )
     if config.regularizer == "none" and config.weight:
-        raise ValueError(f"--weight: expected --regularizer weight_decay with it, got {config.weight} with none.")
+        raise ValueError(f"--weight: expected a --regularizer with it, got {config.weight} with none.")
     if config.model == "cnn" and config.dataset == "disk":
         raise ValueError("--model: expected mlp for disk, whose inputs are points and no images, got cnn.")
     if config.with_tracking and importlib.util.find_spec("wandb") is None:
@@ -124,8 +134,8 @@ def log_steps(steps: int) -> set[int]:
     return {0, steps, *(step for step in spaced if step < steps)}
 
 
-def train(config: Config) -> Path:
-    """Train, log and draw; return the run's folder."""
+def train(config: Config, resume: Path | None = None) -> Path:
+    """Train, log and draw; return the run's folder. ``resume`` is a checkpoint of the run to go on with."""
     accelerator = Accelerator(
         cpu=config.cpu,
         mixed_precision=config.mixed_precision,
@@ -139,43 +149,87 @@ def train(config: Config) -> Path:
             f"--train_size: expected a batch of {config.batch_size} for each of {accelerator.num_processes} processes, "
             f"got {config.train_size} examples. Lower --batch_size or use fewer processes."
         )
-    name = f"{config.dataset}-{config.model}-{config.regularizer}"
-    folder = _run.claim_folder(accelerator, config.output_dir, name)
-    if accelerator.is_main_process:
-        _run.save_config(folder, dataclasses.asdict(config))
+    values = dataclasses.asdict(config)
+    logged = log_steps(config.steps)
+    step = 0
+    if resume is None:
+        folder = _run.claim_folder(
+            accelerator, config.output_dir, f"{config.dataset}-{config.model}-{config.regularizer}"
+        )
+        if accelerator.is_main_process:
+            _run.save_config(folder, values)
+    else:
+        folder = _checkpoint.run_of(resume)
+        step = _checkpoint.verify(resume, values, accelerator.num_processes)
+        _run.cut(accelerator, folder, [s for s in logged if s <= step])
     _start_tracking(accelerator, config, folder)
 
     set_seed(config.seed)
     data = _data.load(config.dataset, train_size=config.train_size, label_noise=config.label_noise, seed=config.seed)
     shape = tuple(data.train_x.shape[1:])
     model = _models.MODELS[config.model](shape, data.num_classes, hidden=config.hidden, depth=config.depth)
-    optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight)
+    decay = config.weight if config.regularizer == "weight_decay" else 0.0
+    optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=decay)
     # drop_last: every process takes the same number of steps.
     loader = DataLoader(TensorDataset(data.train_x, data.train_y), config.batch_size, shuffle=True, drop_last=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    measure = Measurements(accelerator, model, data, config)
-    logged = log_steps(config.steps)
+    measure = Measurements(
+        accelerator,
+        model,
+        data,
+        sketch_dim=config.sketch_dim,
+        seed=config.seed,
+        probe_size=config.probe_size,
+        kernel_size=config.kernel_size,
+    )
+    parts: dict[str, _checkpoint.Stateful] = {"path": measure.path}
+    regularizer = None
+    if config.regularizer in LOSSES:
+        regularizer = LOSSES[config.regularizer](
+            model,
+            weight=config.weight,
+            examples=config.reg_examples,
+            every_n_steps=config.reg_every,
+            seed=config.seed,
+        ).to(accelerator.device)
+        parts["regularizer"] = regularizer
+    if resume is not None:
+        _checkpoint.load(accelerator, resume, parts)
+    signal.signal(signal.SIGTERM, lambda *_: accelerator.set_trigger())
 
-    step = 0
     with _progress(accelerator) as progress:
-        bar = progress.add_task("training", total=config.steps)
-        _log(accelerator, folder, step, measure())
+        bar = progress.add_task("training", total=config.steps, completed=step)
+        if resume is None:
+            _log(accelerator, folder, step, measure())
         while step < config.steps:
-            for x, y in loader:
+            epoch, done = divmod(step, len(loader))
+            loader.set_epoch(epoch)
+            for x, y in skip_first_batches(loader, done) if done else loader:
                 optimizer.zero_grad()
-                accelerator.backward(cross_entropy(model(x), y))
+                loss = cross_entropy(model(x), y)
+                if regularizer is not None:
+                    loss = loss + regularizer(x, y)
+                accelerator.backward(loss)
                 optimizer.step()
+                measure.path.step()
                 step += 1
                 progress.update(bar, completed=step)
                 if step in logged:
                     _log(accelerator, folder, step, measure())
                 if step == config.steps:
                     break
+                stop = accelerator.check_trigger()  # any process that got the signal stops all of them
+                if stop or (config.checkpointing_steps and step % config.checkpointing_steps == 0):
+                    saved = _checkpoint.save(accelerator, folder, step, values, parts)
+                if stop:
+                    accelerator.print(f"stopped by SIGTERM after step {step}; go on with {_checkpoint.FLAG} {saved}")
+                    accelerator.end_training()
+                    sys.exit(128 + signal.SIGTERM)
 
     if accelerator.is_main_process:
-        regularizer = config.regularizer if config.regularizer == "none" else f"{config.regularizer} {config.weight:g}"
-        title = f"{config.dataset}, {config.model}, label noise {config.label_noise:g}, regulariser: {regularizer}"
-        _figure.draw(_run.read(folder), title, folder / "figure.png")
+        name = config.regularizer if config.regularizer == "none" else f"{config.regularizer} {config.weight:g}"
+        title = f"{config.dataset}, {config.model}, label noise {config.label_noise:g}, regularizer: {name}"
+        _figure.draw({name: _run.read(folder)}, title, folder / "figure.png")
         _run.print_table(folder)
         print(f"log:    {folder / 'metrics.jsonl'}\nfigure: {folder / 'figure.png'}")
         if config.with_tracking:
@@ -185,56 +239,6 @@ def train(config: Config) -> Path:
     accelerator.wait_for_everyone()  # no process tears the group down while another still uses it
     accelerator.end_training()
     return folder
-
-
-class Measurements:
-    """Loss, accuracy, alignment and ranks of the live model; the same on any number of processes."""
-
-    def __init__(self, accelerator: Accelerator, model: nn.Module, data: _data.Data, config: Config) -> None:
-        self.accelerator, self.model = accelerator, model
-        self.features = TangentFeatures(model)
-        device = accelerator.device
-        self.kernel_x = data.train_x[: config.kernel_size].to(device)
-        self.alignment = TangentAlignment(
-            model, data.num_classes, sketch_dim=config.sketch_dim, seed=config.seed, return_std_error=True
-        ).to(device)
-        self.accuracy = MulticlassAccuracy(data.num_classes, average="micro").to(device)
-        self.loss = MeanMetric().to(device)
-        size = config.probe_size
-        parts = {"train": (data.train_x, data.train_y), "test": (data.test_x, data.test_y)}
-        self.loaders = {
-            part: [
-                accelerator.prepare(DataLoader(TensorDataset(x, y), 100)),
-                accelerator.prepare(DataLoader(TensorDataset(x[:size], y[:size]), 100)),
-            ]
-            for part, (x, y) in parts.items()
-        }
-
-    def __call__(self) -> dict[str, float]:
-        """Measure now."""
-        values: dict[str, float] = {}
-        self.model.eval()
-        for part, (everything, probes) in self.loaders.items():
-            for metric in (self.alignment, self.accuracy, self.loss):
-                metric.reset()
-            with torch.no_grad():
-                for x, y in everything:
-                    logits = self.model(x)
-                    self.accuracy.update(logits, y)
-                    self.loss.update(cross_entropy(logits, y), len(y))
-            for x, y in probes:
-                self.alignment.update(x, y)
-            alignment = self.alignment.compute()
-            values[f"{part}/loss"] = float(self.loss.compute())
-            values[f"{part}/accuracy"] = float(self.accuracy.compute())
-            values[f"{part}/alignment"] = float(alignment.value)
-            values[f"{part}/alignment_std_error"] = float(alignment.standard_error)
-        if self.accelerator.is_main_process:  # no collective below
-            kernel = functional.center(self.features.kernel(self.kernel_x)).double()
-            values["train/effective_rank"] = float(functional.effective_rank(kernel))
-            values["train/participation_ratio"] = float(functional.participation_ratio(kernel))
-        self.model.train()
-        return values
 
 
 def _log(accelerator: Accelerator, folder: Path, step: int, values: dict[str, float]) -> None:
@@ -258,10 +262,12 @@ def _progress(accelerator: Accelerator) -> Progress:
     return Progress(console=console, disable=not (accelerator.is_main_process and console.is_terminal), transient=True)
 
 
-def parse(arguments: list[str] | None = None) -> Config:
-    """Read flags, and the flags of an earlier run where ``--config`` names its config.json."""
+def parse(arguments: list[str] | None = None) -> tuple[Config, Path | None]:
+    """Read flags: with those of an earlier run as defaults, or all of a run's own and the checkpoint to go on from."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="config.json of an earlier run, whose flags become the defaults")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--config", help="config.json of an earlier run, whose flags become the defaults")
+    source.add_argument(_checkpoint.FLAG, help="a checkpoint, or a run's folder for its newest, to go on from")
     kinds = {"int": int, "float": float}
     for field in dataclasses.fields(Config):
         options: dict[str, Any] = {"default": argparse.SUPPRESS}
@@ -271,18 +277,30 @@ def parse(arguments: list[str] | None = None) -> Config:
             options.update(type=kinds.get(str(field.type), str), help=f"default: {field.default}")
         parser.add_argument(f"--{field.name}", **options)
     given = vars(parser.parse_args(arguments))
-    source = given.pop("config")
+    template, checkpoint = given.pop("config"), given.pop("resume_from_checkpoint")
+    resume = None
     try:
-        earlier = _earlier(source) if source else {}
+        if checkpoint:
+            resume = _checkpoint.find(checkpoint)
+            earlier = _earlier(str(_checkpoint.run_of(resume) / "config.json"), _checkpoint.FLAG)
+            for name, value in given.items():
+                if value != earlier.get(name, value):
+                    raise ValueError(
+                        f"--{name}: expected the value of the run that goes on, {earlier[name]}, got {value}. "
+                        "Leave the flag out, or start a new run."
+                    )
+        else:
+            earlier = _earlier(template, "--config") if template else {}
+        earlier.pop("output_dir", None)  # a new run has its own folder, and one that goes on may have been moved
         config = Config(**{**earlier, **given})
         check(config)
     except ValueError as error:
         parser.error(str(error))
-    return config
+    return config, resume
 
 
-def _earlier(source: str) -> dict[str, Any]:
-    expected = "--config: expected the config.json of an earlier run"
+def _earlier(source: str, flag: str) -> dict[str, Any]:
+    expected = f"{flag}: expected the config.json of an earlier run"
     try:
         values = dict(json.loads(Path(source).read_text())["config"])
     except OSError as error:
@@ -291,16 +309,15 @@ def _earlier(source: str) -> dict[str, Any]:
         raise ValueError(f"{expected}, got another file: {source}.") from None
     unknown = values.keys() - {field.name for field in dataclasses.fields(Config)}
     if unknown:
-        raise ValueError(f"--config: {source} has flags that this recipe does not know: {', '.join(sorted(unknown))}.")
-    values.pop("output_dir", None)  # a new run has its own folder
+        raise ValueError(f"{flag}: {source} has flags that this recipe does not know: {', '.join(sorted(unknown))}.")
     return values
 
 
 def main() -> None:
     """Run from the command line."""
-    config = parse()
+    config, resume = parse()
     try:
-        train(config)
+        train(config, resume)
     except ValueError as error:
         if not str(error).startswith("--"):
             raise

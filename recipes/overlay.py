@@ -1,0 +1,69 @@
+r"""Runs of the same task side by side: one figure and one table, from their logs alone.
+
+    python recipes/overlay.py runs/demo-1/none runs/demo-1/complexity --output_dir runs/demo-1
+
+Takes any number of folders that recipes/train.py wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import _figure
+import _run
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def label(config: dict[str, Any]) -> str:
+    """Name a run by what regularised it."""
+    return "none" if config["regularizer"] == "none" else f"{config['regularizer']} {config['weight']:g}"
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where figure.png goes")
+    arguments = parser.parse_args()
+    logs: dict[str, _figure.Log] = {}
+    config: dict[str, Any] = {}
+    for run in arguments.runs:
+        try:
+            config = json.loads((run / "config.json").read_text())["config"]
+            log = _run.read(run)
+        except OSError as error:
+            sys.exit(f"overlay.py: error: expected the folder of a run, but {error.filename}: {error.strerror}.")
+        name = label(config)
+        logs[name if name not in logs else f"{name} ({run.name})"] = log
+    title = f"{config['dataset']}, {config['model']}, label noise {config['label_noise']:g}"
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    figure = arguments.output_dir / "figure.png"
+    _figure.draw(logs, title, figure)
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = ("regularizer", "train\naccuracy", "test accuracy\nlast", "test accuracy\nbest", "alignment\non test")
+    for column in (*columns, "effective\nrank", "path\ncomplexity"):
+        table.add_column(column, justify="left" if column == "regularizer" else "right", no_wrap=True)
+    for name, log in logs.items():
+        last = log[-1]
+        table.add_row(
+            name,
+            f"{last['train/accuracy']:.3f}",
+            f"{last['test/accuracy']:.3f}",
+            f"{max(line['test/accuracy'] for line in log):.3f}",
+            f"{last['test/alignment']:.3f} ± {last['test/alignment_std_error']:.3f}",
+            f"{last['train/effective_rank']:.1f}",
+            f"{last['train/path_complexity']:.0f}",
+        )
+    Console(width=max(118, Console().width)).print(table)
+    print(f"figure: {figure}")
+
+
+if __name__ == "__main__":
+    main()

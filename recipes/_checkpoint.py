@@ -6,27 +6,18 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 FLAG = "--resume_from_checkpoint"
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 
 
-class Stateful(Protocol):
-    """Whatever keeps a state of its own on each process."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state."""
-
-    def load_state_dict(self, state: dict[str, Any], /) -> Any:
-        """Take the state."""
-
-
-def save(accelerator: Accelerator, run: Path, step: int, config: dict[str, Any], parts: dict[str, Stateful]) -> Path:
+def save(accelerator: Accelerator, run: Path, step: int, config: dict[str, Any], parts: dict[str, nn.Module]) -> Path:
     """Write model, optimizer, random states, and the parts of every process; the folder appears when it is complete."""
     folder = run / FOLDER / f"step_{step}"
     partial = run / FOLDER / f".step_{step}.partial"
@@ -101,12 +92,13 @@ def verify(checkpoint: Path, config: dict[str, Any], processes: int) -> int:
     return step
 
 
-def load(accelerator: Accelerator, checkpoint: Path, parts: dict[str, Stateful]) -> None:
+def load(accelerator: Accelerator, checkpoint: Path, parts: dict[str, nn.Module]) -> None:
     """Read a verified checkpoint into model, optimizer, random states and parts, without unpickling code."""
     accelerator.load_state(str(checkpoint))
-    own = torch.load(checkpoint / _own(accelerator), map_location=accelerator.device, weights_only=True)
+    own = torch.load(checkpoint / _own(accelerator), map_location="cpu", weights_only=True)
     for name, part in parts.items():
         part.load_state_dict(own[name])
+        part.to(accelerator.device)
 
 
 def _own(accelerator: Accelerator) -> str:

@@ -6,12 +6,13 @@ import json
 import math
 import os
 import platform
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import broadcast_object_list
 from rich import box
 from rich.console import Console
@@ -64,6 +65,18 @@ def _claim(folder: Path) -> str | None:
     except OSError as error:
         return f"--output_dir: expected a folder that can be written, but {folder}: {error.strerror}."
     return None
+
+
+def batches(loader: Any, step: int, last: int) -> Iterator[tuple[int, Any]]:
+    """Yield steps and their batches from the one after ``step`` to the ``last``, whatever epochs they belong to."""
+    while step < last:
+        epoch, done = divmod(step, len(loader))
+        loader.set_epoch(epoch)
+        for batch in skip_first_batches(loader, done) if done else loader:
+            step += 1
+            yield step, batch
+            if step == last:
+                return
 
 
 def save_config(folder: Path, config: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import _checkpoint
 import _data
@@ -41,10 +41,11 @@ import _models
 import _run
 import torch
 from _measure import Measurements
-from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
 from rich.console import Console
 from rich.progress import Progress
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -134,6 +135,22 @@ def log_steps(steps: int) -> set[int]:
     return {0, steps, *(step for step in spaced if step < steps)}
 
 
+class Setup(NamedTuple):
+    """What is trained, with what, and what watches it."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loader: DataLoader[tuple[torch.Tensor, ...]]
+    regularizer: AlignmentLoss | ComplexityPenalty | None
+    measure: Measurements
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """What a checkpoint keeps of each process."""
+        parts: dict[str, nn.Module] = {"path": self.measure.path}
+        return parts if self.regularizer is None else {**parts, "regularizer": self.regularizer}
+
+
 def train(config: Config, resume: Path | None = None) -> Path:
     """Train, log and draw; return the run's folder. ``resume`` is a checkpoint of the run to go on with."""
     accelerator = Accelerator(
@@ -149,21 +166,48 @@ def train(config: Config, resume: Path | None = None) -> Path:
             f"--train_size: expected a batch of {config.batch_size} for each of {accelerator.num_processes} processes, "
             f"got {config.train_size} examples. Lower --batch_size or use fewer processes."
         )
-    values = dataclasses.asdict(config)
     logged = log_steps(config.steps)
-    step = 0
-    if resume is None:
-        folder = _run.claim_folder(
-            accelerator, config.output_dir, f"{config.dataset}-{config.model}-{config.regularizer}"
-        )
-        if accelerator.is_main_process:
-            _run.save_config(folder, values)
+    folder, start = _open(accelerator, config, resume, logged)
+    _start_tracking(accelerator, config, folder)
+    setup = _set_up(accelerator, config)
+    if resume is not None:
+        _checkpoint.load(accelerator, resume, setup.parts)
     else:
+        _log(accelerator, folder, start, setup.measure())
+    signal.signal(signal.SIGTERM, lambda *_: accelerator.set_trigger())
+    with _progress(accelerator) as progress:
+        bar = progress.add_task("training", total=config.steps, completed=start)
+        for step, (x, y) in _run.batches(setup.loader, start, config.steps):
+            setup.optimizer.zero_grad()
+            loss = cross_entropy(setup.model(x), y)
+            if setup.regularizer is not None:
+                loss = loss + setup.regularizer(x, y)
+            accelerator.backward(loss)
+            setup.optimizer.step()
+            setup.measure.path.step()
+            progress.update(bar, completed=step)
+            if step in logged:
+                _log(accelerator, folder, step, setup.measure())
+            _save_or_stop(accelerator, folder, step, config, setup.parts)
+    _conclude(accelerator, folder, config)
+    return folder
+
+
+def _open(accelerator: Accelerator, config: Config, resume: Path | None, logged: set[int]) -> tuple[Path, int]:
+    """Return the run's folder, new or gone on with, and the step that it is at."""
+    values = dataclasses.asdict(config)
+    if resume is not None:
         folder = _checkpoint.run_of(resume)
         step = _checkpoint.verify(resume, values, accelerator.num_processes)
-        _run.cut(accelerator, folder, [s for s in logged if s <= step])
-    _start_tracking(accelerator, config, folder)
+        _run.cut(accelerator, folder, [other for other in logged if other <= step])
+        return folder, step
+    folder = _run.claim_folder(accelerator, config.output_dir, f"{config.dataset}-{config.model}-{config.regularizer}")
+    if accelerator.is_main_process:
+        _run.save_config(folder, values)
+    return folder, 0
 
+
+def _set_up(accelerator: Accelerator, config: Config) -> Setup:
     set_seed(config.seed)
     data = _data.load(config.dataset, train_size=config.train_size, label_noise=config.label_noise, seed=config.seed)
     shape = tuple(data.train_x.shape[1:])
@@ -173,16 +217,6 @@ def train(config: Config, resume: Path | None = None) -> Path:
     # drop_last: every process takes the same number of steps.
     loader = DataLoader(TensorDataset(data.train_x, data.train_y), config.batch_size, shuffle=True, drop_last=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    measure = Measurements(
-        accelerator,
-        model,
-        data,
-        sketch_dim=config.sketch_dim,
-        seed=config.seed,
-        probe_size=config.probe_size,
-        kernel_size=config.kernel_size,
-    )
-    parts: dict[str, _checkpoint.Stateful] = {"path": measure.path}
     regularizer = None
     if config.regularizer in LOSSES:
         regularizer = LOSSES[config.regularizer](
@@ -192,40 +226,33 @@ def train(config: Config, resume: Path | None = None) -> Path:
             every_n_steps=config.reg_every,
             seed=config.seed,
         ).to(accelerator.device)
-        parts["regularizer"] = regularizer
-    if resume is not None:
-        _checkpoint.load(accelerator, resume, parts)
-    signal.signal(signal.SIGTERM, lambda *_: accelerator.set_trigger())
+    measure = Measurements(
+        accelerator,
+        model,
+        data,
+        sketch_dim=config.sketch_dim,
+        seed=config.seed,
+        probe_size=config.probe_size,
+        kernel_size=config.kernel_size,
+    )
+    return Setup(model, optimizer, loader, regularizer, measure)
 
-    with _progress(accelerator) as progress:
-        bar = progress.add_task("training", total=config.steps, completed=step)
-        if resume is None:
-            _log(accelerator, folder, step, measure())
-        while step < config.steps:
-            epoch, done = divmod(step, len(loader))
-            loader.set_epoch(epoch)
-            for x, y in skip_first_batches(loader, done) if done else loader:
-                optimizer.zero_grad()
-                loss = cross_entropy(model(x), y)
-                if regularizer is not None:
-                    loss = loss + regularizer(x, y)
-                accelerator.backward(loss)
-                optimizer.step()
-                measure.path.step()
-                step += 1
-                progress.update(bar, completed=step)
-                if step in logged:
-                    _log(accelerator, folder, step, measure())
-                if step == config.steps:
-                    break
-                stop = accelerator.check_trigger()  # any process that got the signal stops all of them
-                if stop or (config.checkpointing_steps and step % config.checkpointing_steps == 0):
-                    saved = _checkpoint.save(accelerator, folder, step, values, parts)
-                if stop:
-                    accelerator.print(f"stopped by SIGTERM after step {step}; go on with {_checkpoint.FLAG} {saved}")
-                    accelerator.end_training()
-                    sys.exit(128 + signal.SIGTERM)
 
+def _save_or_stop(
+    accelerator: Accelerator, folder: Path, step: int, config: Config, parts: dict[str, nn.Module]
+) -> None:
+    if step == config.steps:
+        return
+    stop = accelerator.check_trigger()  # a process that got the signal stops all of them
+    if stop or (config.checkpointing_steps and step % config.checkpointing_steps == 0):
+        saved = _checkpoint.save(accelerator, folder, step, dataclasses.asdict(config), parts)
+    if stop:
+        accelerator.print(f"stopped by SIGTERM after step {step}; go on with {_checkpoint.FLAG} {saved}")
+        accelerator.end_training()
+        sys.exit(128 + signal.SIGTERM)
+
+
+def _conclude(accelerator: Accelerator, folder: Path, config: Config) -> None:
     if accelerator.is_main_process:
         name = config.regularizer if config.regularizer == "none" else f"{config.regularizer} {config.weight:g}"
         title = f"{config.dataset}, {config.model}, label noise {config.label_noise:g}, regularizer: {name}"
@@ -238,7 +265,6 @@ def train(config: Config, resume: Path | None = None) -> Path:
             accelerator.get_tracker("wandb").log({"figure": wandb.Image(str(folder / "figure.png"))})
     accelerator.wait_for_everyone()  # no process tears the group down while another still uses it
     accelerator.end_training()
-    return folder
 
 
 def _log(accelerator: Accelerator, folder: Path, step: int, values: dict[str, float]) -> None:
@@ -283,12 +309,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, Path | None]:
         if checkpoint:
             resume = _checkpoint.find(checkpoint)
             earlier = _earlier(str(_checkpoint.run_of(resume) / "config.json"), _checkpoint.FLAG)
-            for name, value in given.items():
-                if value != earlier.get(name, value):
-                    raise ValueError(
-                        f"--{name}: expected the value of the run that goes on, {earlier[name]}, got {value}. "
-                        "Leave the flag out, or start a new run."
-                    )
+            _refuse_changes(given, earlier)
         else:
             earlier = _earlier(template, "--config") if template else {}
         earlier.pop("output_dir", None)  # a new run has its own folder, and one that goes on may have been moved
@@ -297,6 +318,15 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, Path | None]:
     except ValueError as error:
         parser.error(str(error))
     return config, resume
+
+
+def _refuse_changes(given: dict[str, Any], earlier: dict[str, Any]) -> None:
+    for name, value in given.items():
+        if value != earlier.get(name, value):
+            raise ValueError(
+                f"--{name}: expected the value of the run that goes on, {earlier[name]}, got {value}. "
+                "Leave the flag out, or start a new run."
+            )
 
 
 def _earlier(source: str, flag: str) -> dict[str, Any]:

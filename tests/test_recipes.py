@@ -1,48 +1,11 @@
 """The recipes as a user runs them."""
 
 import ast
-import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).parent.parent
-RECIPES = ROOT / "recipes"
-TINY = "--steps 6 --train_size 128 --hidden 16 --sketch_dim 4 --probe_size 110 --kernel_size 10 --cpu"
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(RECIPES / "configs/single.yaml")]
-SPAWN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-KEYS = ["step"]
-for _part in ("train", "test"):
-    KEYS += [f"{_part}/{key}" for key in ("loss", "accuracy", "alignment", "alignment_std_error")]
-KEYS += ["train/effective_rank", "train/participation_ratio"]
-
-
-def load(name):
-    """A file of recipes/, which is no package, as a module."""
-    sys.path.insert(0, str(RECIPES))
-    try:
-        spec = importlib.util.spec_from_file_location(f"recipes_{name}", RECIPES / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(RECIPES))
-    return module
-
-
-def run(*flags, launcher=LAUNCH, cwd=None, **environment):
-    command = [*launcher, str(RECIPES / "train.py"), *TINY.split(), *map(str, flags)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **environment}
-    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd, check=False, timeout=120)
-
-
-def read(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+from recipe_runs import KEYS, RECIPES, ROOT, SPAWN, load, read, run
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +65,13 @@ def test_wandb_offline(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--dataset disk", "--model cnn --regularizer weight_decay --weight 0.01 --label_noise 0.4"]
+    "flags",
+    [
+        "--regularizer alignment --weight 0.1 --reg_every 2",
+        "--dataset disk --regularizer complexity --weight 0.01 --reg_examples 8",
+        "--dataset disk",
+        "--model cnn --regularizer weight_decay --weight 0.01 --label_noise 0.4",
+    ],
 )
 def test_other_data_and_models(flags, tmp_path):
     result = run("--output_dir", tmp_path / "run", *flags.split())
@@ -125,9 +94,9 @@ BAD = {
     "--label_noise nan": r"--label_noise: expected a number between 0 and 1",
     "--dataset imagenet": "--dataset: expected one of digits, disk, got 'imagenet'",
     "--model vgg": "--model: expected one of mlp, cnn",
-    "--regularizer magic": "--regularizer: expected one of none, weight_decay",
+    "--regularizer magic": "--regularizer: expected one of none, weight_decay, alignment, complexity",
     "--weight -1 --regularizer weight_decay": "--weight: expected a number of at least 0, got -1",
-    "--weight 0.1": "expected --regularizer weight_decay with it",
+    "--weight 0.1": "expected a --regularizer with it",
     "--train_size 10": "--train_size: expected between one batch (64) and the 1000",
     "--train_size 1001": "--train_size: expected between one batch (64) and the 1000",
     "--sketch_dim 2": "--sketch_dim: expected a number of at least 3",
@@ -139,6 +108,12 @@ BAD = {
     "--lr inf": "--lr: expected a number of at least 0",
     "--momentum 2": "--momentum: expected a number between 0 and 1",
     "--seed -1": "--seed: expected a number of at least 0",
+    "--reg_examples 1": "--reg_examples: expected a number of at least 2",
+    "--reg_every 0": "--reg_every: expected a number of at least 1",
+    "--checkpointing_steps -1": "--checkpointing_steps: expected a number of at least 0",
+    "--resume_from_checkpoint nowhere": "nowhere: No such folder",
+    "--resume_from_checkpoint .": "there is no manifest.json and no checkpoints/step_N in it",
+    "--resume_from_checkpoint . --config x": "not allowed with argument",
     "--mixed_precision fp3": "--mixed_precision: expected one of",
 }
 

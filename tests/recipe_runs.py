@@ -1,0 +1,51 @@
+"""Running the files of recipes/ as a user does."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "recipes"
+TINY = "--steps 6 --train_size 128 --hidden 16 --sketch_dim 4 --probe_size 110 --kernel_size 10 --cpu"
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(RECIPES / "configs/single.yaml")]
+SPAWN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+KEYS = ["step"]
+for _part in ("train", "test"):
+    KEYS += [f"{_part}/{key}" for key in ("loss", "accuracy", "alignment", "alignment_std_error")]
+KEYS += ["train/path_complexity", "train/effective_rank", "train/participation_ratio"]
+
+
+def load(name):
+    """A file of recipes/, which is no package, as a module."""
+    sys.path.insert(0, str(RECIPES))
+    try:
+        spec = importlib.util.spec_from_file_location(f"recipes_{name}", RECIPES / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(RECIPES))
+    return module
+
+
+def start(*flags, launcher=LAUNCH, cwd=None, **environment):
+    command = [*launcher, str(RECIPES / "train.py"), *map(str, flags)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **environment}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env, cwd=cwd)
+
+
+def finish(process):
+    stdout, stderr = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def run(*flags, **options):
+    return finish(start(*TINY.split(), *flags, **options))
+
+
+def read(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,193 @@
+"""A run that was ended, by force or politely, goes on as if it had not been."""
+
+import json
+import shutil
+import signal
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from recipe_runs import SPAWN, TINY, finish, load, read, run, start
+
+FLAGS = "--steps 60 --checkpointing_steps 7 --label_noise 0.3 --regularizer alignment --weight 0.1 --reg_every 2"
+PLAIN = [sys.executable]  # the recipe itself, without a launcher between it and the signal
+LAUNCHERS = {"one process": PLAIN, "two processes": SPAWN}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Logs of runs that nobody ended, by launcher."""
+    logs = {}
+    for name, launcher in LAUNCHERS.items():
+        folder = tmp_path_factory.mktemp("whole") / "run"
+        result = run(*FLAGS.split(), "--output_dir", folder, launcher=launcher)
+        assert result.returncode == 0, result.stderr
+        logs[name] = (folder / "metrics.jsonl").read_bytes()
+    return logs
+
+
+def interrupt(process, folder, how, step):
+    """End the processes of a run once the checkpoint of ``step`` is there."""
+    while not (folder / "checkpoints" / f"step_{step}").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+    family = psutil.Process(process.pid)
+    workers = family.children(recursive=True)
+    for member in (family, *workers) if how == signal.SIGKILL else (workers or [family])[:1]:
+        try:
+            member.send_signal(how)
+        except psutil.NoSuchProcess:
+            assert member is not family
+    return finish(process)
+
+
+def begin(folder, launcher):
+    return start(*TINY.split(), *FLAGS.split(), "--output_dir", folder, launcher=launcher)
+
+
+def resume(folder, launcher):
+    return start("--resume_from_checkpoint", folder, launcher=launcher)
+
+
+@pytest.mark.parametrize("processes", LAUNCHERS)
+def test_killed_three_times_is_the_uninterrupted_run(uninterrupted, processes, tmp_path):
+    """Wherever in a step, a measurement or a checkpoint the kill comes."""
+    folder, launcher = tmp_path / "run", LAUNCHERS[processes]
+    interrupt(begin(folder, launcher), folder, signal.SIGKILL, 7)
+    for step in (28, 49):
+        interrupt(resume(folder, launcher), folder, signal.SIGKILL, step)
+    assert (folder / "metrics.jsonl").read_bytes() != uninterrupted[processes]
+    with (folder / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 59, "tr')  # as a process leaves it that was killed while it wrote
+    moved = folder.rename(tmp_path / "moved")
+    result = finish(resume(moved, launcher))
+    assert result.returncode == 0, result.stderr
+    assert (moved / "metrics.jsonl").read_bytes() == uninterrupted[processes]
+    assert (moved / "figure.png").exists()
+
+
+@pytest.mark.parametrize("processes", LAUNCHERS)
+def test_sigterm_stops_between_steps(uninterrupted, processes, tmp_path):
+    """One process gets the signal, all stop after the same step, and none of the steps is lost or repeated."""
+    folder, launcher = tmp_path / "run", LAUNCHERS[processes]
+    result = interrupt(begin(folder, launcher), folder, signal.SIGTERM, 7)
+    assert result.returncode != 0
+    assert "stopped by SIGTERM after step" in result.stdout
+    if processes == "one process":
+        assert result.returncode == 143
+    stopped = int(result.stdout.split("after step ")[1].split(";")[0])
+    assert 7 <= stopped < 60
+    assert (folder / "checkpoints" / f"step_{stopped}").is_dir()
+    assert max(line["step"] for line in read(folder)) <= stopped
+    result = finish(resume(folder / "checkpoints" / f"step_{stopped}", launcher))
+    assert result.returncode == 0, result.stderr
+    assert (folder / "metrics.jsonl").read_bytes() == uninterrupted[processes]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    interrupt(begin(folder, PLAIN), folder, signal.SIGTERM, 7)
+    return folder
+
+
+def spoil_truncated(run, checkpoint):
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def spoil_changed(run, checkpoint):
+    file = checkpoint / "process_0.pt"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def spoil_missing(run, checkpoint):
+    (checkpoint / "optimizer.bin").unlink()
+
+
+def spoil_manifest(run, checkpoint):
+    file = checkpoint / "manifest.json"
+    file.write_text(file.read_text()[:-50])
+
+
+def spoil_foreign(run, checkpoint):
+    file = checkpoint / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["config"]["lr"] = 0.5
+    file.write_text(json.dumps(manifest))
+
+
+def spoil_processes(run, checkpoint):
+    file = checkpoint / "manifest.json"
+    file.write_text(file.read_text().replace('"processes": 1', '"processes": 2'))
+
+
+def spoil_log(run, checkpoint):
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join(lines[1:]) + "\n")
+
+
+def spoil_config(run, checkpoint):
+    (run / "config.json").write_text("{}")
+
+
+SPOILED = {
+    "truncated": (spoil_truncated, "model.safetensors is truncated or was changed"),
+    "one bit": (spoil_changed, "process_0.pt is truncated or was changed"),
+    "missing": (spoil_missing, "optimizer.bin is missing"),
+    "manifest": (spoil_manifest, "manifest.json is truncated or no manifest"),
+    "foreign": (spoil_foreign, "it belongs to another run, with other lr"),
+    "processes": (spoil_processes, "2 process(es) wrote it and 1 would read it"),
+    "log": (spoil_log, "lacks [0]"),
+    "config": (spoil_config, "expected the config.json of an earlier run"),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILED)
+def test_what_is_not_whole_or_not_ours_is_refused(stopped, kind, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)
+    checkpoint = max(folder.glob("checkpoints/step_*"), key=lambda p: int(p.name[5:]))
+    spoil, message = SPOILED[kind]
+    spoil(folder, checkpoint)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    result = finish(resume(checkpoint, PLAIN))
+    assert result.returncode != 0
+    said = " ".join(result.stderr.split())
+    assert message in said
+    assert str(checkpoint if kind not in ("log", "config") else folder) in said
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_other_flags_are_refused(stopped, capsys):
+    train = load("train")
+    with pytest.raises(SystemExit):
+        train.parse(["--resume_from_checkpoint", str(stopped), "--lr", "0.5"])
+    assert "--lr: expected the value of the run that goes on, 0.05, got 0.5" in capsys.readouterr().err
+    config, checkpoint = train.parse(["--resume_from_checkpoint", str(stopped), "--lr", "0.05"])
+    assert config.steps == 60
+    assert checkpoint.parent.parent == stopped
+
+
+def test_checkpoints_hold_no_code(stopped):
+    """Every file of a checkpoint loads without unpickling code, and random states come back."""
+    from accelerate.utils import load as accelerate_load
+
+    checkpoint = max(stopped.glob("checkpoints/step_*"), key=lambda p: int(p.name[5:]))
+    names = {file.name for file in checkpoint.iterdir()}
+    assert names == {
+        "manifest.json",
+        "model.safetensors",
+        "optimizer.bin",
+        "process_0.pt",
+        "random_states_0.pkl",
+    } | {name for name in names if name.startswith("sampler")}
+    own = torch.load(checkpoint / "process_0.pt", weights_only=True)
+    assert set(own) == {"path", "regularizer"}
+    assert int(own["regularizer"]["step"]) == int(checkpoint.name[5:])
+    torch.load(checkpoint / "optimizer.bin", weights_only=True)
+    assert "torch_manual_seed" in accelerate_load(checkpoint / "random_states_0.pkl")

@@ -25,7 +25,7 @@ FAST = "--cpu --sketch_dim 3 --probe_size 10 --kernel_size 2"
 SETTINGS = {
     "40 % label noise, 1000 examples": (
         "--label_noise 0.4",
-        {"none": [0], "weight_decay": [0.01, 0.02, 0.04], "complexity": [0.008, 0.016, 0.032]},
+        {"none": [0], "weight_decay": [0.0025, 0.005, 0.01, 0.02], "complexity": [0.008, 0.016, 0.032]},
     ),
     "100 clean examples": (
         "--train_size 100",

@@ -8,7 +8,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 def test_readme_python_runs():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 4
     names = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)

@@ -122,6 +122,11 @@ def losses(rank):
         weights = gathered(flat(model.parameters()))
         found[f"{kind}/replicas"] = [bool(torch.equal(*weights)), int(reg.step)]
         found[f"{kind}/ways"] = {name: outcome(way, loss, rank) for name, way in WAYS.items()}
+    x, _ = batch(0, 7)  # the same examples on both ranks: probes and choice of examples are each rank's own
+    sample = ComplexityPenalty(ddp, weight=1.0, examples=8)._sample(x, None, 0)
+    for name, values in (("examples", sample.x), ("probes", sample.probes)):
+        one, other = gathered(values.contiguous())
+        found[f"own {name}"] = float((one != other).double().mean())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         reg = ComplexityPenalty(replica(), weight=1.0)

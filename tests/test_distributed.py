@@ -77,6 +77,12 @@ def test_gradient_of_a_loss_is_the_mean_over_ranks(two_ranks, kind, options):
         assert found[f"{kind}/gradient/{options}/ranks"] > 0.01  # they differ before
 
 
+def test_each_rank_draws_its_own(two_ranks):
+    for found in two_ranks:
+        assert found["own examples"] > 0.5
+        assert found["own probes"] == 1
+
+
 @pytest.mark.parametrize("kind", ["alignment", "complexity"])
 def test_replicas_stay_equal(two_ranks, kind):
     assert [found[f"{kind}/replicas"] for found in two_ranks] == [[True, 20]] * 2

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import final
+from typing import ClassVar, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from alignreg import estimators
-from alignreg.evaluation import ForwardFn
 from alignreg.losses.base import Sample, TangentLoss
 from alignreg.targets import encode
 
@@ -39,7 +37,7 @@ class AlignmentLoss(TangentLoss):
         weight: factor, ≥ 0.
         examples: how many examples of a batch to use; all by default.
         every_n_steps: apply at every n-th step, with n times the weight.
-        probes: m ≥ 4.
+        probes: m ≥ 4; 8 by default.
         seed: of probes and examples.
         centered: centre the kernel over the examples. Targets are always centred.
         params: glob pattern or patterns of parameter names.
@@ -59,31 +57,8 @@ class AlignmentLoss(TangentLoss):
         >>> loss.backward()
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        weight: float,
-        examples: int | None = None,
-        every_n_steps: int = 1,
-        probes: int = 8,
-        seed: int = 0,
-        centered: bool = True,
-        params: str | Sequence[str] | None = None,
-        forward_fn: ForwardFn | None = None,
-    ) -> None:
-        super().__init__(
-            model,
-            weight=weight,
-            examples=examples,
-            every_n_steps=every_n_steps,
-            probes=probes,
-            seed=seed,
-            centered=centered,
-            params=params,
-            forward_fn=forward_fn,
-            least_probes=4,
-        )
+    default_probes: ClassVar[int] = 8
+    least_probes: ClassVar[int] = 4
 
     def _estimate(self, sample: Sample, *, create_graph: bool) -> Tensor | None:
         if sample.y is None:

@@ -6,7 +6,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple, final
+from typing import Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -50,37 +50,38 @@ class TangentLoss(nn.Module, ABC):
         weight: factor of the loss, ≥ 0.
         examples: how many examples of a batch to use, drawn uniformly; all by default.
         every_n_steps: apply at every n-th step, with n times the weight, which keeps the mean over steps.
-        probes: m, the number of random probes.
+        probes: m, the number of random probes; as many as the loss does well with by default.
         seed: of probes and examples.
         centered: centre the kernel over the examples.
         params: glob pattern or patterns of parameter names whose tangent features count; all trainable ones by
             default. Gradients flow to whatever these features depend on.
         forward_fn: ``(model, x) -> (n, c)`` for models with another output.
-        least_probes: the fewest that the loss can do with.
     """
 
     step: Tensor
+    default_probes: ClassVar[int]
+    least_probes: ClassVar[int]
 
     def __init__(
         self,
         model: nn.Module,
         *,
         weight: float,
-        examples: int | None,
-        every_n_steps: int,
-        probes: int,
-        seed: int,
-        centered: bool,
-        params: str | Sequence[str] | None,
-        forward_fn: ForwardFn | None,
-        least_probes: int,
+        examples: int | None = None,
+        every_n_steps: int = 1,
+        probes: int | None = None,
+        seed: int = 0,
+        centered: bool = True,
+        params: str | Sequence[str] | None = None,
+        forward_fn: ForwardFn | None = None,
     ) -> None:
         super().__init__()
+        probes = self.default_probes if probes is None else probes
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"weight: expected a finite number of at least 0, got {weight!r}.")
         _check_count("examples", examples, 2, optional=True)
         _check_count("every_n_steps", every_n_steps, 1)
-        _check_count("probes", probes, least_probes)
+        _check_count("probes", probes, self.least_probes)
         self.weight = weight
         self.examples = examples
         self.every_n_steps = every_n_steps

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import final
+from typing import ClassVar, final
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from alignreg import estimators
-from alignreg.evaluation import ForwardFn
 from alignreg.losses.base import Sample, TangentLoss
 
 
@@ -27,7 +25,7 @@ class ComplexityPenalty(TangentLoss):
         weight: factor, ≥ 0.
         examples: how many examples of a batch to use; all by default.
         every_n_steps: apply at every n-th step, with n times the weight.
-        probes: m ≥ 1.
+        probes: m ≥ 1; 1 by default.
         seed: of probes and examples.
         centered: centre the kernel over the examples.
         params: glob pattern or patterns of parameter names.
@@ -47,31 +45,8 @@ class ComplexityPenalty(TangentLoss):
         >>> loss.backward()
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        weight: float,
-        examples: int | None = None,
-        every_n_steps: int = 1,
-        probes: int = 1,
-        seed: int = 0,
-        centered: bool = True,
-        params: str | Sequence[str] | None = None,
-        forward_fn: ForwardFn | None = None,
-    ) -> None:
-        super().__init__(
-            model,
-            weight=weight,
-            examples=examples,
-            every_n_steps=every_n_steps,
-            probes=probes,
-            seed=seed,
-            centered=centered,
-            params=params,
-            forward_fn=forward_fn,
-            least_probes=1,
-        )
+    default_probes: ClassVar[int] = 1
+    least_probes: ClassVar[int] = 1
 
     def _estimate(self, sample: Sample, *, create_graph: bool) -> Tensor | None:
         _, s, c = sample.probes.shape

@@ -2,6 +2,8 @@
 
 import ast
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -67,7 +69,7 @@ def test_wandb_offline(tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--regularizer alignment --weight 0.1 --reg_every 2",
+        "--regularizer alignment --weight 0.1 --reg_every 2 --mixed_precision bf16",
         "--dataset disk --regularizer complexity --weight 0.01 --reg_examples 8",
         "--dataset disk",
         "--model cnn --regularizer weight_decay --weight 0.01 --label_noise 0.4",
@@ -77,6 +79,23 @@ def test_other_data_and_models(flags, tmp_path):
     result = run("--output_dir", tmp_path / "run", *flags.split())
     assert result.returncode == 0, result.stderr
     assert len(read(tmp_path / "run")) == 3
+
+
+def test_overlay_of_two_runs(first, tmp_path):
+    folder, _ = first
+    other = tmp_path / "other"
+    assert run("--output_dir", other, *["--regularizer", "complexity", "--weight", "0.5"]).returncode == 0
+    command = [sys.executable, str(RECIPES / "overlay.py"), "--output_dir", str(tmp_path / "both")]
+    result = subprocess.run([*command, folder, other, other], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "both" / "figure.png").read_bytes().startswith(b"\x89PNG")
+    rows = [line.split()[0] for line in result.stdout.splitlines() if line.strip()]
+    assert "none" in rows
+    assert rows.count("complexity") == 2  # the same label twice keeps both
+    assert f"{read(folder)[-1]['test/accuracy']:.3f}" in result.stdout
+    result = subprocess.run([*command, tmp_path / "nowhere"], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "expected the folder of a run" in result.stderr
 
 
 def test_folder_of_another_run_is_left_as_it_is(first):

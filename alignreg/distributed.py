@@ -81,7 +81,7 @@ def require_sync(loss: Tensor, ddp: nn.parallel.DistributedDataParallel) -> None
         task = _backward_pass()
 
         def check() -> None:
-            if ddp.require_backward_grad_sync and _last_backward.get(ddp) != task:
+            if ddp.require_backward_grad_sync and _last_backward.get(ddp) not in (task, _UNKNOWN):
                 raise RuntimeError(
                     "a loss on tangent features was differentiated without the output of the DistributedDataParallel "
                     "model, so its gradients were not averaged over ranks: the replicas now differ. Add both losses "
@@ -95,6 +95,7 @@ def require_sync(loss: Tensor, ddp: nn.parallel.DistributedDataParallel) -> None
 
 
 _last_backward: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_UNKNOWN = -2  # no pass has this number; -1 is that of no pass
 
 
 def _backward_pass() -> int:
@@ -107,9 +108,12 @@ def _note_outputs(module: nn.Module, _: Any, output: Any) -> None:
     def note(_: Tensor) -> None:
         _last_backward[module] = _backward_pass()
 
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor) and leaf.requires_grad:
-            leaf.register_hook(note)  # type: ignore[no-untyped-call]
+    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    for tensor in tensors:
+        if tensor.requires_grad:
+            tensor.register_hook(note)  # type: ignore[no-untyped-call]
+    if not tensors and torch.is_grad_enabled():
+        _last_backward[module] = _UNKNOWN  # an object that cannot be looked into: nothing to hold against it
 
 
 def _chain(model: nn.Module) -> Iterator[nn.Module]:

@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -191,6 +192,27 @@ COMPILED = {
 }
 
 
+class Opaque(nn.Module):
+    """Returns an object that torch knows no way into."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = replica()
+
+    def forward(self, x):
+        return types.SimpleNamespace(logits=self.net(x))
+
+
+def opaque_output(rank):
+    model = Opaque()
+    # DDP finds no tensors in such outputs either: it has to take all parameters as used.
+    ddp = nn.parallel.DistributedDataParallel(model)
+    reg = AlignmentLoss(ddp, weight=0.3, forward_fn=lambda m, x: m(x).logits)
+    x, y = batch(rank, 3)
+    (cross_entropy(ddp(x).logits, y) + reg(x, y)).backward()
+    return {"wrapper/opaque output": bool(torch.equal(*gathered(flat(p.grad for p in model.parameters()))))}
+
+
 def outcome(way, loss, rank, wrap=nn.parallel.DistributedDataParallel):
     """Whether gradients came out equal on both ranks, or what was raised."""
     model = replica()
@@ -248,7 +270,7 @@ def path(rank):
 
 def main(rank, store, out):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    found = {**alignment(rank), **losses(rank), **wrappers(rank), **path(rank)}
+    found = {**alignment(rank), **losses(rank), **wrappers(rank), **opaque_output(rank), **path(rank)}
     Path(f"{out}.{rank}").write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -98,7 +98,7 @@ def test_unsynced_ways_raise_and_others_do_not(two_ranks, kind):
             assert "call backward() once" in str(ways[way]), way
 
 
-@pytest.mark.parametrize("name", ["compiled", "compiled inside", "static graph", "bucket views"])
+@pytest.mark.parametrize("name", ["compiled", "compiled inside", "static graph", "bucket views", "opaque output"])
 def test_losses_know_ddp_in_other_forms(two_ranks, name):
     assert [found[f"wrapper/{name}"] for found in two_ranks] == [True, True]
 

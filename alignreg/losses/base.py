@@ -43,7 +43,8 @@ class TangentLoss(nn.Module, ABC):
 
     Under DDP each rank evaluates its own examples and DDP averages the gradients, provided that this loss and the
     task's loss are differentiated in **one** ``backward()``. Pass the wrapped model, before its first forward pass: the
-    other ways then raise in ``backward()`` instead of letting the replicas drift apart.
+    other ways then raise in ``backward()`` instead of letting the replicas drift apart. A forward hook on the wrapper
+    watches over that; outputs that are no tensors, nor made of them, it cannot see.
 
     Args:
         model: the model, possibly wrapped (DDP, ``torch.compile``, Accelerate).

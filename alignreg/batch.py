@@ -47,6 +47,23 @@ def as_batch(x: Any) -> Batch:
     return batch
 
 
+def as_inputs(x: Any) -> Batch:
+    """Check and return ``x`` as :func:`as_batch` does, where predictions may come by mistake.
+
+    Raises:
+        TypeError: as :func:`as_batch`.
+        ValueError: as :func:`as_batch`, and if ``x`` carries a gradient history, as predictions do.
+    """
+    batch = as_batch(x)
+    if any(part.grad_fn is not None for part in tensors(batch)):
+        raise ValueError(
+            "inputs: expected the model's inputs, got a tensor with a grad_fn, probably predictions. Pass what the "
+            "model is called with, detached: reg(x, y). In a MetricCollection use keywords: "
+            "update(inputs=x, preds=p, target=y)."
+        )
+    return batch
+
+
 def tensors(x: Batch) -> list[Tensor]:
     """Return the tensors of ``x``, in order."""
     if isinstance(x, Tensor):

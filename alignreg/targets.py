@@ -45,8 +45,10 @@ def encode(target: Tensor, num_outputs: int, n: int | None = None) -> Tensor:
         tensor([[ 1., -1.]], dtype=torch.float64)
     """
     c = num_outputs
-    if not isinstance(target, Tensor) or target.is_complex():
-        raise TypeError(f"target: expected a real tensor, got {getattr(target, 'dtype', type(target).__name__)}.")
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target: expected a tensor, got {type(target).__name__}. Convert it with torch.as_tensor.")
+    if target.is_complex():
+        raise TypeError(f"target: expected a real tensor, got {target.dtype}.")
     target = target.detach()
     if n is not None and (target.ndim == 0 or len(target) != n):
         raise ValueError(f"target: expected one row for each of the {n} inputs, got shape {tuple(target.shape)}.")

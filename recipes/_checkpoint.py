@@ -55,7 +55,8 @@ def find(path: str) -> Path:
     if steps:
         return steps[max(steps)]
     if not (given / MANIFEST).is_file():
-        raise _refusal(given, f"there is no {MANIFEST} and no {FOLDER}/step_N in it")
+        reason = f"there is no {MANIFEST} and no {FOLDER}/step_N in it. Runs write them with --checkpointing_steps"
+        raise _refusal(given, reason)
     return given
 
 

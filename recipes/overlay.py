@@ -31,7 +31,9 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
     parser.add_argument("--output_dir", type=Path, required=True, help="where figure.png goes")
     arguments = parser.parse_args()
-    logs: dict[str, _figure.Log] = {}
+    logs: list[_figure.Log] = []
+    names: list[str] = []
+    tasks: set[tuple[str, ...]] = set()
     config: dict[str, Any] = {}
     for run in arguments.runs:
         try:
@@ -39,18 +41,25 @@ def main() -> None:
             log = _run.read(run)
         except OSError as error:
             sys.exit(f"overlay.py: error: expected the folder of a run, but {error.filename}: {error.strerror}.")
-        name = label(config)
-        logs[name if name not in logs else f"{name} ({run.name})"] = log
+        tasks.add(tuple(f"{key} {config[key]}" for key in ("dataset", "model", "label_noise", "train_size")))
+        names.append(label(config))
+        logs.append(log)
+    if len(tasks) > 1:
+        sys.exit(f"overlay.py: error: expected runs of one task, got {' and '.join(map(', '.join, sorted(tasks)))}.")
+    labels = [
+        name if names.count(name) == 1 else f"{name} ({run.name})"
+        for name, run in zip(names, arguments.runs, strict=True)
+    ]
     title = f"{config['dataset']}, {config['model']}, label noise {config['label_noise']:g}"
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     figure = arguments.output_dir / "figure.png"
-    _figure.draw(logs, title, figure)
+    _figure.draw(dict(zip(labels, logs, strict=True)), title, figure)
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     columns = ("regularizer", "train\naccuracy", "test accuracy\nlast", "test accuracy\nbest", "alignment\non test")
     for column in (*columns, "effective\nrank", "path\ncomplexity"):
         table.add_column(column, justify="left" if column == "regularizer" else "right", no_wrap=True)
-    for name, log in logs.items():
+    for name, log in zip(labels, logs, strict=True):
         last = log[-1]
         table.add_row(
             name,
@@ -61,7 +70,7 @@ def main() -> None:
             f"{last['train/effective_rank']:.1f}",
             f"{last['train/path_complexity']:.0f}",
         )
-    Console(width=max(118, Console().width)).print(table)
+    Console(width=max(140, Console().width)).print(table)
     print(f"figure: {figure}")
 
 

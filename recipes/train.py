@@ -17,7 +17,8 @@ figure.png. With --checkpointing_steps it can be killed at any time and goes on 
     accelerate launch --config_file recipes/configs/single.yaml recipes/train.py --checkpointing_steps 200
     accelerate launch --config_file recipes/configs/single.yaml recipes/train.py --resume_from_checkpoint runs/FOLDER
 
-On SIGTERM it finishes the step, writes a checkpoint and leaves with exit status 143.
+On SIGTERM it finishes the step, writes a checkpoint and leaves with exit status 143. The signal must reach this
+process: torchrun passes it on, accelerate launch does not (send it to the launcher's child).
 """
 
 from __future__ import annotations
@@ -52,33 +53,38 @@ from torch.utils.data import DataLoader, TensorDataset
 from alignreg.losses import AlignmentLoss, ComplexityPenalty
 
 
+def flag(default: Any, text: str) -> Any:
+    """Return a field with the help that ``--help`` shows."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class Config:
     """Every flag with its default; saved with the run."""
 
-    dataset: str = "digits"  # digits or disk
-    model: str = "mlp"  # mlp or cnn
-    hidden: int = 256  # width of the hidden layers; the cnn takes an eighth of it as channels
-    depth: int = 3  # layers with weights
-    regularizer: str = "none"  # none, weight_decay, alignment or complexity
-    weight: float = 0.0  # strength of the regularizer
-    reg_examples: int = 32  # of a batch, what alignment and complexity are evaluated on, or all if fewer
-    reg_every: int = 1  # steps between their evaluations
-    label_noise: float = 0.0  # share of the training labels that are redrawn uniformly
-    train_size: int = 1000
-    seed: int = 0
-    steps: int = 1500
-    batch_size: int = 64  # on each process
-    lr: float = 0.05
-    momentum: float = 0.9
-    sketch_dim: int = 64  # random directions of the alignment
-    probe_size: int = 500  # training, and test, examples that alignment is measured on, or all if fewer
-    kernel_size: int = 50  # training examples of the exact kernel, or all if fewer
-    mixed_precision: str = "no"  # no, bf16 or fp16
-    cpu: bool = False
-    with_tracking: bool = False  # log to wandb as well
-    checkpointing_steps: int = 0  # steps between checkpoints, 0 for none
-    output_dir: str | None = None  # a new folder under runs/ by default
+    dataset: str = flag("digits", "bundled data")
+    model: str = flag("mlp", "the network")
+    hidden: int = flag(256, "width of the hidden layers; the cnn takes an eighth of it as channels")
+    depth: int = flag(3, "layers with weights")
+    regularizer: str = flag("none", "what is added to the task")
+    weight: float = flag(0.0, "strength of the regularizer")
+    reg_examples: int = flag(32, "of a batch, what alignment and complexity are evaluated on, or all if fewer")
+    reg_every: int = flag(1, "steps between their evaluations")
+    label_noise: float = flag(0.0, "share of the training labels that are redrawn uniformly")
+    train_size: int = flag(1000, "training examples")
+    seed: int = flag(0, "of initialisation, subset, label noise, batches and sketches")
+    steps: int = flag(1500, "optimizer steps")
+    batch_size: int = flag(64, "on each process")
+    lr: float = flag(0.05, "learning rate of SGD")
+    momentum: float = flag(0.9, "of SGD")
+    sketch_dim: int = flag(64, "random directions of the alignment")
+    probe_size: int = flag(500, "training, and test, examples that alignment is measured on, or all if fewer")
+    kernel_size: int = flag(50, "training examples of the exact kernel, or all if fewer")
+    mixed_precision: str = flag("no", "of the task's forward pass")
+    cpu: bool = flag(False, "run on the CPU")
+    with_tracking: bool = flag(False, "log to wandb as well")
+    checkpointing_steps: int = flag(0, "steps between checkpoints, 0 for none")
+    output_dir: str | None = flag(None, "the run's folder; a new one under runs/ by default")
 
 
 LOSSES = {"alignment": AlignmentLoss, "complexity": ComplexityPenalty}
@@ -123,6 +129,8 @@ def check(config: Config) -> None:
         )
     if config.regularizer == "none" and config.weight:
         raise ValueError(f"--weight: expected a --regularizer with it, got {config.weight} with none.")
+    if config.regularizer != "none" and not config.weight:
+        raise ValueError(f"--weight: expected a positive number with --regularizer {config.regularizer}, got 0.")
     if config.model == "cnn" and config.dataset == "disk":
         raise ValueError("--model: expected mlp for disk, whose inputs are points and no images, got cnn.")
     if config.with_tracking and importlib.util.find_spec("wandb") is None:
@@ -300,7 +308,9 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, Path | None]:
         if field.type == "bool":
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options.update(type=kinds.get(str(field.type), str), help=f"default: {field.default}")
+            options.update(type=kinds.get(str(field.type), str), metavar=field.name.upper())
+        choices = f"one of {', '.join(CHOICES[field.name])}; " if field.name in CHOICES else ""
+        options["help"] = f"{field.metadata['help']} ({choices}default: {field.default})".replace("%", "%%")
         parser.add_argument(f"--{field.name}", **options)
     given = vars(parser.parse_args(arguments))
     template, checkpoint = given.pop("config"), given.pop("resume_from_checkpoint")

@@ -236,6 +236,17 @@ def test_undefined_alignment_is_zero_with_one_warning():
         assert AlignmentLoss(model, weight=1.0)(x[:1], y[:1]) == 0
 
 
+@pytest.mark.parametrize("kind", LOSSES)
+def test_linear_model_has_constant_features(kind):
+    """Their loss has no gradient, and can be differentiated all the same."""
+    _, x, y = problem()
+    model = nn.Linear(4, 3).double()
+    value = LOSSES[kind](model, weight=1.0)(x, y)
+    assert float(value.detach()) != 0
+    value.backward()
+    assert model.weight.grad is None or not model.weight.grad.any()
+
+
 def test_one_example():
     model, x, _ = problem()
     assert ComplexityPenalty(model, weight=1.0)(x[:1]) == 0  # centred, nothing is left of it
@@ -393,6 +404,7 @@ def test_bad_batches_count_nothing(kind):
         ((x, y[:-1]), ValueError, "one row for each of the 7"),
         ((3.0, y), TypeError, "got float"),
         ((x * torch.nan, y), ValueError, "NaN or inf"),
+        ((model(x), y), ValueError, r"probably predictions.*reg\(x, y\)"),
     ]
     if kind == "alignment":
         cases += [((x,), ValueError, r"Call reg\(x, y\)"), ((x, y + 1), ValueError, r"in \[0, 3\)")]

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 
@@ -86,13 +87,20 @@ def test_overlay_of_two_runs(first, tmp_path):
     other = tmp_path / "other"
     assert run("--output_dir", other, *["--regularizer", "complexity", "--weight", "0.5"]).returncode == 0
     command = [sys.executable, str(RECIPES / "overlay.py"), "--output_dir", str(tmp_path / "both")]
-    result = subprocess.run([*command, folder, other, other], capture_output=True, text=True, check=False)
+    twin = shutil.copytree(other, tmp_path / "twin")
+    result = subprocess.run([*command, folder, other, twin], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "both" / "figure.png").read_bytes().startswith(b"\x89PNG")
     rows = [line.split()[0] for line in result.stdout.splitlines() if line.strip()]
     assert "none" in rows
     assert rows.count("complexity") == 2  # the same label twice keeps both
     assert f"{read(folder)[-1]['test/accuracy']:.3f}" in result.stdout
+    assert "complexity 0.5 (twin)" in result.stdout
+    config = twin / "config.json"
+    config.write_text(config.read_text().replace('"label_noise": 0.0', '"label_noise": 0.2'))
+    result = subprocess.run([*command, folder, twin], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "expected runs of one task" in result.stderr
     result = subprocess.run([*command, tmp_path / "nowhere"], capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "expected the folder of a run" in result.stderr
@@ -116,6 +124,7 @@ BAD = {
     "--regularizer magic": "--regularizer: expected one of none, weight_decay, alignment, complexity",
     "--weight -1 --regularizer weight_decay": "--weight: expected a number of at least 0, got -1",
     "--weight 0.1": "expected a --regularizer with it",
+    "--regularizer alignment": "--weight: expected a positive number with --regularizer alignment, got 0",
     "--train_size 10": "--train_size: expected between one batch (64) and the 1000",
     "--train_size 1001": "--train_size: expected between one batch (64) and the 1000",
     "--sketch_dim 2": "--sketch_dim: expected a number of at least 3",

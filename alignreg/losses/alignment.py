@@ -62,7 +62,7 @@ class AlignmentLoss(TangentLoss):
 
     def _estimate(self, sample: Sample, *, create_graph: bool) -> Tensor | None:
         if sample.y is None:
-            raise ValueError("y: expected the targets of the inputs, got none. Call reg(x, y).")
+            raise ValueError("target: expected the targets of the inputs, got none. Call reg(x, y).")
         _, n, c = sample.probes.shape
         y = encode(sample.y, c, n)
         if bool((y == y[0]).all()):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from alignreg import sketches
-from alignreg.batch import Batch, as_batch, size, take
+from alignreg.batch import Batch, as_inputs, size, take
 from alignreg.distributed import find_ddp, rank, require_sync, world_size
 from alignreg.evaluation import ForwardFn
 from alignreg.tangents import TangentFeatures
@@ -116,9 +116,10 @@ class TangentLoss(nn.Module, ABC):
 
         Raises:
             TypeError: if ``x`` or the model's output is not made of tensors.
-            ValueError: if ``x`` is empty or does not fit ``y``, or the output is not a finite ``(n, c)``.
+            ValueError: if ``x`` is empty, does not fit ``y`` or carries a gradient history, or the output is not a
+                finite ``(n, c)``.
         """
-        batch = as_batch(x)
+        batch = as_inputs(x)
         if not self.training:
             return self._zero()
         step = int(self.step)
@@ -131,6 +132,8 @@ class TangentLoss(nn.Module, ABC):
         if value is None:
             return self._zero()
         loss = self.weight * self.every_n_steps * value
+        if not loss.requires_grad:
+            loss = loss + self._zero()  # features that depend on no parameter, as those of a linear model
         if self._ddp.module is not None:
             require_sync(loss, self._ddp.module)
         elif world_size() > 1:
@@ -140,6 +143,11 @@ class TangentLoss(nn.Module, ABC):
             )
         return loss
 
+    def extra_repr(self) -> str:
+        """Show the options."""
+        names = ("weight", "examples", "every_n_steps", "probes", "seed", "centered")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
     @abstractmethod
     def _estimate(self, sample: Sample, *, create_graph: bool) -> Tensor | None:
         """Return the loss of the sample with weight 1, or ``None`` where it is undefined."""
@@ -147,7 +155,7 @@ class TangentLoss(nn.Module, ABC):
     def _sample(self, x: Batch, y: Tensor | None, step: int) -> Sample:
         n = size(x)
         if y is not None and (y.ndim == 0 or len(y) != n):
-            raise ValueError(f"y: expected one row for each of the {n} inputs, got shape {tuple(y.shape)}.")
+            raise ValueError(f"target: expected one row for each of the {n} inputs, got shape {tuple(y.shape)}.")
         if self._num_outputs is None:
             self._num_outputs = self._features.outputs(x).shape[1]
         if self.examples is not None and self.examples < n:

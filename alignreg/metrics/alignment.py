@@ -12,9 +12,9 @@ from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from alignreg import functional, moments, sketches
-from alignreg.batch import Batch, concatenate, map_tensors, size, tensors
+from alignreg.batch import Batch, as_inputs, concatenate, map_tensors, size, tensors
 from alignreg.evaluation import ForwardFn
-from alignreg.metrics.base import TangentMetric, as_inputs
+from alignreg.metrics.base import TangentMetric
 from alignreg.metrics.records import Record, digest, pack, unpack
 from alignreg.moments import Moments
 from alignreg.targets import ConstantTargetError, encode

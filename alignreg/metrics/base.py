@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from alignreg.batch import Batch, as_batch, tensors
 from alignreg.evaluation import ForwardFn
 from alignreg.tangents import TangentFeatures
 
@@ -99,19 +98,3 @@ class TangentMetric(Metric, ABC):
             if self._is_synced and self._should_unsync:
                 self.unsync()
             raise
-
-
-def as_inputs(x: Any) -> Batch:
-    """Return ``x`` as a batch of the model's inputs.
-
-    Raises:
-        TypeError: if something in it is no tensor.
-        ValueError: if it is empty or carries a gradient history, as predictions do.
-    """
-    batch = as_batch(x)
-    if any(part.grad_fn is not None for part in tensors(batch)):
-        raise ValueError(
-            "inputs: expected the model's inputs, got a tensor with a grad_fn, probably predictions. "
-            "In a MetricCollection use keywords: update(inputs=x, preds=p, target=y)."
-        )
-    return batch

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from alignreg.batch import size
+from alignreg.batch import as_inputs, size
 from alignreg.evaluation import ForwardFn
-from alignreg.metrics.base import TangentMetric, as_inputs
+from alignreg.metrics.base import TangentMetric
 from alignreg.metrics.records import digest
 
 
@@ -42,6 +42,8 @@ class PathComplexity(TangentMetric):
 
     Over ranks the traces of a moment are added before the root is taken, and lengths are taken once: weights are
     expected to be the same on all ranks.
+
+    To save a path with ``state_dict()``, call ``persistent(True)`` first; it holds the last weights, P numbers.
 
     As input to ``forward`` and ``update`` the metric accepts:
 

@@ -85,8 +85,8 @@ def require_sync(loss: Tensor, ddp: nn.parallel.DistributedDataParallel) -> None
                 raise RuntimeError(
                     "a loss on tangent features was differentiated without the output of the DistributedDataParallel "
                     "model, so its gradients were not averaged over ranks: the replicas now differ. Add both losses "
-                    "and call backward() once, as in (task_loss(model(x), y) + reg(x, y)).backward(), or keep the "
-                    "extra backward pass before it and under model.no_sync()."
+                    "and call backward() once, as in (task_loss(model(x), y) + reg(x, y)).backward(); or call "
+                    "reg(x, y).backward() first, under model.no_sync(), and then that of the task's loss."
                 )
 
         torch.autograd.Variable._execution_engine.queue_callback(check)  # noqa: SLF001 - as DDP does

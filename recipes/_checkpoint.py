@@ -74,7 +74,7 @@ def verify(checkpoint: Path, config: dict[str, Any], processes: int) -> int:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         step, files = int(manifest["step"]), dict(manifest["files"])
-        theirs, count = manifest["config"], int(manifest["processes"])
+        theirs, count = dict(manifest["config"]), int(manifest["processes"])
     except OSError as error:
         raise _refusal(checkpoint, f"{MANIFEST}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
@@ -112,8 +112,7 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _refusal(checkpoint: Path, reason: str) -> ValueError:

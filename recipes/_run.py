@@ -79,6 +79,16 @@ def batches(loader: Any, step: int, last: int) -> Iterator[tuple[int, Any]]:
                 return
 
 
+def task(config: dict[str, Any]) -> str:
+    """Say what a run was trained on."""
+    return f"{config['dataset']}, {config['model']}, label noise {config['label_noise']:g}"
+
+
+def label(config: dict[str, Any]) -> str:
+    """Name a run by what regularised it."""
+    return "none" if config["regularizer"] == "none" else f"{config['regularizer']} {config['weight']:g}"
+
+
 def save_config(folder: Path, config: dict[str, Any]) -> None:
     """Write the flags and the versions that made the run."""
     versions = {"alignreg": alignreg.__version__, "torch": torch.__version__, "python": platform.python_version()}

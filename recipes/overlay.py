@@ -20,11 +20,6 @@ from rich.console import Console
 from rich.table import Table
 
 
-def label(config: dict[str, Any]) -> str:
-    """Name a run by what regularised it."""
-    return "none" if config["regularizer"] == "none" else f"{config['regularizer']} {config['weight']:g}"
-
-
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -42,7 +37,7 @@ def main() -> None:
         except OSError as error:
             sys.exit(f"overlay.py: error: expected the folder of a run, but {error.filename}: {error.strerror}.")
         tasks.add(tuple(f"{key} {config[key]}" for key in ("dataset", "model", "label_noise", "train_size")))
-        names.append(label(config))
+        names.append(_run.label(config))
         logs.append(log)
     if len(tasks) > 1:
         sys.exit(f"overlay.py: error: expected runs of one task, got {' and '.join(map(', '.join, sorted(tasks)))}.")
@@ -50,7 +45,7 @@ def main() -> None:
         name if names.count(name) == 1 else f"{name} ({run.name})"
         for name, run in zip(names, arguments.runs, strict=True)
     ]
-    title = f"{config['dataset']}, {config['model']}, label noise {config['label_noise']:g}"
+    title = _run.task(config)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     figure = arguments.output_dir / "figure.png"
     _figure.draw(dict(zip(labels, logs, strict=True)), title, figure)

@@ -262,8 +262,9 @@ def _save_or_stop(
 
 def _conclude(accelerator: Accelerator, folder: Path, config: Config) -> None:
     if accelerator.is_main_process:
-        name = config.regularizer if config.regularizer == "none" else f"{config.regularizer} {config.weight:g}"
-        title = f"{config.dataset}, {config.model}, label noise {config.label_noise:g}, regularizer: {name}"
+        values = dataclasses.asdict(config)
+        name = _run.label(values)
+        title = f"{_run.task(values)}, regularizer: {name}"
         _figure.draw({name: _run.read(folder)}, title, folder / "figure.png")
         _run.print_table(folder)
         print(f"log:    {folder / 'metrics.jsonl'}\nfigure: {folder / 'figure.png'}")

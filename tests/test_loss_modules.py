@@ -211,6 +211,8 @@ def test_bad_batches_count_nothing(kind):
         ((x[:0], y[:0]), ValueError, "at least one example"),
         ((x, y[:-1]), ValueError, "one row for each of the 7"),
         ((3.0, y), TypeError, "got float"),
+        ((x, y.tolist()), TypeError, "target: expected a tensor, got list"),
+        ((x, y[0]), ValueError, "one row for each of the 7"),
         ((x * torch.nan, y), ValueError, "NaN or inf"),
         ((model(x), y), ValueError, r"probably predictions.*reg\(x, y\)"),
     ]

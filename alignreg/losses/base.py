@@ -154,6 +154,8 @@ class TangentLoss(nn.Module, ABC):
 
     def _sample(self, x: Batch, y: Tensor | None, step: int) -> Sample:
         n = size(x)
+        if y is not None and not isinstance(y, Tensor):
+            raise TypeError(f"target: expected a tensor, got {type(y).__name__}. Convert it with torch.as_tensor.")
         if y is not None and (y.ndim == 0 or len(y) != n):
             raise ValueError(f"target: expected one row for each of the {n} inputs, got shape {tuple(y.shape)}.")
         if self._num_outputs is None:

@@ -184,10 +184,7 @@ class TangentAlignment(TangentMetric):
             ConstantTargetError: as :meth:`compute`.
             ValueError: as :meth:`compute`.
         """
-        synced = self.sync_context(
-            dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
-        )
-        with synced, self._restored_on_error():
+        with self._synced():
             return self._std_error()
 
     def reset(self) -> None:

@@ -82,6 +82,15 @@ class TangentMetric(Metric, ABC):
         return torch.tensor([int.from_bytes(key[i : i + 2], "little") for i in range(0, 8, 2)])
 
     @contextmanager
+    def _synced(self) -> Iterator[None]:
+        """Hold the states of all ranks inside the block, as torchmetrics does for ``compute()``."""
+        synced = self.sync_context(
+            dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
+        )
+        with synced, self._restored_on_error():
+            yield
+
+    @contextmanager
     def _unchanged_on_error(self) -> Iterator[None]:
         try:
             yield

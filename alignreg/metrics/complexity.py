@@ -169,10 +169,7 @@ class PathComplexity(TangentMetric):
             ValueError: if no examples have come.
             RuntimeError: if ranks went different ways.
         """
-        synced = self.sync_context(
-            dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
-        )
-        with synced, self._restored_on_error():
+        with self._synced():
             return self._history()
 
     def _history(self) -> PathHistory:

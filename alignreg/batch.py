@@ -95,6 +95,12 @@ def size(x: Batch) -> int:
     return tensors(x)[0].shape[0]
 
 
+def shapes(x: Batch) -> tuple[Any, ...]:
+    """Return what batches must share to be one: structure, and shape of an example and dtype of each part."""
+    keys = tuple(x) if isinstance(x, dict) else isinstance(x, Tensor)
+    return keys, *((t.shape[1:], t.dtype) for t in tensors(x))
+
+
 def concatenate(batches: Sequence[Batch]) -> Batch:
     """Join batches of the same structure along axis 0."""
     first = batches[0]

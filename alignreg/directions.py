@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Protocol, final
 
 import torch
@@ -42,20 +42,3 @@ class GivenDirections:
     def block(self, name: str, like: Tensor, start: int, stop: int) -> Tensor:
         """See :class:`Directions`."""
         return self._directions[name][start:stop].to(like)
-
-
-@final
-class LayerDirections:
-    """One direction per layer: a given direction, zero outside that layer."""
-
-    def __init__(self, direction: Mapping[str, Tensor], layers: Sequence[Sequence[str]]) -> None:
-        self.m = len(layers)
-        self._direction = direction
-        self._layer = {name: index for index, names in enumerate(layers) for name in names}
-
-    def block(self, name: str, like: Tensor, start: int, stop: int) -> Tensor:
-        """See :class:`Directions`."""
-        result = like.new_zeros(stop - start, *like.shape)
-        if start <= (index := self._layer[name]) < stop:
-            result[index - start] = self._direction[name][0]
-        return result

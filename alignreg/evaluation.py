@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, TypeVar, final
 
 import torch
@@ -14,7 +13,6 @@ from alignreg.batch import Batch, call, map_tensors, size, tensors
 from alignreg.directions import Directions
 from alignreg.frozen import Saved, failing_module, repeatably
 from alignreg.jacobian import Block, Params, reduce_jacobian, signs, tolerance
-from alignreg.kernel import Piece, collect
 
 WORKING_MEMORY = 2 * 2**30
 """Bytes that a call may use beyond one forward and backward pass of its batch and its result."""
@@ -60,13 +58,14 @@ class Evaluation:
         self._devices = {t.device for t in (*self.params.values(), *tensors(self.x))}
         self.n = size(x)
 
-        leaves = self._leaves()
-        saved = Saved()
+        leaves = self.leaves()
+        saved = Saved(besides=(*self.params.values(), *self._others.values()))
         with saved.recording():
             y = self.function(leaves, self.x)
         self.y = y.detach()
         self.c = y.shape[1]
         self._activation_bytes = saved.nbytes
+        self.largest_activation_bytes = saved.largest
         # The coarsest precision on the way, a cast inside the model included: the scale of honest rounding.
         dtypes = {y.dtype, *saved.dtypes, *(p.dtype for p in self.params.values())}
         self.precision = max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
@@ -97,8 +96,16 @@ class Evaluation:
         y = repeatably(functional_call, self._bound, state, (x,), devices=self._devices)
         return _checked_output(y, size(x))
 
-    def reduce(self, consume: Callable[[Iterator[Block]], T], names: Sequence[str] | None = None) -> T:
-        """Return what ``consume`` makes of the blocks of the Jacobian, of some parameters or all."""
+    def reduce(
+        self, consume: Callable[[Iterator[Block]], T], names: Sequence[str] | None = None, *, independent: bool = False
+    ) -> T:
+        """Return what ``consume`` makes of the blocks of the Jacobian, of some parameters or all.
+
+        Args:
+            consume: called afresh for every route that is tried.
+            names: the parameters.
+            independent: refuse a model whose examples depend on each other.
+        """
         params = self.params if names is None else {name: self.params[name] for name in names}
         fixed = {name: value for name, value in self.params.items() if name not in params}
 
@@ -119,15 +126,27 @@ class Evaluation:
             outputs=self.c,
             rows=self._chunk_size or max(1, WORKING_MEMORY // 32 // per_row),
             pullback=pullback,
+            before_whole_batch=self.require_independent_examples if independent else None,
             create_graph=self.create_graph,
             precision=self.precision,
         )
 
-    def columns(self, group: list[Piece]) -> Tensor:
-        """Return columns of the Jacobian as a matrix ``(n·c, numbers in the group)``."""
-        names = [name for name, _, _ in group]
-        consume = partial(collect, group=group, rows=self.n * self.c, create_graph=self.create_graph)
-        return self.reduce(consume, names)
+    def require_independent_examples(self) -> None:
+        """Check that the outputs of an example do not depend on the others of its batch.
+
+        Raises:
+            ValueError: if they do: a kernel between two examples is then not defined.
+        """
+        with torch.no_grad():
+            again = self.function(self.params, self.x)
+            alone = self.function(self.params, map_tensors(lambda t: t[:1].expand_as(t), self.x))
+        scale = float(torch.linalg.vector_norm(self.y[0].double()))
+        noise, change = (float(torch.linalg.vector_norm((y[0] - self.y[0]).double())) for y in (again, alone))
+        if change > 2 * noise + tolerance(self.precision) * scale:
+            raise ValueError(
+                "the model's outputs for an example depend on the other examples of its batch, so there is no kernel "
+                "between examples. Does it normalise over the batch without running statistics?"
+            )
 
     def pullback(self, cotangents: Tensor, *, create_graph: bool | None = None) -> Params:
         """Return Φᵀω for cotangents ``(m, n, c)``, by parameter name ``(m, *shape)``."""
@@ -136,7 +155,7 @@ class Evaluation:
             raise ValueError(
                 f"cotangents: expected (m, n, c) = (m, {self.n}, {self.c}), got {tuple(cotangents.shape)}."
             )
-        leaves = self._leaves()
+        leaves = self.leaves()
         y = self.function(leaves, self.x)
         products = [
             torch.autograd.grad(
@@ -226,7 +245,7 @@ class Evaluation:
 
     def _double_reverse(self, block: Params, create_graph: bool) -> Tensor:
         # u ↦ Jᵀu is linear, so its own vector–Jacobian product with s is J s.
-        leaves = self._leaves()
+        leaves = self.leaves()
         y = self.function(leaves, self.x)
         u = torch.zeros_like(y, requires_grad=True)
         pulled = torch.autograd.grad(y, list(leaves.values()), u, create_graph=True, materialize_grads=True)
@@ -257,7 +276,8 @@ class Evaluation:
             return tensor.clone()  # made under inference_mode: autograd may not save it
         return tensor if self.create_graph else tensor.detach()
 
-    def _leaves(self) -> Params:
+    def leaves(self) -> Params:
+        """Return the parameters as tensors that require a gradient, whether they carry a graph or not."""
         return {name: p if p.requires_grad else p.detach().requires_grad_() for name, p in self.params.items()}
 
 

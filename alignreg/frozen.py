@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar, final
 
@@ -71,9 +71,14 @@ def repeatably(fn: Callable[..., T], *args: Any, devices: set[torch.device]) -> 
 
 @final
 class Saved:
-    """What autograd keeps for the backward pass: bytes by storage, and dtypes."""
+    """What autograd keeps for the backward pass: bytes by storage, and dtypes.
 
-    def __init__(self) -> None:
+    Args:
+        besides: tensors that are kept anyway.
+    """
+
+    def __init__(self, besides: Iterable[Tensor] = ()) -> None:
+        self._besides = {tensor.untyped_storage().data_ptr() for tensor in besides}
         self.dtypes: set[torch.dtype] = set()
         self._storages: dict[int, int] = {}
 
@@ -82,6 +87,11 @@ class Saved:
         """Bytes in all."""
         return sum(self._storages.values())
 
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest."""
+        return max(self._storages.values(), default=0)
+
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record what is saved inside the block."""
@@ -89,7 +99,8 @@ class Saved:
         def pack(tensor: Tensor) -> Tensor:
             self.dtypes.add(tensor.dtype)
             storage = tensor.untyped_storage()
-            self._storages[storage.data_ptr()] = storage.nbytes()
+            if storage.data_ptr() not in self._besides:
+                self._storages[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -46,6 +46,7 @@ def reduce_jacobian(
     outputs: int,
     rows: int,
     pullback: Callable[[Tensor], Params],
+    before_whole_batch: Callable[[], None] | None = None,
     create_graph: bool,
     precision: torch.dtype,
 ) -> T:
@@ -65,6 +66,7 @@ def reduce_jacobian(
         outputs: c.
         rows: how many rows (example, output) of the Jacobian may be in memory at once.
         pullback: ``u (n, c) -> Jᵀu``, by which the routes are checked.
+        before_whole_batch: called before the last route is tried; may raise.
         create_graph: keep the graph of the Jacobian, for differentiating it again.
         precision: the coarsest dtype on the way through f.
 
@@ -78,6 +80,8 @@ def reduce_jacobian(
     whole_batch = partial(_by_row, examples=n, create_graph=create_graph)
     failure: Exception | None = None
     for route in (_by_example, per_example, whole_batch):
+        if route is whole_batch and before_whole_batch is not None:
+            before_whole_batch()
         try:
             return consume(_checked(route(f, params, x, outputs, rows), probe, expected, precision))
         except torch.OutOfMemoryError:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from fnmatch import fnmatchcase
 from typing import Any, final
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
-from alignreg import evaluation
 from alignreg.batch import as_batch
-from alignreg.directions import Directions, GivenDirections, LayerDirections
+from alignreg.directions import Directions, GivenDirections
 from alignreg.distributed import unwrap
 from alignreg.evaluation import Bound, Evaluation, ForwardFn
 from alignreg.frozen import frozen
-from alignreg.jacobian import Block, Params, signs, tolerance
-from alignreg.kernel import gram, pieces
+from alignreg.jacobian import Block, Params
+from alignreg.kernels.exact import diagonals, kernels
+from alignreg.kernels.gradients import blocks, norms
+from alignreg.progress import bar
 
 
 @final
@@ -77,6 +77,7 @@ class TangentFeatures:
         self._forward_fn = forward_fn
         self._chunk_size = chunk_size
         self._bound: Bound | None = Bound(bare, forward_fn)
+        self._refused: set[str] = set()  # parameters that the model uses otherwise than the rules of layers know
 
     @property
     def model(self) -> nn.Module:
@@ -122,6 +123,10 @@ class TangentFeatures:
             odd = sorted(name for name in shapes.keys() | self._shapes if shapes.get(name) != self._shapes.get(name))
             raise ValueError(f"model: its selected parameters differ from those bound before: {odd}.")
         self._bound = Bound(bare, self._forward_fn)
+        self._refused = set()
+
+    def _layer_of(self, *, per_layer: bool) -> dict[str, str]:
+        return {name: layer if per_layer else "" for layer, names in self.layers.items() for name in names}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TangentFeatures:
         # A copy of what watches the model watches the same live model, unless the model is being copied along.
@@ -198,20 +203,46 @@ class TangentFeatures:
             >>> TangentFeatures(torch.nn.Linear(3, 2)).trace(torch.eye(3))
             tensor(12.)
         """
-
-        def total(blocks: Iterator[Block]) -> Tensor:
-            # One running sum: a list of small tensors would pin the memory between the large ones.
-            result = torch.zeros((), dtype=torch.float64)
-            for _, block in blocks:
-                for value in block.values():
-                    result = result.to(value.device) + value.square().sum(dtype=torch.float64)
-            return result
-
         with self._evaluation(x, create_graph=create_graph) as at:
-            return at.reduce(total).to(at.gram_dtype)
+            parts = diagonals(at, dict.fromkeys(self._shapes, ""), norms, self._refused)
+            total: Tensor = torch.stack([part.sum(dtype=torch.float64) for part in parts.values()]).sum()
+            return total.to(at.gram_dtype)
+
+    def diagonal(self, x: Any, *, per_layer: bool = False, create_graph: bool = False) -> Tensor | dict[str, Tensor]:
+        """Return the diagonal blocks K[i, :, i, :] of the exact tangent kernel, without the rest of it.
+
+        The block of an example is the Gram matrix of its outputs' gradients, ⟨∇_w f_k(x_i), ∇_w f_l(x_i)⟩.
+
+        Args:
+            x: tensor, tuple or dict of tensors with the n examples on axis 0.
+            per_layer: return the blocks of each layer's own parameters, which sum to the blocks of K.
+            create_graph: make the result differentiable.
+
+        Returns:
+            ``(n, c, c)``, or a dict of them by layer.
+
+        Raises:
+            TypeError: as :meth:`jacobian`.
+            ValueError: as :meth:`jacobian`.
+
+        Example:
+            >>> import torch
+            >>> from alignreg import TangentFeatures
+            >>> TangentFeatures(torch.nn.Linear(3, 2)).diagonal(torch.eye(3))[0]
+            tensor([[2., 0.],
+                    [0., 2.]])
+        """
+        layer_of = self._layer_of(per_layer=per_layer)
+        with self._evaluation(x, create_graph=create_graph) as at:
+            parts = diagonals(at, layer_of, blocks, self._refused)
+        by_layer: dict[str, list[Tensor]] = {layer: [] for layer in layer_of.values()}
+        for names, part in parts.items():
+            by_layer[layer_of[names[0]]].append(part)
+        found = {layer: torch.stack(value).sum(0) for layer, value in by_layer.items()}
+        return found if per_layer else found[""]
 
     def kernel(
-        self, x: Any, x2: Any = None, *, per_layer: bool = False, create_graph: bool = False
+        self, x: Any, x2: Any = None, *, per_layer: bool = False, create_graph: bool = False, progress: bool = False
     ) -> Tensor | dict[str, Tensor]:
         """Return the exact tangent kernel K[i, k, j, l] = ⟨∇_w f_k(x_i), ∇_w f_l(x2_j)⟩.
 
@@ -222,7 +253,8 @@ class TangentFeatures:
             x: tensor, tuple or dict of tensors with the n examples on axis 0.
             x2: another batch of n2 examples; ``x`` by default.
             per_layer: return the kernel of each layer's own parameters, which sum to K.
-            create_graph: make the result differentiable; then all of Φ stays in memory.
+            create_graph: make the result differentiable; then what the layers hold stays in memory.
+            progress: show a progress bar (needs the package rich).
 
         Returns:
             ``(n, c, n2, c)``, or a dict of them by layer (path of the module that owns the parameters).
@@ -242,13 +274,12 @@ class TangentFeatures:
             >>> list(layers), torch.allclose(sum(layers.values()), features.kernel(x), atol=1e-5)
             (['0', '2'], True)
         """
-        with self._evaluation(x, create_graph=create_graph) as one:
-            if x2 is None:
-                kernels = self._layer_kernels(one, None, per_layer=per_layer)
-            else:
-                with self._evaluation(x2, create_graph=create_graph) as two:
-                    kernels = self._layer_kernels(one, two, per_layer=per_layer)
-        return kernels if per_layer else kernels[""]
+        layer_of = self._layer_of(per_layer=per_layer)
+        with self._evaluation(x, create_graph=create_graph) as one, ExitStack() as stack:
+            two = None if x2 is None else stack.enter_context(self._evaluation(x2, create_graph=create_graph))
+            tick = stack.enter_context(bar("tangent kernel", self.num_parameters, show=progress))
+            found = kernels(one, two, layer_of, self._refused, tick)
+        return found if per_layer else found[""]
 
     def pushforward(
         self, x: Any, directions: Mapping[str, Tensor] | Directions, *, create_graph: bool = False
@@ -307,38 +338,6 @@ class TangentFeatures:
         """
         with self._evaluation(x, create_graph=create_graph) as at:
             return at.pullback(cotangents)
-
-    def _layer_kernels(self, one: Evaluation, two: Evaluation | None, *, per_layer: bool) -> dict[str, Tensor]:
-        layers = self.layers if per_layer else {"": list(self._shapes)}
-        layer_of = {name: layer for layer, names in layers.items() for name in names}
-        other = two or one
-        rows = one.n * one.c + (0 if two is None else two.n * two.c)
-        fit = max(1, evaluation.WORKING_MEMORY // 2 // (rows * one.gram_dtype.itemsize))
-        sizes = {name: shape.numel() for name, shape in self._shapes.items()}
-        groups = list(pieces(sizes, self.num_parameters if one.create_graph else fit))
-        flat = gram(one.columns, None if two is None else two.columns, groups, layer_of)
-        kernels = {layer: rearrange(flat[layer], "(n c) (k l) -> n c k l", n=one.n, k=other.n) for layer in layers}
-        self._check(kernels, layers, one, other)
-        return kernels
-
-    def _check(
-        self, kernels: dict[str, Tensor], layers: dict[str, list[str]], one: Evaluation, two: Evaluation
-    ) -> None:
-        u = signs(two.y)
-        back = {name: value.detach() for name, value in two.pullback(u[None], create_graph=False).items()}
-        forth = one.pushforward(LayerDirections(back, list(layers.values())), create_graph=False)
-        whole = sum(float(torch.linalg.vector_norm(kernel.detach())) for kernel in kernels.values())
-        rounding = 10 * torch.finfo(two.precision).eps * whole
-        for (layer, kernel), expected in zip(kernels.items(), forth.unbind(-1), strict=True):
-            scale = float(torch.linalg.vector_norm(kernel.detach()))
-            product = torch.tensordot(kernel.detach(), u.to(kernel), dims=2)
-            difference = float(torch.linalg.vector_norm(product - expected))
-            if not difference <= tolerance(two.precision) * scale + rounding:
-                raise RuntimeError(
-                    f"the tangent kernel{f' of layer {layer!r}' if layer else ''} failed its self-check: K u differs "
-                    f"from pushforward(pullback(u)) by {difference:.1e} at a norm of K of {scale:.1e}. "
-                    "Is the model a deterministic function of its parameters and inputs?"
-                )
 
     @contextmanager
     def _evaluation(self, x: Any, *, create_graph: bool) -> Iterator[Evaluation]:

@@ -1,0 +1,346 @@
+"""The exact tangent kernel: by the rules of layers where they hold, from Jacobians elsewhere; checked in every call."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import final
+
+import torch
+from torch import Tensor
+
+from alignreg import evaluation
+from alignreg.batch import Batch, concatenate, shapes, slice_examples
+from alignreg.evaluation import Evaluation
+from alignreg.jacobian import signs, tolerance
+from alignreg.kernels import general
+from alignreg.kernels.gradients import Close, Gradients
+from alignreg.kernels.recorder import Site, visit
+
+Tick = Callable[[int], None]
+"""Told how many numbers of parameters are done."""
+
+
+def kernels(
+    one: Evaluation, two: Evaluation | None, layer_of: Mapping[str, str], refused: set[str], tick: Tick
+) -> dict[str, Tensor]:
+    """Return the kernel ``(n, c, n2, c)`` of each layer, zero for layers that the outputs do not depend on.
+
+    Args:
+        one: the model at the examples of the rows.
+        two: at those of the columns; ``None`` for the same.
+        layer_of: the layer of each parameter, in the order of the result.
+        refused: parameters whose rule is known to fail; those that fail now are added.
+        tick: progress.
+
+    Raises:
+        ValueError: if the examples of a batch depend on each other.
+        RuntimeError: if a kernel fails its self-check.
+    """
+    probes = _Probes(one, two)
+    while True:
+        sums, done, torn = _by_rules(one, two, layer_of, refused, probes)
+        failing = [names for names in done if not probes.agree(names)]
+        if not failing and not torn:
+            break
+        if failing:
+            for at in (one, *(() if two is None else (two,))):
+                at.require_independent_examples()
+        for names in failing:
+            _refuse(names, refused)
+        refused.update(torn)
+    by_rules = {name for names in done for name in names}
+    tick(sum(one.params[name].numel() for name in by_rules))
+
+    rest = {name: one.params[name].numel() for name in layer_of if name not in by_rules}
+    rows = one.n * one.c + (0 if two is None else two.n * two.c)
+    fit = max(1, evaluation.WORKING_MEMORY // 2 // (rows * one.gram_dtype.itemsize))
+    for group in general.pieces(rest, sum(rest.values()) if one.create_graph else fit):
+        for piece, value in general.gram(one, two, group):
+            probes.see((piece.name,), value)
+            sums.add(layer_of[piece.name], value)
+            tick(piece.stop - piece.start)
+
+    found = {layer: sums.kernel(layer) for layer in dict.fromkeys(layer_of.values())}
+    for layer, kernel in found.items():
+        probes.require([name for name, owner in layer_of.items() if owner == layer], kernel, layer)
+    return found
+
+
+def diagonals(
+    at: Evaluation, layer_of: Mapping[str, str], close: Close, refused: set[str]
+) -> dict[tuple[str, ...], Tensor]:
+    """Return the products of each example's own rows, by groups of parameters of one layer.
+
+    What the rules say is checked by the vector–Jacobian product that follows from it.
+
+    Args:
+        at: the model at the examples.
+        layer_of: the layer of each parameter.
+        close: which products: :func:`.gradients.norms` or :func:`.gradients.blocks`.
+        refused: parameters whose rule is known to fail; those that fail now are added.
+    """
+    u = signs(at.y)
+    back = {name: value[0] for name, value in at.pullback(u[None], create_graph=False).items()}
+    whole = sum(float(value.square().sum(dtype=torch.float64)) for value in back.values()) ** 0.5
+    found: dict[tuple[str, ...], list[Tensor]] = {}
+    pulled: dict[str, Tensor] = {}
+
+    def consume(site: Site, gradients: Gradients, start: int) -> None:
+        found.setdefault(tuple(site.names.values()), []).append(gradients.diagonal(close, _limit(at)))
+        with torch.no_grad():
+            part = gradients.pullback(u[start : start + gradients.n].to(at.gram_dtype))
+        for kind, name in site.names.items():
+            pulled[name] = pulled[name] + part[kind] if name in pulled else part[kind]
+
+    def run(batched: bool) -> None:
+        found.clear()
+        pulled.clear()
+        step = _examples_at_once(at)
+        for start in range(0, at.n, step):
+            batch = slice_examples(at.x, start, start + step)
+            _visit(at, batch, layer_of, refused, partial(consume, start=start), batched=batched)
+
+    _batched_or_not(run, layer_of, refused)
+    for names, parts in list(found.items()):
+        if sum(len(part) for part in parts) < at.n:  # not in all of the blocks
+            del found[names]
+            continue
+        for name in names:
+            difference = float(torch.linalg.vector_norm(pulled[name] - back[name].flatten().to(pulled[name])))
+            scale = float(torch.linalg.vector_norm(back[name].double()))
+            if not difference <= tolerance(at.precision) * scale + 10 * torch.finfo(at.precision).eps * whole:
+                found.pop(names, None)
+        if names not in found:
+            _refuse(names, refused)
+    by_rules = {name for names in found for name in names}
+    result = {names: torch.cat(parts) for names, parts in found.items()}
+    rest = [name for name in layer_of if name not in by_rules]
+    if rest:
+        result |= {(name,): value for name, value in general.diagonal(at, rest, close).items()}
+    return result
+
+
+@final
+class _Probes:
+    """The check of a kernel: ωᵀK ω' for random ω, ω' against ⟨Φᵀω, Φᵀω'⟩, by parameters and as a whole.
+
+    It holds K ω' against Φ(Φᵀω') in the direction of ω; Φᵀω and Φᵀω' serve all layers, where Φ Φ_lᵀω' would take a
+    pushforward each.
+    """
+
+    count = 2
+
+    def __init__(self, one: Evaluation, two: Evaluation | None) -> None:
+        self._symmetric = two is None
+        self._precision = (two or one).precision
+        self._left = self._draw(one, 0)
+        self._right = self._left if two is None else self._draw(two, 1)
+        mine = one.pullback(self._left.to(one.y), create_graph=False)
+        theirs = mine if two is None else two.pullback(self._right.to(two.y), create_graph=False)
+        dtype = one.gram_dtype
+        self._expected = {
+            name: (mine[name].flatten(1).to(dtype) @ theirs[name].flatten(1).to(dtype).T).double().cpu()
+            for name in mine
+        }
+        self._left, self._right = self._left.to(one.y.device, dtype), self._right.to(one.y.device, dtype)
+        self._seen: dict[tuple[str, ...], Tensor] = {}
+        self._norms: dict[tuple[str, ...], float] = {}
+
+    def forget(self) -> None:
+        """Start again."""
+        self._seen.clear()
+        self._norms.clear()
+
+    def see(
+        self, names: tuple[str, ...], value: Tensor, rows: slice = slice(None), columns: slice = slice(None)
+    ) -> None:
+        """Note a product of rows, or its half, that belongs to parameters."""
+        value = value.detach()
+        form = self._form(value, rows, columns)
+        if self._symmetric:
+            form = form + form.T
+        self._seen[names] = self._seen.get(names, torch.zeros_like(form)) + form
+        norm = float(torch.linalg.vector_norm(value)) * (2 if self._symmetric else 1)
+        self._norms[names] = self._norms.get(names, 0.0) + norm
+
+    def agree(self, names: tuple[str, ...]) -> bool:
+        """Whether all that was seen of these parameters is their kernel."""
+        expected = torch.stack([self._expected[name] for name in names]).sum(0)
+        return bool((self._seen[names] - expected).abs().max() <= self._bound(self._norms[names]))
+
+    def require(self, names: list[str], kernel: Tensor, layer: str) -> None:
+        """Raise if this is not the kernel of the parameters."""
+        form = self._form(kernel.detach(), slice(None), slice(None))
+        expected = torch.stack([self._expected[name] for name in names]).sum(0)
+        norm = float(torch.linalg.vector_norm(kernel.detach()))
+        difference = float((form - expected).abs().max())
+        if not difference <= self._bound(norm):
+            raise RuntimeError(
+                f"the tangent kernel{f' of layer {layer!r}' if layer else ''} failed its self-check: products with "
+                f"random vectors differ from those of their pullbacks by {difference:.1e} at a norm of {norm:.1e}. "
+                "Is the model a deterministic function of its parameters and inputs?"
+            )
+
+    def _draw(self, at: Evaluation, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(at.y.numel() + seed)
+        return torch.randn(self.count, *at.y.shape, generator=generator)
+
+    def _form(self, value: Tensor, rows: slice, columns: slice) -> Tensor:
+        left, right = self._left[:, rows].flatten(1), self._right[:, columns].flatten(1)
+        return (left @ (value.flatten(2).flatten(0, 1) @ right.T)).double().cpu()
+
+    def _bound(self, norm: float) -> float:
+        # Where a derivative vanishes (a bias before a normalisation), what is left is rounding of the others.
+        whole = float(sum(value.diagonal().abs().max() for value in self._expected.values()))
+        return tolerance(self._precision) * norm + 10 * torch.finfo(self._precision).eps * whole
+
+
+@final
+class _Totals:
+    """Kernels by layer as they add up, block by block: their halves if they are symmetric."""
+
+    def __init__(self, one: Evaluation, two: Evaluation | None) -> None:
+        other = two or one
+        self._shape = (one.n, one.c, other.n, other.c)
+        self._zeros = torch.zeros((), dtype=one.gram_dtype, device=one.y.device)
+        self._symmetric = two is None
+        self._total: dict[str, Tensor] = {}
+
+    def add(self, layer: str, value: Tensor, rows: slice = slice(None), columns: slice = slice(None)) -> None:
+        """Add to the block ``[rows, :, columns]``."""
+        if value.shape == self._shape and layer not in self._total:
+            self._total[layer] = value
+            return
+        if layer not in self._total:
+            self._total[layer] = self._zeros.new_zeros(self._shape)
+        if value.requires_grad or self._total[layer].requires_grad:
+            self._total[layer] = self._total[layer].clone()
+        self._total[layer][rows, :, columns] += value
+
+    def kernel(self, layer: str) -> Tensor:
+        """Return the kernel of a layer and forget it."""
+        total = self._total.pop(layer, None)
+        if total is None:
+            return self._zeros.new_zeros(self._shape)
+        return total + total.permute(2, 3, 0, 1) if self._symmetric else total
+
+
+def _by_rules(
+    one: Evaluation, two: Evaluation | None, layer_of: Mapping[str, str], refused: set[str], probes: _Probes
+) -> tuple[_Totals, list[tuple[str, ...]], set[str]]:
+    """Return what the rules make of the kernel, and of which parameters, by groups that went together.
+
+    The last result are parameters that the rules took in some of the blocks only, and must not.
+    """
+    totals = _Totals(one, two)
+    done: Counter[tuple[str, ...]] = Counter()
+    passes = 0
+
+    def run(batched: bool) -> None:
+        nonlocal totals, passes
+        totals, passes = _Totals(one, two), 0
+        done.clear()
+        probes.forget()
+        for batch, rows, columns in _blocks(one, two):
+            passes += 1
+
+            def consume(site: Site, gradients: Gradients, rows: slice = rows, columns: slice = columns) -> None:
+                # A block on the diagonal of a symmetric kernel has its examples once, others those of both sides.
+                left, right = gradients, None
+                if two is not None or rows != columns:
+                    split = rows.stop - rows.start
+                    left, right = gradients.take(0, split), gradients.take(split, gradients.n)
+                value = left.gram(right, _limit(one))
+                names = tuple(site.names.values())
+                probes.see(names, value, rows, columns)
+                totals.add(layer_of[names[0]], value, rows, columns)
+                done[names] += 1
+
+            _visit(one, batch, layer_of, refused, consume, batched=batched)
+
+    _batched_or_not(run, layer_of, refused)
+    complete = [names for names, times in done.items() if times == passes]
+    return totals, complete, {name for names in done.keys() - set(complete) for name in names}
+
+
+def _blocks(one: Evaluation, two: Evaluation | None) -> Iterator[tuple[Batch, slice, slice]]:
+    """Yield batches for one pass each, with the rows and columns of the kernel that come of it."""
+    step = _examples_at_once(one)
+    if two is None and step >= one.n:
+        yield one.x, slice(0, one.n), slice(0, one.n)
+        return
+    other = two or one
+    if shapes(one.x) != shapes(other.x):
+        return  # they cannot be one batch: without rules, then
+    step = max(1, step // 2)
+    for i in range(0, one.n, step):
+        for j in range(0 if two is not None else i, other.n, step):
+            rows, columns = slice(i, min(i + step, one.n)), slice(j, min(j + step, other.n))
+            batch = slice_examples(one.x, rows.start, rows.stop)
+            if two is not None or rows != columns:
+                batch = concatenate([batch, slice_examples(other.x, columns.start, columns.stop)])
+            yield batch, rows, columns
+
+
+def _visit(
+    at: Evaluation,
+    batch: Batch,
+    layer_of: Mapping[str, str],
+    refused: set[str],
+    consume: Callable[[Site, Gradients], None],
+    *,
+    batched: bool,
+) -> None:
+    params = at.leaves()
+    visit(
+        lambda: at.function(params, batch),
+        {name: params[name] for name in layer_of if name not in refused},
+        layer_of,
+        consume,
+        dtype=at.gram_dtype,
+        create_graph=at.create_graph,
+        batched=batched,
+    )
+
+
+def _batched_or_not(run: Callable[[bool], None], layer_of: Mapping[str, str], refused: set[str]) -> None:
+    """Run with all outputs at once, or else one by one, or else refuse all rules."""
+    for batched in (True, False):
+        try:
+            run(batched)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the plain forward pass ran; the general way decides
+            failure = error
+        else:
+            return
+    warnings.warn(
+        f"the exact kernel of this model goes without the rules of its layers, which is slower: {failure}",
+        UserWarning,
+        stacklevel=2,
+    )
+    refused.update(layer_of)
+    run(False)
+
+
+def _refuse(names: tuple[str, ...], refused: set[str]) -> None:
+    refused.update(names)
+    warnings.warn(
+        f"the rule for {', '.join(names)} does not give its gradients here, probably because the model uses it in "
+        "another way too; it goes the general way, which is right and slower.",
+        UserWarning,
+        stacklevel=2,
+    )
+
+
+def _limit(at: Evaluation) -> int:
+    """How many numbers the rows of a layer may take at once."""
+    return max(1, evaluation.WORKING_MEMORY // 4 // at.gram_dtype.itemsize)
+
+
+def _examples_at_once(at: Evaluation) -> int:
+    # The gradients of all outputs at the largest layer, in the six or so copies that are alive together.
+    return int(max(1, evaluation.WORKING_MEMORY // max(1, 6 * at.c * at.largest_activation_bytes // at.n)))

@@ -6,6 +6,8 @@ All are differentiable with respect to K. Alignment centres K by default; the ra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -63,10 +65,7 @@ def alignment(K: Tensor, y: Tensor, centered: bool = True) -> Tensor:
         tensor(1.)
     """
     n, c = _check_kernel(K)
-    targets = encode(y, c, n)
-    if bool((targets == targets[0]).all()):
-        raise ConstantTargetError
-    targets = (targets - targets.mean(0)).to(K)
+    targets = _centred_targets(encode(y, c, n)).to(K)
     if centered:
         K = center(K)
     numerator: Tensor = torch.einsum("ik,ikjl,jl->", targets, K, targets)
@@ -114,12 +113,7 @@ def effective_rank(K: Tensor) -> Tensor:
         >>> effective_rank(torch.eye(6).reshape(3, 2, 3, 2))
         tensor(6.0000)
     """
-    eigenvalues = spectrum(K)
-    eigenvalues = eigenvalues[eigenvalues > 0]
-    if len(eigenvalues) == 0:
-        return eigenvalues.sum()
-    entropy: Tensor = torch.special.entr(eigenvalues / eigenvalues.sum()).sum()
-    return entropy.exp()
+    return _effective_rank(spectrum(K))
 
 
 def participation_ratio(K: Tensor) -> Tensor:
@@ -164,10 +158,81 @@ def trace_ratio(K: Tensor, k: int) -> Tensor:
         >>> trace_ratio(torch.diag(torch.tensor([1.0, 3.0])).reshape(2, 1, 2, 1), 1)
         tensor(0.7500)
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"k: expected a positive number of eigenvalues, got {k!r}.")
-    eigenvalues = spectrum(K)
-    return eigenvalues[:k].sum() / eigenvalues.sum()
+    return _trace_ratio(spectrum(K), k)
+
+
+def summary(eigenvalues: Tensor, k: Sequence[int] = ()) -> dict[str, Tensor]:
+    r"""What a spectrum comes to, from one eigenvalue decomposition.
+
+    Args:
+        eigenvalues: of a kernel, descending, as :func:`spectrum` gives them.
+        k: for which trace ratios.
+
+    Returns:
+        ``effective_rank``, ``participation_ratio`` and ``trace_ratio_k`` for each k, as the functions of these names;
+        ``largest_eigenvalue``, ``mean_eigenvalue``, ``median_eigenvalue`` (the mean of the two in the middle).
+
+    Raises:
+        ValueError: if there are no eigenvalues.
+
+    Example:
+        >>> import torch
+        >>> from alignreg.functional import summary
+        >>> summary(torch.tensor([3.0, 1.0]), k=[1])["trace_ratio_1"]
+        tensor(0.7500)
+    """
+    if eigenvalues.ndim != 1 or len(eigenvalues) == 0:
+        raise ValueError(f"eigenvalues: expected (n·c,), got shape {tuple(eigenvalues.shape)}.")
+    total, squares = eigenvalues.sum(), eigenvalues.square().sum()
+    middle = len(eigenvalues) // 2
+    return {
+        "effective_rank": _effective_rank(eigenvalues),
+        "participation_ratio": total.square() / torch.where(squares > 0, squares, torch.ones_like(squares)),
+        **{f"trace_ratio_{value}": _trace_ratio(eigenvalues, value) for value in k},
+        "largest_eigenvalue": eigenvalues[0],
+        "mean_eigenvalue": eigenvalues.mean(),
+        "median_eigenvalue": (eigenvalues[middle] + eigenvalues[-1 - middle]) / 2,
+    }
+
+
+def eigenvector_alignment(K: Tensor, y: Tensor, k: int | None = None, centered: bool = True) -> Tensor:
+    r"""How much of the targets each leading eigenvector carries: (u_jᵀy)² / ‖y‖² for the k largest eigenvalues.
+
+    Σ_j λ_j (u_jᵀy)² / ‖y‖² over all of them is yᵀKy / ‖y‖², the numerator of :func:`alignment`: this is where it comes
+    from (Baratin et al. 2021, section 3.2, Figure 1, looks at the leading eigenvectors themselves). y is always
+    centred over the examples, per output. Within equal eigenvalues only the sum has a meaning.
+
+    Args:
+        K: kernel ``(n, c, n, c)``.
+        y: class indices ``(n,)`` or values ``(n, c)``; see :func:`alignreg.targets.encode`.
+        k: how many eigenvectors; all n·c by default, whose shares sum to 1.
+        centered: centre K as well.
+
+    Returns:
+        Shares ``(k,)``, in the order of descending eigenvalues.
+
+    Raises:
+        TypeError: if y is no real tensor.
+        ConstantTargetError: if y is constant.
+        ValueError: if the shapes do not fit, or ``k`` is no positive integer.
+
+    Example:
+        >>> import torch
+        >>> from alignreg.functional import eigenvector_alignment
+        >>> y = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]])
+        >>> eigenvector_alignment(torch.einsum("ik,jl->ikjl", y, y), y, k=1)
+        tensor([1.])
+    """
+    n, c = _check_kernel(K)
+    if k is not None:
+        _check_k(k)
+    targets = _centred_targets(encode(y, c, n))
+    matrix = (center(K) if centered else K).reshape(n * c, n * c)
+    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    targets = targets.flatten().to(matrix)
+    vectors = torch.linalg.eigh((matrix + matrix.T) / 2).eigenvectors.flip(1)[:, :k]
+    shares: Tensor = (vectors.T @ targets).square() / targets.square().sum()
+    return shares
 
 
 def kare(K: Tensor, y: Tensor, ridge: float) -> Tensor:
@@ -208,3 +273,27 @@ def _check_kernel(K: Tensor) -> tuple[int, int]:
     if K.ndim != 4 or K.shape[:2] != K.shape[2:] or K.numel() == 0:
         raise ValueError(f"K: expected a kernel (n, c, n, c), got shape {tuple(K.shape)}.")
     return K.shape[0], K.shape[1]
+
+
+def _check_k(k: int) -> None:
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"k: expected a positive number of eigenvalues, got {k!r}.")
+
+
+def _centred_targets(targets: Tensor) -> Tensor:
+    if bool((targets == targets[0]).all()):
+        raise ConstantTargetError
+    return targets - targets.mean(0)
+
+
+def _effective_rank(eigenvalues: Tensor) -> Tensor:
+    eigenvalues = eigenvalues[eigenvalues > 0]
+    if len(eigenvalues) == 0:
+        return eigenvalues.sum()
+    entropy: Tensor = torch.special.entr(eigenvalues / eigenvalues.sum()).sum()
+    return entropy.exp()
+
+
+def _trace_ratio(eigenvalues: Tensor, k: int) -> Tensor:
+    _check_k(k)
+    return eigenvalues[:k].sum() / eigenvalues.sum()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from fnmatch import fnmatchcase
-from typing import Any, final
+from typing import Any, Literal, final, overload
 
 import torch
 from torch import Tensor, nn
@@ -208,6 +208,12 @@ class TangentFeatures:
             total: Tensor = torch.stack([part.sum(dtype=torch.float64) for part in parts.values()]).sum()
             return total.to(at.gram_dtype)
 
+    @overload
+    def diagonal(self, x: Any, *, per_layer: Literal[False] = False, create_graph: bool = False) -> Tensor: ...
+
+    @overload
+    def diagonal(self, x: Any, *, per_layer: Literal[True], create_graph: bool = False) -> dict[str, Tensor]: ...
+
     def diagonal(self, x: Any, *, per_layer: bool = False, create_graph: bool = False) -> Tensor | dict[str, Tensor]:
         """Return the diagonal blocks K[i, :, i, :] of the exact tangent kernel, without the rest of it.
 
@@ -240,6 +246,22 @@ class TangentFeatures:
             by_layer[layer_of[names[0]]].append(part)
         found = {layer: torch.stack(value).sum(0) for layer, value in by_layer.items()}
         return found if per_layer else found[""]
+
+    @overload
+    def kernel(
+        self,
+        x: Any,
+        x2: Any = None,
+        *,
+        per_layer: Literal[False] = False,
+        create_graph: bool = False,
+        progress: bool = False,
+    ) -> Tensor: ...
+
+    @overload
+    def kernel(
+        self, x: Any, x2: Any = None, *, per_layer: Literal[True], create_graph: bool = False, progress: bool = False
+    ) -> dict[str, Tensor]: ...
 
     def kernel(
         self, x: Any, x2: Any = None, *, per_layer: bool = False, create_graph: bool = False, progress: bool = False

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from alignreg.losses import AlignmentLoss, ComplexityPenalty
-from alignreg.metrics import PathComplexity, TangentAlignment
+from alignreg.metrics import LayerwiseAlignment, PathComplexity, TangentAlignment, TangentSpectrum
 
 LOSSES = {"alignment": AlignmentLoss, "complexity": ComplexityPenalty}
 
@@ -72,6 +72,36 @@ def alignment(rank):
     metric = TangentAlignment(wrapped, 3, sketch_dim=16, sync_on_compute=False)
     metric.update(x[cuts[0]], y[cuts[0]])
     found["alone"] = [float(metric.compute()), float(metric.standard_error())]
+    return found
+
+
+PROBE_SETS = {
+    "spectrum": lambda model, **options: TangentSpectrum(model, 3, k=[2, 10], per_layer=True, **options),
+    "layers": lambda model, **options: LayerwiseAlignment(model, 3, **options),
+}
+
+
+def probes():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(110, 4, dtype=torch.float64, generator=generator), torch.arange(110) % 7 % 3
+
+
+def probe_sets(rank):
+    """Shares of one set, and more examples than are kept, handed out in turn."""
+    found = {}
+    x, y = probes()
+    for kind, make in PROBE_SETS.items():
+        for uneven in ("even", "uneven", "empty"):
+            metric = make(nn.parallel.DistributedDataParallel(replica()), max_examples=200)
+            for cut in shares(110, uneven)[rank]:
+                metric.update(x[cut], y[cut])
+            found[f"{kind}/{uneven}"] = {name: float(value) for name, value in metric.compute().items()}
+            rows = next(value for name, value in metric.metric_state.items() if "records" in name)
+            found[f"{kind}/{uneven}/kept"] = len(rows)
+        metric = make(nn.parallel.DistributedDataParallel(replica()), max_examples=30)
+        for start in range(0, 55, 11):
+            metric.update(x[rank::2][start : start + 11], y[rank::2][start : start + 11])
+        found[f"{kind}/in turn"] = {name: float(value) for name, value in metric.compute().items()}
     return found
 
 
@@ -270,7 +300,14 @@ def path(rank):
 
 def main(rank, store, out):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    found = {**alignment(rank), **losses(rank), **wrappers(rank), **opaque_output(rank), **path(rank)}
+    found = {
+        **alignment(rank),
+        **probe_sets(rank),
+        **losses(rank),
+        **wrappers(rank),
+        **opaque_output(rank),
+        **path(rank),
+    }
     Path(f"{out}.{rank}").write_text(json.dumps(found))
     dist.destroy_process_group()
 

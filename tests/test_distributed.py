@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import build
-from distributed_worker import batch
+from distributed_worker import PROBE_SETS, batch, probes, replica
 from torch.nn.functional import cross_entropy
 
 from alignreg.metrics import PathComplexity, TangentAlignment
@@ -56,6 +56,19 @@ def test_two_ranks_are_one(two_ranks, method, share):
         assert found[f"{method}/{share}/again"] == pytest.approx(error, rel=1e-10)
         if method == "exact":
             assert value == pytest.approx(found["oracle"], rel=1e-10)
+
+
+@pytest.mark.parametrize("share", ["even", "uneven", "empty", "in turn"])
+@pytest.mark.parametrize("kind", ["spectrum", "layers"])
+def test_probe_sets_of_two_ranks_are_one(two_ranks, kind, share):
+    x, y = probes()
+    metric = PROBE_SETS[kind](replica(), max_examples=30 if share == "in turn" else 200)
+    metric.update(x, y)
+    expected = {name: float(value) for name, value in metric.compute().items()}
+    for rank, found in enumerate(two_ranks):
+        assert found[f"{kind}/{share}"] == pytest.approx(expected, rel=1e-10)
+        if share != "in turn":  # after compute() each rank has its own examples again
+            assert found[f"{kind}/{share}/kept"] == {"even": [3, 3], "uneven": [4, 2], "empty": [6, 0]}[share][rank]
 
 
 def test_constant_total_loses_nothing(two_ranks):

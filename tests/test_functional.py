@@ -110,6 +110,49 @@ def test_alignment_of_labels_is_that_of_one_hot_values():
     torch.testing.assert_close(functional.alignment(K, labels), functional.alignment(K, oracles.one_hot(labels, 3)))
 
 
+@pytest.mark.parametrize("centered", [True, False])
+def test_eigenvector_alignment(centered):
+    K, phi = random_kernel(rank=40)
+    y = torch.randn(7, 3, dtype=torch.float64)
+    shares = functional.eigenvector_alignment(K, y, centered=centered)
+    assert shares.shape == (21,)
+    assert float(shares.sum()) == pytest.approx(1, rel=1e-12)
+    features = oracles.centred_features({"w": phi.reshape(7, 3, -1)})["w"].reshape(21, -1) if centered else phi
+    target = (y - y.mean(0)).flatten()
+    vectors = torch.linalg.svd(features)[0].T
+    expected = [float((u @ target) ** 2 / (target @ target)) for u in vectors]
+    nonzero = 18 if centered else 21  # of equal eigenvalues only the sum is defined
+    assert shares[:nonzero].tolist() == pytest.approx(expected[:nonzero], rel=1e-7, abs=1e-9)
+    assert float(shares[nonzero:].sum()) == pytest.approx(sum(expected[nonzero:]), abs=1e-9)
+    torch.testing.assert_close(functional.eigenvector_alignment(K, y, k=4, centered=centered), shares[:4])
+    eigenvalues = functional.spectrum(functional.center(K) if centered else K)
+    norm = torch.linalg.vector_norm(eigenvalues)
+    torch.testing.assert_close((eigenvalues * shares).sum() / norm, functional.alignment(K, y, centered))
+    with pytest.raises(ValueError, match="constant"):
+        functional.eigenvector_alignment(K, torch.ones(7, 3))
+    with pytest.raises(ValueError, match="k: expected a positive number"):
+        functional.eigenvector_alignment(K, y, k=0)
+    labels = functional.eigenvector_alignment(K.half(), torch.arange(7) % 3, k=2, centered=centered)
+    assert labels.dtype == torch.float32
+
+
+def test_summary_is_what_the_functions_say():
+    K, _ = random_kernel()
+    found = functional.summary(functional.spectrum(K), k=[1, 4])
+    for name, expected in {
+        "effective_rank": functional.effective_rank(K),
+        "participation_ratio": functional.participation_ratio(K),
+        "trace_ratio_1": functional.trace_ratio(K, 1),
+        "trace_ratio_4": functional.trace_ratio(K, 4),
+        "mean_eigenvalue": torch.einsum("ikik->", K) / 21,
+    }.items():
+        torch.testing.assert_close(found[name], expected)
+    with pytest.raises(ValueError, match="eigenvalues: expected"):
+        functional.summary(K)
+    with pytest.raises(ValueError, match="k: expected a positive number"):
+        functional.summary(functional.spectrum(K), k=[0])
+
+
 def test_alignment_extremes():
     y = torch.randn(6, 2, dtype=torch.float64)
     y -= y.mean(0)

@@ -9,13 +9,16 @@ PACKAGE = Path(__file__).parent.parent / "alignreg"
 # A module may import those in rows above its own.
 ORDER = [
     {"batch", "targets", "distributed", "normalization", "directions", "estimators", "sketches"},
-    {"frozen", "jacobian", "moments", "functional", "progress"},
+    {"frozen", "jacobian", "moments", "functional", "progress", "plotting"},
     {"evaluation"},
     {"kernels"},
     {"tangents"},
     {"metrics", "losses"},
 ]
-OPTIONAL = {"progress": {"rich"}}  # inside a function, so that importing the package does not need it
+OPTIONAL = {
+    "progress": {"rich"},
+    "plotting": {"matplotlib"},
+}  # inside a function, so that importing the package does not need it
 ALLOWED = {"torch", "torchmetrics", "einops", "alignreg"} | set(sys.stdlib_module_names)
 
 

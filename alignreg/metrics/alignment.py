@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 from torchmetrics.utilities import rank_zero_warn
-from torchmetrics.utilities.data import dim_zero_cat
-from torchmetrics.utilities.distributed import gather_all_tensors
 
 from alignreg import functional, moments, sketches
-from alignreg.batch import Batch, as_inputs, concatenate, map_tensors, size, tensors
+from alignreg.batch import Batch, as_inputs, size
 from alignreg.evaluation import ForwardFn
-from alignreg.metrics.base import TangentMetric
-from alignreg.metrics.records import Record, digest, pack, unpack
+from alignreg.metrics.base import positive
+from alignreg.metrics.probe_set import ProbeSetMetric
+from alignreg.metrics.records import digest
 from alignreg.moments import Moments
 from alignreg.targets import ConstantTargetError, encode
 
@@ -28,7 +27,7 @@ class AlignmentEstimate(NamedTuple):
 
 
 @final
-class TangentAlignment(TangentMetric):
+class TangentAlignment(ProbeSetMetric):
     r"""Alignment of the tangent kernel with the targets, A = yᵀK_c y / (‖K_c‖_F ‖y − ȳ‖²), in [0, 1].
 
     It measures how far the gradient features of the network point along the task (Baratin et al., "Implicit
@@ -102,8 +101,7 @@ class TangentAlignment(TangentMetric):
         return_std_error: bool = False,
         **metric_kwargs: Any,
     ) -> None:
-        if isinstance(num_outputs, bool) or not isinstance(num_outputs, int) or num_outputs < 1:
-            raise ValueError(f"num_outputs: expected a positive integer, got {num_outputs!r}.")
+        positive("num_outputs", num_outputs)
         if isinstance(sketch_dim, bool) or not isinstance(sketch_dim, int) or sketch_dim < 3:
             raise ValueError(
                 f"sketch_dim: expected at least 3 directions, for an unbiased norm and its error, got {sketch_dim!r}."
@@ -128,9 +126,8 @@ class TangentAlignment(TangentMetric):
         self.method = method
         self.return_std_error = return_std_error
         self._target_mean = guess
-        self._weights: str | None = None
         if method == "exact":
-            self.add_state(self._name("records"), [], dist_reduce_fx="cat")
+            self._hold_examples()
         else:
             start = moments.zeros(num_outputs, sketch_dim, self._features.num_parameters)
             for field, value in start._asdict().items():
@@ -148,13 +145,19 @@ class TangentAlignment(TangentMetric):
         with self._unchanged_on_error():
             batch = as_inputs(inputs)
             y = encode(target, self.num_outputs, size(batch))
-            weights = self._checked_weights(self._weights)
             if self.method == "exact":
-                self._keep(Record(batch, y, weights))
-            else:
-                total = self._moments().merge(self._sketch(batch, y))
-                for field, value in total._asdict().items():
-                    setattr(self, self._name(field), value)
+                self._keep(batch, y)
+                return
+            weights = digest(self._features.parameters)
+            if self._weights not in (None, weights):
+                rank_zero_warn(
+                    "The model's weights changed between updates of TangentAlignment: the value mixes tangent features "
+                    "of several moments. Call reset() whenever the weights change.",
+                    UserWarning,
+                )
+            total = self._moments().merge(self._sketch(batch, y))
+            for field, value in total._asdict().items():
+                setattr(self, self._name(field), value)
             self._weights = weights
 
     def compute(self) -> Tensor | AlignmentEstimate:
@@ -187,12 +190,6 @@ class TangentAlignment(TangentMetric):
         with self._synced():
             return self._std_error()
 
-    def reset(self) -> None:
-        """Forget all batches."""
-        super().reset()
-        if not self._in_forward:  # where torchmetrics resets for the batch's own value, to add it to the others after
-            self._weights = None
-
     def _sketch(self, batch: Batch, y: Tensor) -> Moments:
         z = self._features.pushforward(batch, sketches.gaussian(self.sketch_dim, self.seed))
         self._check_width(z)
@@ -201,65 +198,16 @@ class TangentAlignment(TangentMetric):
         pullback = torch.cat([value.flatten().to(self.device, torch.float64) for value in back.values()])
         return moments.of(z.to(self.device), y.to(self.device), pullback=pullback, guess=guess)
 
-    def _check_width(self, values: Tensor) -> None:
-        if values.shape[1] != self.num_outputs:
-            raise ValueError(
-                f"num_outputs: expected {self.num_outputs} outputs per example, the model gives {values.shape[1]}."
-            )
-
     def _moments(self) -> Moments:
         return Moments(*(getattr(self, self._name(field)) for field in Moments._fields))
-
-    def _keep(self, record: Record) -> None:
-        rows = getattr(self, self._name("records"))
-        if rows:
-            first = unpack(rows[0])[0]
-            shapes = [[t.shape[1:] for t in tensors(x)] for x in (first.inputs, record.inputs)]
-            if shapes[0] != shapes[1] or type(first.inputs) is not type(record.inputs):
-                raise ValueError(
-                    f"inputs: with method='exact' all batches need the same shape per example, got {shapes[1]} "
-                    f"after {shapes[0]}. Pad them alike, or use method='sketch'."
-                )
-        self._check_width(self._features.outputs(record.inputs))
-        rows.append(pack(record).to(self.device))
 
     def _value(self) -> Tensor:
         if self.method == "sketch":
             return moments.alignment(self._moments(), centered=self.centered)
-        rows = getattr(self, self._name("records"))
-        records = unpack(dim_zero_cat(rows)) if len(rows) else []
-        if not records:
-            raise ValueError("alignment: no examples have been added.")
-        self._checked_weights(*(record.weights for record in records))
-        y = torch.cat([record.targets for record in records])
-        device = next(iter(self._features.parameters.values())).device
-        x = map_tensors(lambda t: t.to(device), concatenate([record.inputs for record in records]))
-        kernel = self._features.kernel(x)
-        assert isinstance(kernel, Tensor)
-        return functional.alignment(kernel.to(torch.float64), y, self.centered).to(self.device)
+        x, y = self._examples()
+        return functional.alignment(self._features.kernel(x).to(torch.float64), y, self.centered).to(self.device)
 
     def _std_error(self) -> Tensor:
         if self.method == "exact":
             return torch.zeros((), dtype=torch.float64, device=self.device)
         return moments.alignment_std_error(self._moments(), centered=self.centered)
-
-    def _checked_weights(self, *known: str | None) -> str:
-        weights = digest(self._features.parameters)
-        if any(other not in (None, weights) for other in known):
-            if self.method == "exact":
-                raise RuntimeError(
-                    "the model's weights changed since the first update: with method='exact' all examples must see "
-                    "the same weights. Call reset() first, and compute() before the next optimizer step."
-                )
-            rank_zero_warn(
-                "The model's weights changed between updates of TangentAlignment: the value mixes tangent features "
-                "of several moments. Call reset() whenever the weights change.",
-                UserWarning,
-            )
-        return weights
-
-    def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
-        # torchmetrics lets a rank without examples send floats where the others send bytes.
-        if self.method == "exact" and len(getattr(self, self._name("records"))) == 0:
-            setattr(self, self._name("records"), [torch.empty(0, dtype=torch.uint8, device=self.device)])
-        super()._sync_dist(dist_sync_fn, process_group=process_group)

@@ -16,18 +16,19 @@ _LENGTH = 8
 
 
 class Record(NamedTuple):
-    """A batch of examples, and the weights that the model had when it came."""
+    """A batch of examples, the weights that the model had when it came, and the rank that saw it."""
 
     inputs: Batch
     targets: Tensor
     weights: str
+    rank: int
 
 
 def pack(record: Record) -> Tensor:
     """Return the record as one row of bytes, its length first, so that rows can be joined."""
     buffer = io.BytesIO()
     inputs = map_tensors(lambda t: t.detach().cpu(), record.inputs)
-    torch.save({"inputs": inputs, "targets": record.targets.cpu(), "weights": record.weights}, buffer)
+    torch.save(record._replace(inputs=inputs, targets=record.targets.cpu())._asdict(), buffer)
     payload = buffer.getvalue()
     return torch.frombuffer(bytearray(len(payload).to_bytes(_LENGTH, "little") + payload), dtype=torch.uint8)
 

@@ -13,8 +13,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-BLOCKS = 8
-"""Into how many blocks of rows a symmetric product is cut: (1 + 1/8)/2 of all pairs are then computed."""
+BLOCKS = 6
+"""Into how many blocks of rows a symmetric product is cut: (1 + 1/6)/2 of all pairs are then computed."""
 
 Close = Callable[[Tensor, Tensor], Tensor]
 """Products of the rows of each example, given two factors ``(n, c, p)``: :func:`norms` or :func:`blocks`."""

@@ -15,7 +15,7 @@ from alignreg.jacobian import signs
 from alignreg.kernels.calls import Call
 from alignreg.kernels.gradients import Gradients
 from alignreg.kernels.layout import Layout, candidates, explains
-from alignreg.kernels.rules import COMPOSITES, RULES, SIGNATURES
+from alignreg.kernels.rules import COMPOSITES, QUICKER, RULES, SIGNATURES
 
 
 class Site(NamedTuple):
@@ -58,7 +58,7 @@ class Recorder(TorchFunctionMode):
         if func in COMPOSITES:
             with self:
                 return COMPOSITES[func](*args, **kwargs)
-        result = func(*args, **kwargs)
+        result = QUICKER.get(func, func)(*args, **kwargs)
         found = {self._names[id(value)] for value in (*args, *kwargs.values()) if id(value) in self._names}
         if not found or not torch.is_grad_enabled():
             return result

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def bar(description: str, total: int, *, show: bool) -> Iterator[Callable[[int], None]]:
+def bar(description: str, total: int, *, show: bool) -> Iterator[Callable[[float], None]]:
     """Yield a function that is told how much more is done, and shows it on the terminal if ``show``.
 
     Args:

@@ -187,7 +187,7 @@ class TangentFeatures:
             return at.reduce(gather)
 
     def trace(self, x: Any, *, create_graph: bool = False) -> Tensor:
-        """Return tr K = ‖Φ‖_F² = Σ_ik ‖∇_w f_k(x_i)‖², exact and uncentred, without holding Φ.
+        """Return tr K = ‖Φ‖_F² = Σ_ik ‖∇_w f_k(x_i)‖², exact and uncentred, without holding Φ or K.
 
         Args:
             x: tensor, tuple or dict of tensors with the n examples on axis 0.
@@ -268,8 +268,10 @@ class TangentFeatures:
     ) -> Tensor | dict[str, Tensor]:
         """Return the exact tangent kernel K[i, k, j, l] = ⟨∇_w f_k(x_i), ∇_w f_l(x2_j)⟩.
 
-        Every call checks itself: K u against ``pushforward(pullback(u))`` for one random u, layer by layer if asked
-        for layers. Half-precision models give a float32 kernel.
+        Linear layers, convolutions, embeddings and normalisations go by their factors, without a Jacobian; all other
+        parameters by theirs, in pieces that fit in memory. Every call checks itself, layer by layer: ωᵀK_l ω' against
+        ⟨Φ_lᵀω, Φ_lᵀω'⟩ for random ω, ω'. A layer whose factors fail goes the other way, with one warning.
+        Half-precision models give a float32 kernel.
 
         Args:
             x: tensor, tuple or dict of tensors with the n examples on axis 0.
@@ -283,8 +285,9 @@ class TangentFeatures:
 
         Raises:
             TypeError: as :meth:`jacobian`.
-            ValueError: as :meth:`jacobian`.
+            ValueError: as :meth:`jacobian`, and if the outputs of an example depend on the others of its batch.
             RuntimeError: if the kernel fails its self-check.
+            ImportError: if ``progress`` is asked for and rich is missing.
 
         Example:
             >>> import torch

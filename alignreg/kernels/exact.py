@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ from alignreg.kernels import general
 from alignreg.kernels.gradients import Close, Gradients
 from alignreg.kernels.recorder import Site, visit
 
-Tick = Callable[[int], None]
-"""Told how many numbers of parameters are done."""
+Tick = Callable[[float], None]
+"""Told how many more parameters are done."""
 
 
 def kernels(
@@ -41,7 +42,7 @@ def kernels(
     """
     probes = _Probes(one, two)
     while True:
-        sums, done, torn = _by_rules(one, two, layer_of, refused, probes)
+        sums, done, torn = _by_rules(one, two, layer_of, refused, probes, tick)
         failing = [names for names in done if not probes.agree(names)]
         if not failing and not torn:
             break
@@ -52,14 +53,11 @@ def kernels(
             _refuse(names, refused)
         refused.update(torn)
     by_rules = {name for names in done for name in names}
-    tick(sum(one.params[name].numel() for name in by_rules))
-
     rest = {name: one.params[name].numel() for name in layer_of if name not in by_rules}
     rows = one.n * one.c + (0 if two is None else two.n * two.c)
     fit = max(1, evaluation.WORKING_MEMORY // 2 // (rows * one.gram_dtype.itemsize))
     for group in general.pieces(rest, sum(rest.values()) if one.create_graph else fit):
         for piece, value in general.gram(one, two, group):
-            probes.see((piece.name,), value)
             sums.add(layer_of[piece.name], value)
             tick(piece.stop - piece.start)
 
@@ -103,17 +101,18 @@ def diagonals(
             batch = slice_examples(at.x, start, start + step)
             _visit(at, batch, layer_of, refused, partial(consume, start=start), batched=batched)
 
+    def agrees(name: str) -> bool:
+        difference = float(torch.linalg.vector_norm(pulled[name] - back[name].flatten().to(pulled[name])))
+        scale = float(torch.linalg.vector_norm(back[name].double()))
+        return bool(difference <= tolerance(at.precision) * scale + 10 * torch.finfo(at.precision).eps * whole)
+
     _batched_or_not(run, layer_of, refused)
     for names, parts in list(found.items()):
-        if sum(len(part) for part in parts) < at.n:  # not in all of the blocks
-            del found[names]
+        complete = sum(len(part) for part in parts) == at.n  # else the rules took only some of the blocks
+        if complete and all(agrees(name) for name in names):
             continue
-        for name in names:
-            difference = float(torch.linalg.vector_norm(pulled[name] - back[name].flatten().to(pulled[name])))
-            scale = float(torch.linalg.vector_norm(back[name].double()))
-            if not difference <= tolerance(at.precision) * scale + 10 * torch.finfo(at.precision).eps * whole:
-                found.pop(names, None)
-        if names not in found:
+        del found[names]
+        if complete:
             _refuse(names, refused)
     by_rules = {name for names in found for name in names}
     result = {names: torch.cat(parts) for names, parts in found.items()}
@@ -149,8 +148,8 @@ class _Probes:
         self._seen: dict[tuple[str, ...], Tensor] = {}
         self._norms: dict[tuple[str, ...], float] = {}
 
-    def forget(self) -> None:
-        """Start again."""
+    def clear(self) -> None:
+        """Forget what was seen."""
         self._seen.clear()
         self._norms.clear()
 
@@ -205,9 +204,14 @@ class _Totals:
     def __init__(self, one: Evaluation, two: Evaluation | None) -> None:
         other = two or one
         self._shape = (one.n, one.c, other.n, other.c)
+        self.numel = math.prod(self._shape)
         self._zeros = torch.zeros((), dtype=one.gram_dtype, device=one.y.device)
         self._symmetric = two is None
         self._total: dict[str, Tensor] = {}
+
+    def clear(self) -> None:
+        """Start again."""
+        self._total.clear()
 
     def add(self, layer: str, value: Tensor, rows: slice = slice(None), columns: slice = slice(None)) -> None:
         """Add to the block ``[rows, :, columns]``."""
@@ -228,8 +232,23 @@ class _Totals:
         return total + total.permute(2, 3, 0, 1) if self._symmetric else total
 
 
+class _Block(NamedTuple):
+    """A part of the kernel, and the batch whose gradients it takes."""
+
+    batch: Batch
+    rows: slice
+    columns: slice
+    diagonal: bool
+    """Rows and columns are the same examples, which the batch holds once; else it holds both, rows first."""
+
+
 def _by_rules(
-    one: Evaluation, two: Evaluation | None, layer_of: Mapping[str, str], refused: set[str], probes: _Probes
+    one: Evaluation,
+    two: Evaluation | None,
+    layer_of: Mapping[str, str],
+    refused: set[str],
+    probes: _Probes,
+    tick: Tick,
 ) -> tuple[_Totals, list[tuple[str, ...]], set[str]]:
     """Return what the rules make of the kernel, and of which parameters, by groups that went together.
 
@@ -239,38 +258,39 @@ def _by_rules(
     done: Counter[tuple[str, ...]] = Counter()
     passes = 0
 
+    def consume(site: Site, gradients: Gradients, block: _Block) -> None:
+        left, right = gradients, None
+        if not block.diagonal:
+            split = block.rows.stop - block.rows.start
+            left, right = gradients.take(0, split), gradients.take(split, gradients.n)
+        value = left.gram(right, _limit(one))
+        names = tuple(site.names.values())
+        probes.see(names, value, block.rows, block.columns)
+        totals.add(layer_of[names[0]], value, block.rows, block.columns)
+        done[names] += 1
+        share = value.numel() / totals.numel * (1 if block.diagonal or two is not None else 2)
+        tick(share * sum(one.params[name].numel() for name in names))
+
     def run(batched: bool) -> None:
-        nonlocal totals, passes
-        totals, passes = _Totals(one, two), 0
+        nonlocal passes
+        passes = 0
+        totals.clear()
         done.clear()
-        probes.forget()
-        for batch, rows, columns in _blocks(one, two):
+        probes.clear()
+        for block in _blocks(one, two):
             passes += 1
-
-            def consume(site: Site, gradients: Gradients, rows: slice = rows, columns: slice = columns) -> None:
-                # A block on the diagonal of a symmetric kernel has its examples once, others those of both sides.
-                left, right = gradients, None
-                if two is not None or rows != columns:
-                    split = rows.stop - rows.start
-                    left, right = gradients.take(0, split), gradients.take(split, gradients.n)
-                value = left.gram(right, _limit(one))
-                names = tuple(site.names.values())
-                probes.see(names, value, rows, columns)
-                totals.add(layer_of[names[0]], value, rows, columns)
-                done[names] += 1
-
-            _visit(one, batch, layer_of, refused, consume, batched=batched)
+            _visit(one, block.batch, layer_of, refused, partial(consume, block=block), batched=batched)
 
     _batched_or_not(run, layer_of, refused)
     complete = [names for names, times in done.items() if times == passes]
     return totals, complete, {name for names in done.keys() - set(complete) for name in names}
 
 
-def _blocks(one: Evaluation, two: Evaluation | None) -> Iterator[tuple[Batch, slice, slice]]:
-    """Yield batches for one pass each, with the rows and columns of the kernel that come of it."""
+def _blocks(one: Evaluation, two: Evaluation | None) -> Iterator[_Block]:
+    """Yield parts of the kernel, each from one pass of the model: the whole of it if there is the memory."""
     step = _examples_at_once(one)
     if two is None and step >= one.n:
-        yield one.x, slice(0, one.n), slice(0, one.n)
+        yield _Block(one.x, slice(0, one.n), slice(0, one.n), diagonal=True)
         return
     other = two or one
     if shapes(one.x) != shapes(other.x):
@@ -280,9 +300,10 @@ def _blocks(one: Evaluation, two: Evaluation | None) -> Iterator[tuple[Batch, sl
         for j in range(0 if two is not None else i, other.n, step):
             rows, columns = slice(i, min(i + step, one.n)), slice(j, min(j + step, other.n))
             batch = slice_examples(one.x, rows.start, rows.stop)
-            if two is not None or rows != columns:
+            diagonal = two is None and rows == columns
+            if not diagonal:
                 batch = concatenate([batch, slice_examples(other.x, columns.start, columns.stop)])
-            yield batch, rows, columns
+            yield _Block(batch, rows, columns, diagonal=diagonal)
 
 
 def _visit(

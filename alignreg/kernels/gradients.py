@@ -46,9 +46,10 @@ def fill(n: int, part: Callable[[int, int, int], Tensor], *, symmetric: bool, st
     if not symmetric:
         return torch.cat([part(start, stop, 0) for start, stop in ranges])
     first_block = part(*ranges[0], 0)
-    result = first_block.new_zeros(n, *first_block.shape[1:])
+    result = first_block.new_empty(n, *first_block.shape[1:])
     for start, stop in ranges:
         block = part(start, stop, start) if start else first_block
+        result[start:stop, :, :start] = 0
         result[start:stop, :, stop:] = block[:, :, stop - start :]
         result[start:stop, :, start:stop] = block[:, :, : stop - start] / 2
     return result

@@ -148,15 +148,23 @@ class Evaluation:
                 "between examples. Does it normalise over the batch without running statistics?"
             )
 
-    def pullback(self, cotangents: Tensor, *, create_graph: bool | None = None) -> Params:
-        """Return Φᵀω for cotangents ``(m, n, c)``, by parameter name ``(m, *shape)``."""
+    def pullback(
+        self, cotangents: Tensor, *, create_graph: bool | None = None, examples: slice = slice(None)
+    ) -> Params:
+        """Return Φᵀω for cotangents ``(m, n, c)``, by parameter name ``(m, *shape)``.
+
+        Args:
+            cotangents: Ω.
+            create_graph: overrides that of the evaluation.
+            examples: take only these as the batch.
+        """
         create_graph = self.create_graph if create_graph is None else create_graph
-        if cotangents.ndim != 3 or cotangents.shape[1:] != self.y.shape:
+        if cotangents.ndim != 3 or cotangents.shape[1:] != self.y[examples].shape:
             raise ValueError(
                 f"cotangents: expected (m, n, c) = (m, {self.n}, {self.c}), got {tuple(cotangents.shape)}."
             )
         leaves = self.leaves()
-        y = self.function(leaves, self.x)
+        y = self.function(leaves, map_tensors(lambda t: t[examples], self.x))
         products = [
             torch.autograd.grad(
                 y,

@@ -253,6 +253,28 @@ def test_batches_that_mix_examples_have_no_kernel():
         TangentFeatures(Shuffled()).kernel(x)
 
 
+class OneSize(nn.Module):
+    """Takes batches of one size alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return torch.tanh(self.lin(x)).view(6, 3)
+
+
+def test_model_for_batches_of_one_size():
+    model, x = OneSize().double(), torch.randn(6, 4, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        close(TangentFeatures(model).kernel(x), kernel(jacobian(model, x)))
+        close(
+            TangentFeatures(model).kernel(x[:, [0, 0, 1, 1]], per_layer=True)["lin"][:, :, :2],
+            kernel(jacobian(model, x[:, [0, 0, 1, 1]]))[:, :, :2],
+        )
+
+
 def test_nothing_of_the_caller_changes():
     model, x, _ = build("resnet, batchnorm")
     model.train()

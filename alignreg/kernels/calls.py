@@ -49,7 +49,7 @@ class Products(NamedTuple):
         d = layout.split(self.outputs(gradient.to(dtype)), self.lead, 1)
         if not weight:
             return Rows({"bias": d.sum((2, -1)).transpose(0, 1).flatten(2)})
-        d = d.movedim(2, -2).flatten(-2).transpose(0, 1).contiguous()
+        d = d.transpose(0, 1).movedim(2, -2).flatten(-2).contiguous()
         a = layout.split(self.inputs().to(dtype), self.lead).movedim(1, -2).flatten(-2)
         return OuterProducts(a, d, bias=bias)
 

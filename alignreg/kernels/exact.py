@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple, final
 
@@ -127,26 +127,20 @@ class _Probes:
     """The check of a kernel: ωᵀK ω' for random ω, ω' against ⟨Φᵀω, Φᵀω'⟩, by parameters and as a whole.
 
     It holds K ω' against Φ(Φᵀω') in the direction of ω; Φᵀω and Φᵀω' serve all layers, where Φ Φ_lᵀω' would take a
-    pushforward each.
+    pushforward each. One is random on the first half of the examples, one on the second: together they cost one
+    backward pass of the batch, and K is looked at within and between the halves.
     """
 
-    count = 2
-
     def __init__(self, one: Evaluation, two: Evaluation | None) -> None:
+        self._one, self._two = one, two
         self._symmetric = two is None
         self._precision = (two or one).precision
-        self._left = self._draw(one, 0)
-        self._right = self._left if two is None else self._draw(two, 1)
-        mine = one.pullback(self._left.to(one.y), create_graph=False)
-        theirs = mine if two is None else two.pullback(self._right.to(two.y), create_graph=False)
-        dtype = one.gram_dtype
-        self._expected = {
-            name: (mine[name].flatten(1).to(dtype) @ theirs[name].flatten(1).to(dtype).T).double().cpu()
-            for name in mine
-        }
-        self._left, self._right = self._left.to(one.y.device, dtype), self._right.to(one.y.device, dtype)
+        self._left = self._draw(one, seed=0)
+        self._right = self._left if two is None else self._draw(two, seed=1)
         self._seen: dict[tuple[str, ...], Tensor] = {}
         self._norms: dict[tuple[str, ...], float] = {}
+        self._in_halves = True
+        self._expected = self._products()
 
     def clear(self) -> None:
         """Forget what was seen."""
@@ -165,36 +159,74 @@ class _Probes:
         norm = float(torch.linalg.vector_norm(value)) * (2 if self._symmetric else 1)
         self._norms[names] = self._norms.get(names, 0.0) + norm
 
-    def agree(self, names: tuple[str, ...]) -> bool:
+    def agree(self, names: Sequence[str]) -> bool:
         """Whether all that was seen of these parameters is their kernel."""
-        expected = torch.stack([self._expected[name] for name in names]).sum(0)
-        return bool((self._seen[names] - expected).abs().max() <= self._bound(self._norms[names]))
+        key = tuple(names)
+        return self._difference(key, self._seen[key], self._norms[key]) is None
 
-    def require(self, names: list[str], kernel: Tensor, layer: str) -> None:
+    def require(self, names: Sequence[str], kernel: Tensor, layer: str) -> None:
         """Raise if this is not the kernel of the parameters."""
-        form = self._form(kernel.detach(), slice(None), slice(None))
-        expected = torch.stack([self._expected[name] for name in names]).sum(0)
         norm = float(torch.linalg.vector_norm(kernel.detach()))
-        difference = float((form - expected).abs().max())
-        if not difference <= self._bound(norm):
+        difference = self._difference(names, self._form(kernel.detach(), slice(None), slice(None)), norm)
+        if difference is not None:
             raise RuntimeError(
                 f"the tangent kernel{f' of layer {layer!r}' if layer else ''} failed its self-check: products with "
                 f"random vectors differ from those of their pullbacks by {difference:.1e} at a norm of {norm:.1e}. "
                 "Is the model a deterministic function of its parameters and inputs?"
             )
 
-    def _draw(self, at: Evaluation, seed: int) -> Tensor:
+    def _difference(self, names: Sequence[str], form: Tensor, norm: float) -> float | None:
+        """Return by how much the products are wrong; ``None`` if they are right."""
+        # Where a derivative vanishes (a bias before a normalisation), what is left is rounding of the others.
+        whole = float(sum(value.diagonal().abs().max() for value in self._expected.values()))
+        bound = tolerance(self._precision) * norm + 10 * torch.finfo(self._precision).eps * whole
+        expected = torch.stack([self._expected[name] for name in names]).sum(0)
+        difference = float((form - expected).abs().max())
+        if difference <= bound:
+            return None
+        if self._in_halves:  # a model that draws at random, say, is another function of half a batch
+            self._in_halves = False
+            self._expected = self._products()
+            return self._difference(names, form, norm)
+        return difference
+
+    @staticmethod
+    def _draw(at: Evaluation, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(at.y.numel() + seed)
-        return torch.randn(self.count, *at.y.shape, generator=generator)
+        probes = torch.randn(2, *at.y.shape, generator=generator)
+        if at.n > 1:
+            probes[0, at.n // 2 :] = 0
+            probes[1, : at.n // 2] = 0
+        return probes.to(at.y.device, at.gram_dtype)
+
+    def _products(self) -> dict[str, Tensor]:
+        """Return ⟨Φᵀω, Φᵀω'⟩ ``(2, 2)`` by parameter."""
+        mine = self._pullback(self._one, self._left)
+        theirs = mine if self._two is None else self._pullback(self._two, self._right)
+        dtype = self._one.gram_dtype
+        return {
+            name: (value.flatten(1).to(dtype) @ theirs[name].flatten(1).to(dtype).T).double().cpu()
+            for name, value in mine.items()
+        }
+
+    def _pullback(self, at: Evaluation, probes: Tensor) -> dict[str, Tensor]:
+        probes = probes.to(at.y)
+        if self._in_halves and at.n > 1:
+            parts = (slice(0, at.n // 2), slice(at.n // 2, at.n))
+            try:
+                halves = [
+                    at.pullback(probes[i : i + 1, p], create_graph=False, examples=p) for i, p in enumerate(parts)
+                ]
+                return {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # noqa: BLE001 - a model for batches of one size
+                self._in_halves = False
+        return at.pullback(probes, create_graph=False)
 
     def _form(self, value: Tensor, rows: slice, columns: slice) -> Tensor:
         left, right = self._left[:, rows].flatten(1), self._right[:, columns].flatten(1)
         return (left @ (value.flatten(2).flatten(0, 1) @ right.T)).double().cpu()
-
-    def _bound(self, norm: float) -> float:
-        # Where a derivative vanishes (a bias before a normalisation), what is left is rounding of the others.
-        whole = float(sum(value.diagonal().abs().max() for value in self._expected.values()))
-        return tolerance(self._precision) * norm + 10 * torch.finfo(self._precision).eps * whole
 
 
 @final
@@ -358,8 +390,9 @@ def _refuse(names: tuple[str, ...], refused: set[str]) -> None:
 
 
 def _limit(at: Evaluation) -> int:
-    """How many numbers the rows of a layer may take at once."""
-    return max(1, evaluation.WORKING_MEMORY // 4 // at.gram_dtype.itemsize)
+    """How many numbers the rows of a layer may take at once: no more than are quick on a CPU."""
+    fit = max(1, evaluation.WORKING_MEMORY // 4 // at.gram_dtype.itemsize)
+    return min(fit, 2**23) if at.y.device.type == "cpu" else fit
 
 
 def _examples_at_once(at: Evaluation) -> int:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from alignreg.evaluation import Evaluation
 from alignreg.jacobian import Block
-from alignreg.kernels.gradients import Close, rows_gram
+from alignreg.kernels.gradients import Close
+from alignreg.kernels.products import rows_gram
 
 
 class Piece(NamedTuple):

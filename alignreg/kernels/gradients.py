@@ -1,25 +1,18 @@
-"""Per-example gradients of one layer, kept as factors, and their Gram matrices.
-
-Rows are (example, output), example first. The Gram matrix G of rows with themselves is symmetric, so only its *half* H
-is computed, G = H + Hᵀ: zero below the diagonal blocks, and half of G in them.
-"""
+"""Per-example gradients of one layer, kept as factors."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import final
 
 import torch
 from torch import Tensor
 
-BLOCKS = 6
-"""Into how many blocks of rows a symmetric product is cut: (1 + 1/6)/2 of all pairs are then computed."""
+from alignreg.kernels.products import Affinity, position_products, rows_gram, vector_products
 
 Close = Callable[[Tensor, Tensor], Tensor]
 """Products of the rows of each example, given two factors ``(n, c, p)``: :func:`norms` or :func:`blocks`."""
-
-Affinity = Callable[[int, int, int], Tensor]
 
 
 def norms(left: Tensor, right: Tensor) -> Tensor:
@@ -30,91 +23,6 @@ def norms(left: Tensor, right: Tensor) -> Tensor:
 def blocks(left: Tensor, right: Tensor) -> Tensor:
     """Return the products of all rows of an example, ``(n, c, c)``."""
     return left @ right.mT
-
-
-def fill(n: int, part: Callable[[int, int, int], Tensor], *, symmetric: bool, step: int) -> Tensor:
-    """Assemble a product of rows, or its half, from blocks of rows.
-
-    Args:
-        n: number of examples on the left.
-        part: ``(start, stop, first)`` to the products of the examples ``start:stop`` with those from ``first`` on,
-            ``(stop - start, c, rest, c)``.
-        symmetric: return the half H of the product; else the product.
-        step: how many examples in a block.
-    """
-    ranges = [(start, min(start + step, n)) for start in range(0, n, step)]
-    if not symmetric:
-        return torch.cat([part(start, stop, 0) for start, stop in ranges])
-    first_block = part(*ranges[0], 0)
-    result = first_block.new_empty(n, *first_block.shape[1:])
-    for start, stop in ranges:
-        block = part(start, stop, start) if start else first_block
-        result[start:stop, :, :start] = 0
-        result[start:stop, :, stop:] = block[:, :, stop - start :]
-        result[start:stop, :, start:stop] = block[:, :, : stop - start] / 2
-    return result
-
-
-def rows_gram(chunks: Iterable[tuple[Tensor, Tensor | None]]) -> Tensor:
-    """Return the products of rows that come in chunks of columns: pairs ``(n, c, p)``, ``(n2, c, p)`` or ``None``."""
-    total: Tensor | None = None
-    for left, right in chunks:
-        value = _rows_products(left, right)
-        if total is None:
-            total = value
-        elif value.requires_grad:
-            total = total + value
-        else:
-            total += value
-    assert total is not None
-    return total
-
-
-def _rows_products(left: Tensor, right: Tensor | None) -> Tensor:
-    n, c, width = left.shape
-    other = left if right is None else right
-
-    def part(start: int, stop: int, first: int) -> Tensor:
-        products = left[start:stop].reshape(-1, width) @ other[first:].reshape(-1, width).T
-        return products.reshape(stop - start, c, -1, c)
-
-    symmetric = right is None
-    return fill(n, part, symmetric=symmetric, step=-(-n // BLOCKS) if symmetric else n)
-
-
-def _position_products(affinity: Affinity, d: Tensor, d2: Tensor | None) -> Tensor:
-    """Return Σ_tt' B_ij[t, t'] (d_ik[t] · d_jl[t']) for d ``(n, c, out, t)``.
-
-    B is applied to one side before the product is taken: c t² instead of c² t² numbers a pair.
-
-    Args:
-        affinity: ``(start, stop, first)`` to the transposed B_ij of the examples i in ``start:stop`` and j from
-            ``first`` on, ``(j, t', i t)``.
-        d: output gradients of the rows.
-        d2: those of the columns; ``None`` for the same.
-    """
-    n, c, out, t = d.shape
-    other = (d if d2 is None else d2).reshape(-1, c * out, t)
-
-    def part(start: int, stop: int, first: int) -> Tensor:  # one example at a time
-        moved = torch.bmm(other[first:], affinity(start, stop, first)).reshape(-1, out * t)
-        return (d[start].reshape(c, -1) @ moved.T).reshape(1, c, -1, c)
-
-    return fill(n, part, symmetric=d2 is None, step=1)
-
-
-def _vector_products(weights: Tensor, d: Tensor, d2: Tensor | None) -> Tensor:
-    """Return B_ij (d_ik · d_jl) for B ``(n, n2)`` and d ``(n, c, out)``: one position each."""
-    n, c, out = d.shape
-    other = d if d2 is None else d2
-
-    def part(start: int, stop: int, first: int) -> Tensor:
-        products = d[start:stop].reshape(-1, out) @ other[first:].reshape(-1, out).T
-        scales = weights[start:stop, None, first:].repeat_interleave(c, -1)
-        return (products.reshape(stop - start, c, -1) * scales).reshape(stop - start, c, -1, c)
-
-    symmetric = d2 is None
-    return fill(n, part, symmetric=symmetric, step=-(-n // BLOCKS) if symmetric else n)
 
 
 class Gradients(ABC):
@@ -220,9 +128,9 @@ class Sums(Gradients, ABC):
         affinity = self._affinity(other or self, group)
         d, d2 = self.d[:, :, group], None if other is None else other.d[:, :, group]
         if d.shape[-1] > 1:
-            return _position_products(affinity, d, d2)
+            return position_products(affinity, d, d2)
         weights = affinity(0, self.n, 0).squeeze(1).T
-        return _vector_products(weights, d.squeeze(-1), None if d2 is None else d2.squeeze(-1))
+        return vector_products(weights, d.squeeze(-1), None if d2 is None else d2.squeeze(-1))
 
     def diagonal(self, close: Close, limit: int) -> Tensor:
         """See the base class."""

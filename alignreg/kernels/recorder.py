@@ -12,7 +12,7 @@ from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 
 from alignreg.jacobian import signs
-from alignreg.kernels.calls import Call
+from alignreg.kernels.calls import Call, Lookups
 from alignreg.kernels.gradients import Gradients
 from alignreg.kernels.layout import Layout, candidates, explains
 from alignreg.kernels.rules import COMPOSITES, QUICKER, RULES, SIGNATURES
@@ -106,13 +106,20 @@ class Recorder(TorchFunctionMode):
 
 
 def _find_examples(taps: list[_Tap], y: Tensor) -> None:
-    n = len(y)
-    # Sizes alone may mislead, and may leave a choice: the first example has no gradient at the others.
-    outputs = [tap.output for tap in taps if tap.output is not None]
-    gradients = torch.autograd.grad(y[0], outputs, signs(y[0]), retain_graph=True, materialize_grads=True)
-    for tap, gradient in zip(taps, gradients, strict=True):
-        possible = candidates(tap.lead, n)
-        tap.layout = next((layout for layout in possible if explains(layout, gradient, tap.call.lead)), None)
+    doubtful = []
+    for tap in taps:
+        possible = candidates(tap.lead, len(y))
+        tap.layout = possible[0] if possible else None
+        # Tokens may be positions, the same for all examples and by chance as many.
+        if len(possible) > 1 or (possible and len(y) > 1 and isinstance(tap.call, Lookups)):
+            doubtful.append((tap, possible))
+    if doubtful:
+        # Sizes do not tell, but the first example's outputs have no gradient at the others.
+        outputs = [tap.output for tap, _ in doubtful if tap.output is not None]
+        gradients = torch.autograd.grad(y[0], outputs, signs(y[0]), retain_graph=True, materialize_grads=True)
+        for (tap, possible), gradient in zip(doubtful, gradients, strict=True):
+            tap.layout = next((layout for layout in possible if explains(layout, gradient, tap.call.lead)), None)
+    for tap in taps:
         tap.output = None
 
 

@@ -132,6 +132,7 @@ class TangentFeatures:
         # A copy of what watches the model watches the same live model, unless the model is being copied along.
         copied = copy(self)
         copied.__dict__["_bound"] = self._bound
+        copied.__dict__["_refused"] = set(self._refused)
         if self._bound is not None and id(self._bound.model) in memo:
             copied.__dict__["_bound"] = Bound(memo[id(self._bound.model)], self._forward_fn)
         return copied

@@ -4,7 +4,8 @@
     python benchmarks/exact_kernel.py [--rounds 3] [--threads 1] [--device cpu] [--json benchmarks/exact_kernel.json]
 
 Networks in evaluation mode, float32, c = 10 outputs: an MLP 784-256-256-10 (n = 100); VGG11 of base width 16 and
-ResNet18 of width 16 with BatchNorm (n = 50, 3x32x32); a Transformer encoder, 4 layers of width 64 (n = 50, 32 positions).
+ResNet18 of width 16 with BatchNorm (n = 50, 3x32x32); a Transformer encoder, 4 layers of width 64 (n = 50, 32
+positions).
 
 Each method runs in processes of its own, in turn, for so many rounds; a process computes the kernel once to warm up,
 and then once more. What is more than ten times slower than ours in the first round is not run again. Times are CPU

@@ -272,6 +272,15 @@ class Twice(nn.Module):
         return self.head(torch.tanh(x))
 
 
+class NormTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.lin, self.head = nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.norm(self.lin(self.norm(x)))))
+
+
 class Borrowed(nn.Module):
     """Reads the weight of a module that it never calls."""
 
@@ -444,7 +453,17 @@ LAYERS = {
         ),
         [],
     ),
+    "bias alone, on sequences": (
+        Case(
+            lambda: _without_gradient(
+                nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Flatten(), nn.Linear(18, 3)), "0.weight"
+            ),
+            _x(5, 3, 4),
+        ),
+        [],
+    ),
     "module used twice": (Case(Twice, _x(6, 4)), []),
+    "norm used twice": (Case(NormTwice, _x(6, 4)), []),
     "module used twice, once by hand": (Case(lambda: Twice(by_hand=True), _x(6, 4)), ["lin.weight", "lin.bias"]),
     "weight of a module never called": (Case(Borrowed, _x(6, 4)), ["lin.bias"]),
     "attention": (Case(lambda: Attention(True), _x(5, 3, 4)), []),

@@ -49,7 +49,7 @@ class Products(NamedTuple):
         d = layout.split(self.outputs(gradient.to(dtype)), self.lead, 1)
         if not weight:
             return Rows({"bias": d.sum((2, -1)).transpose(0, 1).flatten(2)})
-        d = d.transpose(0, 1).movedim(2, -2).flatten(-2).contiguous()
+        d = d.transpose(0, 1).movedim(2, -2).flatten(-2)
         a = layout.split(self.inputs().to(dtype), self.lead).movedim(1, -2).flatten(-2)
         return OuterProducts(a, d, bias=bias)
 
@@ -66,10 +66,12 @@ class Scales(NamedTuple):
     def gradients(self, layout: Layout, gradient: Tensor, *, weight: bool, bias: bool, dtype: torch.dtype) -> Gradients:
         """See :class:`Call`."""
         d = layout.split(self.outputs(gradient.to(dtype)), self.lead, 1)
-        values = {"bias": d} if bias else {}
+        values = {"bias": d.sum((2, -1)).transpose(0, 1)} if bias else {}
         if weight:
-            values["weight"] = d * layout.split(self.inputs().to(dtype), self.lead)
-        return Rows({kind: value.sum((2, -1)).transpose(0, 1) for kind, value in values.items()})
+            a = layout.split(self.inputs().to(dtype), self.lead)
+            # One output at a time: a product as large as d would cost more than its multiplications.
+            values["weight"] = torch.stack([(one * a).sum((1, -1)) for one in d], dim=1)
+        return Rows(values)
 
 
 class Lookups(NamedTuple):

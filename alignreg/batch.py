@@ -29,7 +29,10 @@ def as_batch(x: Any) -> Batch:
     elif isinstance(x, Sequence) and not isinstance(x, str):
         batch = tuple(x)
     else:
-        raise TypeError(f"inputs: expected a tensor, or a tuple or dict of tensors, got {type(x).__name__}.")
+        raise TypeError(
+            f"inputs: expected a tensor, or a tuple or dict of tensors, got {type(x).__name__}. "
+            "Convert arrays with torch.as_tensor."
+        )
     parts = tensors(batch)
     for part in parts:
         if not isinstance(part, Tensor):
@@ -58,7 +61,7 @@ def as_inputs(x: Any) -> Batch:
     if any(part.grad_fn is not None for part in tensors(batch)):
         raise ValueError(
             "inputs: expected the model's inputs, got a tensor with a grad_fn, probably predictions. Pass what the "
-            "model is called with, detached: reg(x, y). In a MetricCollection use keywords: "
+            "model is called with: metric.update(x, y), reg(x, y). In a MetricCollection use keywords: "
             "update(inputs=x, preds=p, target=y)."
         )
     return batch

@@ -145,7 +145,8 @@ class Evaluation:
         if change > 2 * noise + tolerance(self.precision) * scale:
             raise ValueError(
                 "the model's outputs for an example depend on the other examples of its batch, so there is no kernel "
-                "between examples. Does it normalise over the batch without running statistics?"
+                "between examples. Where it normalises over the batch, use running statistics "
+                "(track_running_stats=True), or normalise each example by itself, as GroupNorm does."
             )
 
     def pullback(

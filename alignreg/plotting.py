@@ -26,12 +26,15 @@ def spectrum(eigenvalues: Tensor, layers: Mapping[str, float], axes: Any = None)
     plots = 3 if layers else 2
     if axes is None:
         figure, axes = _pyplot().subplots(1, plots, figsize=(4 * plots, 3.2), layout="constrained")
-    elif len(axes) != plots:
-        raise ValueError(f"ax: expected {plots} axes, got {len(axes)}.")
     else:
+        axes = list(axes) if hasattr(axes, "__len__") else [axes]
+        if len(axes) != plots:
+            raise ValueError(f"ax: expected {plots} axes, as of plt.subplots(1, {plots}), got {len(axes)}.")
         figure = axes[0].figure
     index = range(1, len(eigenvalues) + 1)
-    axes[0].loglog(index, eigenvalues.clamp(min=eigenvalues[0] * 1e-12))
+    # Centring leaves c eigenvalues that are zero up to rounding.
+    above = eigenvalues[eigenvalues > 1e-8 * eigenvalues[0]]
+    axes[0].loglog(index[: len(above)], above)
     axes[0].set(xlabel="index j", ylabel="eigenvalue λ_j")
     axes[1].semilogx(index, eigenvalues.cumsum(0) / eigenvalues.sum())
     axes[1].set(xlabel="k", ylabel="share of the trace in the k largest", ylim=(0, 1.02))
@@ -62,7 +65,7 @@ def layers(values: Mapping[str, float], axes: Any = None) -> tuple[Any, Any]:
 def _bars(axes: Any, values: Mapping[str, float]) -> None:
     axes.barh([layer or "(model)" for layer in values], list(values.values()))
     axes.invert_yaxis()
-    axes.set(xlabel="alignment", xlim=(0, None))
+    axes.set(xlabel="alignment", ylabel="layer", xlim=(0, None))
 
 
 def _pyplot() -> Any:

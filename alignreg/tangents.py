@@ -190,6 +190,8 @@ class TangentFeatures:
     def trace(self, x: Any, *, create_graph: bool = False) -> Tensor:
         """Return tr K = ‖Φ‖_F² = Σ_ik ‖∇_w f_k(x_i)‖², exact and uncentred, without holding Φ or K.
 
+        Of a model whose examples depend on each other it is that of the batch as one function.
+
         Args:
             x: tensor, tuple or dict of tensors with the n examples on axis 0.
             create_graph: make the result differentiable.
@@ -218,7 +220,8 @@ class TangentFeatures:
     def diagonal(self, x: Any, *, per_layer: bool = False, create_graph: bool = False) -> Tensor | dict[str, Tensor]:
         """Return the diagonal blocks K[i, :, i, :] of the exact tangent kernel, without the rest of it.
 
-        The block of an example is the Gram matrix of its outputs' gradients, ⟨∇_w f_k(x_i), ∇_w f_l(x_i)⟩.
+        The block of an example is the Gram matrix of its outputs' gradients, ⟨∇_w f_k(x_i), ∇_w f_l(x_i)⟩. Of a model
+        whose examples depend on each other it is that of the batch as one function.
 
         Args:
             x: tensor, tuple or dict of tensors with the n examples on axis 0.

@@ -231,7 +231,10 @@ def test_plots():
     assert [bar.get_width() for bar in axis.patches] == pytest.approx([float(v) for v in layers.compute().values()])
     figure, given = mpl.pyplot.subplots(1, 2)
     assert plain.plot(ax=given)[0] is figure
-    with pytest.raises(ValueError, match="expected 3 axes, got 2"):
+    with pytest.raises(ValueError, match=r"expected 2 axes.*got 1"):
+        plain.plot(ax=given[0])
+    assert TangentSpectrum(model, 3, k=5).k == (5,)
+    with pytest.raises(ValueError, match=r"expected 3 axes.*got 2"):
         by_layer.plot(ax=given)
     mpl.pyplot.close("all")
 

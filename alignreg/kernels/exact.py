@@ -382,8 +382,8 @@ def _batched_or_not(run: Callable[[bool], None], layer_of: Mapping[str, str], re
 def _refuse(names: tuple[str, ...], refused: set[str]) -> None:
     refused.update(names)
     warnings.warn(
-        f"the rule for {', '.join(names)} does not give its gradients here, probably because the model uses it in "
-        "another way too; it goes the general way, which is right and slower.",
+        f"the rule for {', '.join(names)} does not give its gradients here, because the model uses it in "
+        "another way too or its examples depend on each other; it goes the general way, which is right and slower.",
         UserWarning,
         stacklevel=2,
     )

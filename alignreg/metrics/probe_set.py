@@ -74,7 +74,7 @@ class ProbeSetMetric(TangentMetric, ABC):
         rows = getattr(self, self._name("records"))
         records = unpack(dim_zero_cat(rows)) if len(rows) else []
         if not records:
-            raise ValueError(f"{type(self).__name__}: no examples have been added.")
+            raise ValueError(f"{type(self).__name__}: no examples have been added. Call update() first.")
         self._same_weights(*(record.weights for record in records))
         y = torch.cat([record.targets for record in records])
         x = concatenate([record.inputs for record in records])

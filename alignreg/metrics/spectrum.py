@@ -43,7 +43,7 @@ class TangentSpectrum(ProbeSetMetric):
         model: the model, possibly wrapped (DDP, ``torch.compile``, Accelerate); never registered, copied or
             changed. Clones of the metric watch the same live model.
         num_outputs: c.
-        k: for which trace ratios.
+        k: for which trace ratios; with more than n·c they are 1.
         per_layer: whether to give the alignment of each layer. The kernels of all layers are then held together.
         centered: centre the kernel over the examples, as the paper does; ``False`` leaves it as it is.
         max_examples: how many examples are kept: the first ones, of several ranks in turn. The kernel has
@@ -75,7 +75,7 @@ class TangentSpectrum(ProbeSetMetric):
         model: nn.Module,
         num_outputs: int,
         *,
-        k: Sequence[int] = (10, 20, 40),
+        k: int | Sequence[int] = (10, 20, 40),
         per_layer: bool = False,
         centered: bool = True,
         max_examples: int = 100,
@@ -83,14 +83,14 @@ class TangentSpectrum(ProbeSetMetric):
         forward_fn: ForwardFn | None = None,
         **metric_kwargs: Any,
     ) -> None:
-        self_k = tuple(positive("k", value) for value in k)
+        ratios = tuple(positive("k", value) for value in ((k,) if isinstance(k, int) else k))
         outputs, examples = positive("num_outputs", num_outputs), positive("max_examples", max_examples)
         # Whatever is computed from them, the kept examples are the same.
         super().__init__(
             model, params=params, forward_fn=forward_fn, configuration=(outputs, examples), **metric_kwargs
         )
         self.num_outputs, self.max_examples = outputs, examples
-        self.k = self_k
+        self.k = ratios
         self.per_layer = per_layer
         self.centered = centered
         self._spectrum: Tensor | None = None

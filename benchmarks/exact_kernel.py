@@ -8,7 +8,7 @@ ResNet18 of width 16 with BatchNorm (n = 50, 3x32x32); a Transformer encoder, 4 
 positions).
 
 Each method runs in processes of its own, in turn, for so many rounds; a process computes the kernel once to warm up,
-and then once more, unless that took longer than 20 seconds. What is more than ten times slower than ours in the first
+and then three times, unless that took longer than 20 seconds. What is more than ten times slower than ours in the first
 round is not run again. Times are CPU seconds (on a GPU: seconds), the median; memory is the peak of the process less
 what it held before the first kernel. Two more rows say what cannot be saved: "J Jᵀ" is the matrix product alone, given
 the Jacobian, with which every method that forms it ends (half of it, by symmetry); "our products" are the Gram products
@@ -250,7 +250,7 @@ def measure(method, setting, *, threads, device, repeats, out):
     return {"times": times[kept], "walls": walls[kept], "peak_mib": peak / 1024, "memory_mib": (peak - before) / 1024}
 
 
-def in_process(method, setting, args, *, repeats=1, out=None):
+def in_process(method, setting, args, *, repeats=3, out=None):
     job = {"method": method, "setting": setting, "repeats": repeats, "out": out and str(out)}
     job |= {"threads": args.threads, "device": args.device}
     done = subprocess.run(  # noqa: S603 - this file
@@ -265,6 +265,8 @@ def in_process(method, setting, args, *, repeats=1, out=None):
 def compare(args):
     rows = []
     for name, setting in SETTINGS.items():
+        if args.only not in (None, name):
+            continue
         found: dict[str, dict] = {}
         with tempfile.TemporaryDirectory() as folder:
             for _ in range(args.rounds):
@@ -373,6 +375,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", choices=SETTINGS, help="this network alone; the others' rows stay as they are")
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--figure", type=Path)
@@ -387,7 +390,10 @@ def main():
         figure(known["compare"]["rows"], args.figure)
         return
     name, run = ("growth", growth) if args.growth else ("large", large) if args.large else ("compare", compare)
-    result = {"torch": torch.__version__, "device": args.device, "threads": args.threads, "rows": run(args)}
+    rows = run(args)
+    if args.only:
+        rows = [row for row in known["compare"]["rows"] if row["network"] != args.only] + rows
+    result = {"torch": torch.__version__, "device": args.device, "threads": args.threads, "rows": rows}
     args.json.write_text(json.dumps({**known, name: result}, indent=1) + "\n")
 
 

@@ -392,7 +392,7 @@ def _refuse(names: tuple[str, ...], refused: set[str]) -> None:
 def _limit(at: Evaluation) -> int:
     """How many numbers the rows of a layer may take at once: no more than are quick on a CPU."""
     fit = max(1, evaluation.WORKING_MEMORY // 4 // at.gram_dtype.itemsize)
-    return min(fit, 2**23) if at.y.device.type == "cpu" else fit
+    return min(fit, 2**22) if at.y.device.type == "cpu" else fit
 
 
 def _examples_at_once(at: Evaluation) -> int:

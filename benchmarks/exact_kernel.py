@@ -356,14 +356,14 @@ def figure(rows, path):
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
-    methods = ["alignreg", "torch.func", "nngeometry"]
+    methods = ["alignreg", "torch.func", "nngeometry jacobian", "nngeometry"]
     for axis, key, label in ((axes[0], "seconds", "CPU seconds"), (axes[1], "memory_mib", "peak memory, MiB")):
         for shift, method in enumerate(methods):
             values = [
                 next((r.get(key, math.nan) for r in rows if r["network"] == name and r["method"] == method), math.nan)
                 for name in SETTINGS
             ]
-            axis.bar([i + 0.27 * (shift - 1) for i in range(len(values))], values, 0.25, label=method)
+            axis.bar([i + 0.21 * (shift - 1.5) for i in range(len(values))], values, 0.2, label=method)
         axis.set(yscale="log", ylabel=label)
         axis.set_xticks(range(len(SETTINGS)), list(SETTINGS))
     axes[0].legend()

@@ -272,6 +272,15 @@ class Twice(nn.Module):
         return self.head(torch.tanh(x))
 
 
+class TokensTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 3)
+
+    def forward(self, tokens):
+        return self.head((torch.tanh(self.embed(tokens)) * self.embed(tokens.flip(1) + 2)).sum(1))
+
+
 class NormTwice(nn.Module):
     def __init__(self):
         super().__init__()
@@ -463,6 +472,7 @@ LAYERS = {
         [],
     ),
     "module used twice": (Case(Twice, _x(6, 4)), []),
+    "embedding used twice": (Case(TokensTwice, _tokens(7, 4, 3)), []),
     "norm used twice": (Case(NormTwice, _x(6, 4)), []),
     "module used twice, once by hand": (Case(lambda: Twice(by_hand=True), _x(6, 4)), ["lin.weight", "lin.bias"]),
     "weight of a module never called": (Case(Borrowed, _x(6, 4)), ["lin.bias"]),

@@ -1,15 +1,17 @@
 """The exact kernel: rules of layers and the general way, over the models and layers of cases.py."""
 
+import contextlib
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LAYERS, MODELS, build
+from cases import MODELS
+from layer_cases import LAYERS, build
 from oracles import call, double, jacobian, kernel, matrix
 from torch import nn
 
-from alignreg import TangentFeatures, evaluation
+from alignreg import TangentFeatures, evaluation, tangents
 from alignreg.kernels import exact, gradients, recorder
 
 NAMES = [name for name in (*MODELS, *LAYERS) if name != "coupled examples"]
@@ -315,8 +317,18 @@ def test_lower_precision(name, dtype):
     assert (K.double() - oracle).norm() < {torch.float32: 1e-6}.get(dtype, 0.03) * oracle.norm()
 
 
-def test_progress(capsys):
-    features, x, oracle = features_of("cnn")
+def test_progress(monkeypatch, capsys):
+    """All parameters are done once, by rules and in general, in one block and in several."""
+    for name, budget in (("cnn", None), ("cnn", 3000), ("lstm", None)):
+        features, x, oracle = features_of(name)
+        done = []
+        with monkeypatch.context() as patched:
+            patched.setattr(tangents, "bar", lambda *_, **__: contextlib.nullcontext(done.append))  # noqa: B023
+            if budget:
+                patched.setattr(evaluation, "WORKING_MEMORY", budget)
+            features.kernel(x)
+        assert sum(done) == pytest.approx(features.num_parameters)
+        assert len(done) >= 3
     close(features.kernel(x, progress=True), kernel(oracle))
     capsys.readouterr()
 

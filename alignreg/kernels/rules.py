@@ -9,7 +9,8 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from alignreg.kernels.batch_norm import batch_norm, folded
+from alignreg import normalization
+from alignreg.kernels.batch_norm import batch_norm
 from alignreg.kernels.calls import Call
 from alignreg.kernels.convolution import convolution
 from alignreg.kernels.embedding import embedding
@@ -45,7 +46,7 @@ def _opened(function: Callable[..., Any]) -> Callable[..., Any]:
     return copy
 
 
-QUICKER: dict[Callable[..., Any], Callable[..., Any]] = {F.batch_norm: folded}
+QUICKER: dict[Callable[..., Any], Callable[..., Any]] = {F.batch_norm: normalization.batch_norm}
 """Functions that are differentiated faster in another form."""
 
 COMPOSITES: dict[Callable[..., Any], Callable[..., Any]] = {

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from alignreg import functional, plotting
-from alignreg.batch import as_inputs, size
 from alignreg.evaluation import ForwardFn
 from alignreg.metrics.base import positive
 from alignreg.metrics.probe_set import ProbeSetMetric
-from alignreg.targets import ConstantTargetError, encode
+from alignreg.targets import ConstantTargetError
 
 
 @final
@@ -92,9 +91,7 @@ class LayerwiseAlignment(ProbeSetMetric):
                 is outside [0, num_outputs); if the model's output is not a finite ``(n, num_outputs)``.
             RuntimeError: if the weights changed since the first update.
         """
-        with self._unchanged_on_error():
-            batch = as_inputs(inputs)
-            self._keep(batch, encode(target, self.num_outputs, size(batch)))
+        self._add(inputs, target)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the alignment of each layer over all examples of all ranks.

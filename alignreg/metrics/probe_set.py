@@ -11,10 +11,11 @@ from torch import Tensor
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from alignreg.batch import Batch, concatenate, map_tensors, shapes, size, take
+from alignreg.batch import Batch, as_inputs, concatenate, map_tensors, shapes, size, take
 from alignreg.distributed import rank
 from alignreg.metrics.base import TangentMetric
 from alignreg.metrics.records import Record, digest, pack, unpack
+from alignreg.targets import encode
 
 
 class ProbeSetMetric(TangentMetric, ABC):
@@ -46,6 +47,13 @@ class ProbeSetMetric(TangentMetric, ABC):
     def _hold_examples(self) -> None:
         """Add the state; to be called by the constructor."""
         self.add_state(self._name("records"), [], dist_reduce_fx="cat")
+
+    def _add(self, inputs: Any, target: Tensor | None) -> None:
+        """Check a batch and keep it; NaN stands for targets that are not known."""
+        with self._unchanged_on_error():
+            batch = as_inputs(inputs)
+            unknown = torch.full((size(batch), self.num_outputs), torch.nan, dtype=torch.float64)
+            self._keep(batch, unknown if target is None else encode(target, self.num_outputs, size(batch)))
 
     def _keep(self, batch: Batch, y: Tensor) -> None:
         """Add examples and their encoded targets to the state."""

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from alignreg import functional, plotting
-from alignreg.batch import as_inputs, size
 from alignreg.evaluation import ForwardFn
 from alignreg.metrics.base import positive
 from alignreg.metrics.probe_set import ProbeSetMetric
-from alignreg.targets import ConstantTargetError, encode
+from alignreg.targets import ConstantTargetError
 
 
 @final
@@ -105,11 +104,7 @@ class TangentSpectrum(ProbeSetMetric):
                 is outside [0, num_outputs); if the model's output is not a finite ``(n, num_outputs)``.
             RuntimeError: if the weights changed since the first update.
         """
-        with self._unchanged_on_error():
-            batch = as_inputs(inputs)
-            # Unknown targets make the alignment NaN.
-            y = torch.full((size(batch), self.num_outputs), torch.nan, dtype=torch.float64)
-            self._keep(batch, y if target is None else encode(target, self.num_outputs, size(batch)))
+        self._add(inputs, target)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the numbers over all examples of all ranks.

@@ -15,9 +15,17 @@ All functions are differentiable.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Estimate(NamedTuple):
+    """An estimate and its standard error."""
+
+    value: Tensor
+    standard_error: Tensor
 
 
 def gram(columns: Mapping[str, Tensor]) -> Tensor:
@@ -126,6 +134,27 @@ def cross_frobenius2(G12: Tensor) -> Tensor:
     if G12.ndim != 2 or G12.numel() == 0:
         raise ValueError(f"G12: expected a matrix (m1, m2) with entries, got shape {tuple(G12.shape)}.")
     return G12.square().mean()
+
+
+def alignment(projection: Tensor, frobenius2: Tensor) -> Tensor:
+    """Return the alignment A = yᵀKy / (‖K‖_F ‖y‖²) in [0, 1], given yᵀKy/‖y‖² and ‖K‖_F² or estimates of them.
+
+    No kernel has ‖K‖_F < yᵀKy/‖y‖², so an estimate of the norm below that bound is raised to it.
+
+    Args:
+        projection: yᵀKy/‖y‖².
+        frobenius2: ‖K‖_F², of the same shape.
+
+    Returns:
+        Of that shape; NaN where both are zero.
+
+    Example:
+        >>> import torch
+        >>> from alignreg import estimators
+        >>> estimators.alignment(torch.tensor([1.0, 2.0]), torch.tensor([16.0, 1.0]))
+        tensor([0.2500, 1.0000])
+    """
+    return projection / torch.maximum(frobenius2, projection.square()).sqrt()
 
 
 def frobenius2_without(G: Tensor) -> Tensor:

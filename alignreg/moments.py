@@ -153,14 +153,14 @@ def alignment(moments: Moments, *, centered: bool = True) -> Tensor:
     r"""Estimate the alignment A = yᵀK_c y / (‖K_c‖_F ‖y − ȳ‖²), in [0, 1].
 
     The numerator is :func:`numerator`; the norm is the root of an unbiased estimate. As a ratio, A is consistent in
-    m rather than unbiased. Since yᵀK_c y ≤ ‖K_c‖_F ‖y‖², an estimate of the norm below that bound is raised to it.
+    m rather than unbiased; :func:`alignreg.estimators.alignment` keeps it in its range.
 
     Raises:
         ConstantTargetError: if the targets of all examples are equal.
         ValueError: if there are no examples.
     """
     variance = _variance(moments)
-    return _alignment(numerator(moments), frobenius2(moments, centered=centered), variance)
+    return estimators.alignment(numerator(moments) / variance, frobenius2(moments, centered=centered))
 
 
 def alignment_std_error(moments: Moments, *, centered: bool = True) -> Tensor:
@@ -178,7 +178,7 @@ def alignment_std_error(moments: Moments, *, centered: bool = True) -> Tensor:
     mean = [values / (len(values) - 1) for values in without]
     numerators = (moments.pullback.square().sum() - 2 * mean[0] + mean[1]).clamp(min=0)
     norms = estimators.frobenius2_without(_gram(moments, centered=centered))
-    return estimators.jackknife(_alignment(numerators, norms, variance))
+    return estimators.jackknife(estimators.alignment(numerators / variance, norms))
 
 
 def _gram(moments: Moments, *, centered: bool) -> Tensor:
@@ -200,12 +200,6 @@ def _variance(moments: Moments) -> Tensor:
     if float(variance) <= 1e-12 * float(moments.targets2):
         raise ConstantTargetError
     return variance
-
-
-def _alignment(numerator: Tensor, frobenius2: Tensor, variance: Tensor) -> Tensor:
-    bound = numerator / variance
-    norm2 = torch.maximum(frobenius2, bound.square())
-    return bound / norm2.sqrt()
 
 
 def _rows(moments: Moments) -> Tensor:

@@ -12,7 +12,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from alignreg import TangentFeatures, functional
-from alignreg.metrics import AlignmentEstimate, TangentAlignment
+from alignreg.metrics import Estimate, TangentAlignment
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))
 
@@ -295,7 +295,7 @@ def test_collection_shares_what_is_equal_and_nothing_else():
     for key, metric in variants.items():
         expected = metric.compute()
         if key == "same":
-            assert isinstance(expected, AlignmentEstimate)
+            assert isinstance(expected, Estimate)
             continue
         torch.testing.assert_close(values[key], expected, msg=key)
     alone, shared = Counter(model), Counter(twin)

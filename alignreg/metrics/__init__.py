@@ -1,8 +1,10 @@
 """torchmetrics metrics of tangent features."""
 
-from alignreg.metrics.alignment import AlignmentEstimate as AlignmentEstimate
+from alignreg.estimators import Estimate as Estimate
 from alignreg.metrics.alignment import TangentAlignment as TangentAlignment
 from alignreg.metrics.complexity import PathComplexity as PathComplexity
 from alignreg.metrics.complexity import PathHistory as PathHistory
 from alignreg.metrics.layerwise import LayerwiseAlignment as LayerwiseAlignment
+from alignreg.metrics.participation_ratio import TangentParticipationRatio as TangentParticipationRatio
 from alignreg.metrics.spectrum import TangentSpectrum as TangentSpectrum
+from alignreg.metrics.trace import TangentTrace as TangentTrace

@@ -6,7 +6,7 @@ import hashlib
 from abc import ABC
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +37,13 @@ class TangentMetric(Metric, ABC):
         model: the model, possibly wrapped; never registered, copied or changed. Clones watch the same live model.
         params: glob pattern or patterns of parameter names.
         forward_fn: ``(model, inputs) -> (n, c)``.
-        configuration: whatever else the states depend on, with a ``repr`` that tells it apart.
+        configuration: the kind of states, and whatever else they depend on, with a ``repr`` that tells it apart.
         metric_kwargs: of :class:`torchmetrics.Metric`.
     """
 
     is_differentiable: bool = False
+    _exact: ClassVar[tuple[str, ...]] = ("binding",)
+    """States that another precision would spoil."""
 
     def __init__(
         self,
@@ -57,7 +59,7 @@ class TangentMetric(Metric, ABC):
         self._forward_fn = forward_fn
         self._in_forward = False
         shapes = {name: tuple(p.shape) for name, p in self._features.parameters.items()}
-        key = repr((type(self).__name__, shapes, configuration))
+        key = repr((shapes, configuration))
         self._fingerprint = hashlib.blake2b(key.encode(), digest_size=6).hexdigest()
         self.add_state(self._name("binding"), self._binding(), dist_reduce_fx="max")
 
@@ -83,6 +85,24 @@ class TangentMetric(Metric, ABC):
             raise
         finally:
             self._in_forward = False
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> TangentMetric:
+        """Hold sums in ``torch.float64``, as is the default, or in ``torch.float32``; the model is left as it is.
+
+        Raises:
+            ValueError: for another precision, in which sums of many examples are lost.
+        """
+        known = {str(dtype): dtype for dtype in (torch.float32, torch.float64)}
+        tensor_types = {"torch.FloatTensor": "torch.float32", "torch.DoubleTensor": "torch.float64"}
+        dtype = known.get(tensor_types.get(str(dst_type), str(dst_type)))
+        if dtype is None:
+            raise ValueError(f"set_dtype: expected torch.float32 or torch.float64 for the sums, got {dst_type!r}.")
+        names = [name for name in map(self._name, self._exact) if name in self._defaults]
+        states, defaults = ({name: source[name] for name in names} for source in (self.__dict__, self._defaults))
+        super().set_dtype(dtype)
+        self.__dict__.update(states)
+        self._defaults.update(defaults)
+        return self
 
     def _name(self, field: str) -> str:
         return f"{field}_{self._fingerprint}"

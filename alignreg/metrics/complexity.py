@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, final
+from typing import Any, ClassVar, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from alignreg import plotting
 from alignreg.batch import as_inputs, size
 from alignreg.evaluation import ForwardFn
 from alignreg.metrics.base import TangentMetric
@@ -83,6 +84,7 @@ class PathComplexity(TangentMetric):
     # The value of a batch alone cannot be merged into a path.
     full_state_update: bool = True
     plot_lower_bound: float = 0.0
+    _exact: ClassVar[tuple[str, ...]] = ("binding", "moments", "weights")
 
     def __init__(
         self,
@@ -98,7 +100,7 @@ class PathComplexity(TangentMetric):
             raise ValueError(f"convention: expected 'paper' or 'official', got {convention!r}.")
         normalize = (convention == "official") if normalize_by_n is None else normalize_by_n
         # What is recorded does not depend on these, but metrics that shared it would also have to share step().
-        configuration = (convention, normalize)
+        configuration = ("path", convention, normalize)
         super().__init__(model, params=params, forward_fn=forward_fn, configuration=configuration, **metric_kwargs)
         self.convention = convention
         self.normalize_by_n = normalize
@@ -156,11 +158,7 @@ class PathComplexity(TangentMetric):
             RuntimeError: if ranks went different ways.
         """
         with self._restored_on_error():
-            lengths, traces, examples = self._history()
-            features = (traces / examples if self.normalize_by_n else traces).sqrt()
-            if self.convention == "official":
-                return (lengths[:-1] * features[1:]).sum()
-            return (lengths * features).sum()
+            return self._terms(self._history()).sum()
 
     def history(self) -> PathHistory:
         """Return lengths, traces and examples by moment, synced over ranks as ``compute()`` is.
@@ -171,6 +169,30 @@ class PathComplexity(TangentMetric):
         """
         with self._synced():
             return self._history()
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
+        """Draw C as it has grown, interval by interval.
+
+        Args:
+            val: a result of ``compute``, or a sequence of them, to draw instead.
+            ax: matplotlib axes; new ones by default.
+
+        Returns:
+            Figure and axes.
+
+        Raises:
+            ImportError: if matplotlib is missing.
+        """
+        if val is None:
+            terms = self._terms(self.history())
+            val = torch.cat([terms.new_zeros(1), terms.cumsum(0)])
+        return plotting.estimates(val, ax, type(self).__name__, (self.plot_lower_bound, None))
+
+    def _terms(self, history: PathHistory) -> Tensor:
+        """Return ‖δw_t‖‖Φ_t‖_F of each interval."""
+        lengths, traces, examples = history
+        features = (traces / examples if self.normalize_by_n else traces).sqrt()
+        return lengths[:-1] * features[1:] if self.convention == "official" else lengths * features
 
     def _history(self) -> PathHistory:
         rows = getattr(self, self._name("moments"))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
 
-from alignreg import functional, plotting
+from alignreg import estimators, functional, plotting, sketches
+from alignreg.batch import slice_examples
+from alignreg.estimators import Estimate
 from alignreg.evaluation import ForwardFn
 from alignreg.metrics.base import positive
-from alignreg.metrics.probe_set import ProbeSetMetric
+from alignreg.metrics.probe_set import Examples, ProbeSetMetric
 from alignreg.targets import ConstantTargetError
 
 
@@ -20,9 +22,13 @@ class LayerwiseAlignment(ProbeSetMetric):
     r"""Alignment of each layer's own tangent kernel with the targets, A_l = yᵀK_l y / (‖K_l‖_F ‖y − ȳ‖²), in [0, 1].
 
     K_l is the kernel of the parameters that layer l owns, centred; the layers' kernels sum to K (Baratin et al.,
-    "Implicit Regularization via Neural Feature Alignment", AISTATS 2021, section 3.3). The metric takes *inputs*, keeps
-    up to ``max_examples`` of them, and takes their exact kernels in ``compute()``. Evaluate it at one moment of
-    training, and ``reset()`` before the next.
+    "Implicit Regularization via Neural Feature Alignment", AISTATS 2021, section 3.3). The metric takes *inputs* and
+    keeps up to ``max_examples`` of them. Evaluate it at one moment of training, and ``reset()`` before the next.
+
+    With ``method="exact"``, ``compute()`` takes the exact kernel of each layer. With ``method="sketch"``, for models or
+    probe sets whose kernels are too large, it takes m + 1 backward passes of the kept examples, which serve all layers:
+    yᵀK_l y = ‖Φ_lᵀ(y − ȳ)‖² is exact, and ‖K_l‖_F² is estimated without bias from the products of m probes
+    Φ_lᵀω, ω Gaussian. That holds m·P numbers; :meth:`standard_error` says how far off the values may be.
 
     As input to ``forward`` and ``update`` the metric accepts:
 
@@ -31,15 +37,20 @@ class LayerwiseAlignment(ProbeSetMetric):
     - ``target``: class indices ``(n,)``, or values ``(n, c)``; with one output, values ``(n,)``.
 
     As output of ``forward`` and ``compute`` it returns a dict of float64 scalars by layer, the path of the module that
-    owns the parameters: NaN for a layer with a zero kernel; ``forward`` also returns NaN for a batch of one class.
+    owns the parameters, or of :class:`~alignreg.estimators.Estimate` with ``return_std_error=True``: NaN for a layer
+    with a zero kernel; ``forward`` also returns NaN for a batch of one class.
 
     Args:
         model: the model, possibly wrapped (DDP, ``torch.compile``, Accelerate); never registered, copied or
             changed. Clones of the metric watch the same live model.
         num_outputs: c.
         centered: centre the kernels over the examples; ``False`` leaves them as they are. Targets are always centred.
-        max_examples: how many examples are kept: the first ones, of several ranks in turn. The kernel of each layer
-            has (max_examples · c)² numbers.
+        max_examples: how many examples are kept: the first ones, of several ranks in turn. The exact kernel of each
+            layer has (max_examples · c)² numbers.
+        method: ``"exact"`` or ``"sketch"``.
+        probes: m ≥ 3 probes of the sketch; the error falls like 1/√m.
+        seed: of the probes. Nothing is drawn from torch's global random state.
+        return_std_error: return the standard error beside each value.
         params: glob pattern or patterns of parameter names.
         forward_fn: ``(model, inputs) -> (n, c)`` for models with another output.
         metric_kwargs: of :class:`torchmetrics.Metric`.
@@ -70,16 +81,29 @@ class LayerwiseAlignment(ProbeSetMetric):
         *,
         centered: bool = True,
         max_examples: int = 100,
+        method: Literal["exact", "sketch"] = "exact",
+        probes: int = 32,
+        seed: int = 0,
+        return_std_error: bool = False,
         params: str | Sequence[str] | None = None,
         forward_fn: ForwardFn | None = None,
         **metric_kwargs: Any,
     ) -> None:
         outputs, examples = positive("num_outputs", num_outputs), positive("max_examples", max_examples)
+        if method not in ("exact", "sketch"):
+            raise ValueError(f"method: expected 'exact' or 'sketch', got {method!r}.")
+        if positive("probes", probes) < 3:
+            raise ValueError(f"probes: expected at least 3, for an unbiased norm and its error, got {probes}.")
+        # Whatever is computed from them, the kept examples are the same.
         super().__init__(
-            model, params=params, forward_fn=forward_fn, configuration=(outputs, examples), **metric_kwargs
+            model, params=params, forward_fn=forward_fn, configuration=("layers", outputs, examples), **metric_kwargs
         )
         self.num_outputs, self.max_examples = outputs, examples
         self.centered = centered
+        self.method = method
+        self.probes = probes
+        self.seed = seed
+        self.return_std_error = return_std_error
         self._hold_examples()
 
     def update(self, inputs: Any, target: Tensor) -> None:
@@ -93,7 +117,7 @@ class LayerwiseAlignment(ProbeSetMetric):
         """
         self._add(inputs, target)
 
-    def compute(self) -> dict[str, Tensor]:
+    def compute(self) -> dict[str, Tensor] | dict[str, Estimate]:
         """Return the alignment of each layer over all examples of all ranks.
 
         Raises:
@@ -102,20 +126,69 @@ class LayerwiseAlignment(ProbeSetMetric):
             RuntimeError: if the weights changed since the first update.
         """
         with self._restored_on_error():
-            x, y = self._examples()
-            kernels = self._features.kernel(x, per_layer=True)
-            try:
-                return {
-                    layer: functional.alignment(value.to(torch.float64), y, self.centered).to(self.device)
-                    for layer, value in kernels.items()
-                }
-            except ConstantTargetError:
-                if not self._in_forward:
-                    raise
-                return {layer: torch.full((), torch.nan, dtype=torch.float64, device=self.device) for layer in kernels}
+            found = self._estimates()
+            return found if self.return_std_error else {layer: estimate.value for layer, estimate in found.items()}
 
-    def plot(self, val: dict[str, Tensor] | None = None, ax: Any = None) -> Any:
-        """Draw a bar for each layer.
+    def standard_error(self) -> dict[str, Tensor]:
+        """Return the standard error of each value that the sketch causes, synced over ranks as ``compute()`` is.
+
+        It is a jackknife over the probes; zero for ``method="exact"``.
+
+        Raises:
+            ConstantTargetError: as :meth:`compute`.
+            ValueError: as :meth:`compute`.
+            RuntimeError: as :meth:`compute`.
+        """
+        with self._synced():
+            return {layer: estimate.standard_error for layer, estimate in self._estimates().items()}
+
+    def _estimates(self) -> dict[str, Estimate]:
+        kept = self._examples()
+        y = kept.targets
+        if bool((y == y[0]).all()):
+            if not self._in_forward:
+                raise ConstantTargetError
+            nan = torch.full((), torch.nan, dtype=torch.float64, device=self.device)
+            return dict.fromkeys(self._features.layers, Estimate(nan, nan))
+        found = self._sketched(kept) if self.method == "sketch" else self._exactly(kept)
+        return {layer: Estimate(*(part.to(self.device) for part in estimate)) for layer, estimate in found.items()}
+
+    def _exactly(self, kept: Examples) -> dict[str, Estimate]:
+        kernels = self._features.kernel(kept.inputs, per_layer=True)
+        values = {
+            layer: functional.alignment(K.to(torch.float64), kept.targets, self.centered)
+            for layer, K in kernels.items()
+        }
+        return {layer: Estimate(value, torch.zeros_like(value)) for layer, value in values.items()}
+
+    def _sketched(self, kept: Examples) -> dict[str, Estimate]:
+        y = kept.targets - kept.targets.mean(0)
+        probes = sketches.probes(self.probes, *y.shape, seed=self.seed, like=y)
+        if self.centered:
+            probes = probes - probes.mean(1, keepdim=True)
+        columns = self._pullback(kept, torch.cat([y[None] / torch.linalg.vector_norm(y), probes]))
+        found = {}
+        for layer, names in self._features.layers.items():
+            gram = estimators.gram({name: columns[name] for name in names}).to(torch.float64)
+            projection, probed = gram[0, 0], gram[1:, 1:]
+            found[layer] = Estimate(
+                estimators.alignment(projection, estimators.frobenius2(probed)),
+                estimators.jackknife(estimators.alignment(projection, estimators.frobenius2_without(probed))),
+            )
+        return found
+
+    def _pullback(self, kept: Examples, cotangents: Tensor) -> dict[str, Tensor]:
+        """Return Φᵀω by parameter ``(m, *shape)``, from batches no larger than those that came."""
+        total: dict[str, Tensor] = {}
+        for start in range(0, len(kept.targets), kept.batch_size):
+            stop = start + kept.batch_size
+            part = self._features.pullback(slice_examples(kept.inputs, start, stop), cotangents[:, start:stop])
+            for name, value in part.items():
+                total[name] = total[name] + value if name in total else value
+        return total
+
+    def plot(self, val: dict[str, Tensor] | dict[str, Estimate] | None = None, ax: Any = None) -> Any:
+        """Draw a bar for each layer, with an error bar of ± 2 standard errors where one is known.
 
         Args:
             val: a result of ``forward`` or ``compute``; ``compute()`` by default.
@@ -127,5 +200,7 @@ class LayerwiseAlignment(ProbeSetMetric):
         Raises:
             ImportError: if matplotlib is missing.
         """
-        found = self.compute() if val is None else val
-        return plotting.layers({layer: float(value) for layer, value in found.items()}, ax)
+        if val is None:
+            with self._synced():
+                val = self._estimates()
+        return plotting.layers(val, ax)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +18,24 @@ from alignreg.metrics.records import Record, digest, pack, unpack
 from alignreg.targets import encode
 
 
+class Examples(NamedTuple):
+    """What was kept on all ranks."""
+
+    inputs: Batch
+    targets: Tensor
+    """Values ``(n, c)``, NaN where they are not known."""
+    groups: Tensor
+    """Indices ``(n,)``, zero where there are no groups."""
+    batch_size: int
+    """Of the largest batch that came."""
+
+
 class ProbeSetMetric(TangentMetric, ABC):
     """A metric that keeps examples and looks at all of them at once, with the weights of one moment."""
 
     num_outputs: int
     max_examples: int | None = None
+    _exact: ClassVar[tuple[str, ...]] = ("binding", "records")
     _weights: str | None = None
 
     def reset(self) -> None:
@@ -49,14 +62,15 @@ class ProbeSetMetric(TangentMetric, ABC):
         self.add_state(self._name("records"), [], dist_reduce_fx="cat")
 
     def _add(self, inputs: Any, target: Tensor | None) -> None:
-        """Check a batch and keep it; NaN stands for targets that are not known."""
+        """Check a batch and keep it."""
         with self._unchanged_on_error():
             batch = as_inputs(inputs)
-            unknown = torch.full((size(batch), self.num_outputs), torch.nan, dtype=torch.float64)
-            self._keep(batch, unknown if target is None else encode(target, self.num_outputs, size(batch)))
+            self._keep(batch, target, torch.zeros(size(batch), dtype=torch.long))
 
-    def _keep(self, batch: Batch, y: Tensor) -> None:
-        """Add examples and their encoded targets to the state."""
+    def _keep(self, batch: Batch, target: Tensor | None, groups: Tensor) -> None:
+        """Add examples to the state."""
+        unknown = torch.full((size(batch), self.num_outputs), torch.nan, dtype=torch.float64)
+        y = unknown if target is None else encode(target, self.num_outputs, size(batch))
         rows: list[Tensor] = getattr(self, self._name("records"))
         known = [record for row in rows for record in unpack(row)]
         weights = self._same_weights(self._weights)
@@ -71,11 +85,11 @@ class ProbeSetMetric(TangentMetric, ABC):
             room = min(room, self.max_examples - sum(size(record.inputs) for record in known))
         if room > 0:
             some = map_tensors(lambda t: t[:room], batch)
-            rows.append(pack(Record(some, y[:room], weights, rank())).to(self.device))
+            rows.append(pack(Record(some, y[:room], groups[:room], weights, rank())).to(self.device))
         self._weights = weights
 
-    def _examples(self) -> tuple[Batch, Tensor]:
-        """Return inputs, on the model's device, and targets of the examples of all ranks.
+    def _examples(self) -> Examples:
+        """Return the examples of all ranks, inputs on the model's device.
 
         If there are too many, ranks take turns, as a distributed sampler hands examples out.
         """
@@ -85,6 +99,7 @@ class ProbeSetMetric(TangentMetric, ABC):
             raise ValueError(f"{type(self).__name__}: no examples have been added. Call update() first.")
         self._same_weights(*(record.weights for record in records))
         y = torch.cat([record.targets for record in records])
+        groups = torch.cat([record.groups for record in records])
         x = concatenate([record.inputs for record in records])
         if self.max_examples is not None and len(y) > self.max_examples:
             turns: list[tuple[int, int]] = []
@@ -94,9 +109,10 @@ class ProbeSetMetric(TangentMetric, ABC):
                     turns.append((shown.get(record.rank, 0), record.rank))
                     shown[record.rank] = shown.get(record.rank, 0) + 1
             order = sorted(range(len(turns)), key=turns.__getitem__)[: self.max_examples]
-            x, y = take(x, torch.tensor(order)), y[order]
+            x, y, groups = take(x, torch.tensor(order)), y[order], groups[order]
         device = next(iter(self._features.parameters.values())).device
-        return map_tensors(lambda t: t.to(device), x), y
+        largest = max(size(record.inputs) for record in records)
+        return Examples(map_tensors(lambda t: t.to(device), x), y, groups, largest)
 
     def _check_width(self, values: Tensor) -> None:
         if values.shape[1] != self.num_outputs:

@@ -20,6 +20,7 @@ class Record(NamedTuple):
 
     inputs: Batch
     targets: Tensor
+    groups: Tensor
     weights: str
     rank: int
 
@@ -28,7 +29,8 @@ def pack(record: Record) -> Tensor:
     """Return the record as one row of bytes, its length first, so that rows can be joined."""
     buffer = io.BytesIO()
     inputs = map_tensors(lambda t: t.detach().cpu(), record.inputs)
-    torch.save(record._replace(inputs=inputs, targets=record.targets.cpu())._asdict(), buffer)
+    record = record._replace(inputs=inputs, targets=record.targets.cpu(), groups=record.groups.cpu())
+    torch.save(record._asdict(), buffer)
     payload = buffer.getvalue()
     return torch.frombuffer(bytearray(len(payload).to_bytes(_LENGTH, "little") + payload), dtype=torch.uint8)
 

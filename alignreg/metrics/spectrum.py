@@ -86,7 +86,7 @@ class TangentSpectrum(ProbeSetMetric):
         outputs, examples = positive("num_outputs", num_outputs), positive("max_examples", max_examples)
         # Whatever is computed from them, the kept examples are the same.
         super().__init__(
-            model, params=params, forward_fn=forward_fn, configuration=(outputs, examples), **metric_kwargs
+            model, params=params, forward_fn=forward_fn, configuration=("spectrum", outputs, examples), **metric_kwargs
         )
         self.num_outputs, self.max_examples = outputs, examples
         self.k = ratios
@@ -114,7 +114,7 @@ class TangentSpectrum(ProbeSetMetric):
             RuntimeError: if the weights changed since the first update.
         """
         with self._restored_on_error():
-            x, y = self._examples()
+            x, y, *_ = self._examples()
             layers = self._features.kernel(x, per_layer=True) if self.per_layer else {"": self._features.kernel(x)}
             kernels = {layer: value.to(torch.float64) for layer, value in layers.items()}
             K = torch.stack(list(kernels.values())).sum(0)

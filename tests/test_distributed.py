@@ -1,40 +1,18 @@
 """Two gloo processes against one."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from cases import build
 from distributed_worker import PROBE_SETS, batch, probes, replica
+from ranks import run_two
 from torch.nn.functional import cross_entropy
 
 from alignreg.metrics import PathComplexity, TangentAlignment
 
-HERE = Path(__file__).parent
-
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, str(HERE / "distributed_worker.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder / "store"), str(folder / "found")],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
-    return [json.loads((folder / f"found.{rank}").read_text()) for rank in range(2)]
+    return run_two("distributed_worker.py", tmp_path_factory.mktemp("ranks"))
 
 
 def one_process(method, **options):

@@ -14,6 +14,7 @@ from alignreg.estimators import Estimate
 from alignreg.evaluation import ForwardFn
 from alignreg.metrics.base import positive
 from alignreg.metrics.probe_set import Examples, ProbeSetMetric
+from alignreg.metrics.records import canonical_order
 from alignreg.targets import ConstantTargetError
 
 
@@ -163,7 +164,9 @@ class LayerwiseAlignment(ProbeSetMetric):
 
     def _sketched(self, kept: Examples) -> dict[str, Estimate]:
         y = kept.targets - kept.targets.mean(0)
-        probes = sketches.probes(self.probes, *y.shape, seed=self.seed, like=y)
+        # Each example has its own probes, however the examples were dealt to batches and ranks.
+        probes = torch.empty(self.probes, *y.shape, dtype=y.dtype)
+        probes[:, canonical_order(kept.inputs, y)] = sketches.probes(self.probes, *y.shape, seed=self.seed, like=y)
         if self.centered:
             probes = probes - probes.mean(1, keepdim=True)
         columns = self._pullback(kept, torch.cat([y[None] / torch.linalg.vector_norm(y), probes]))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from alignreg.batch import Batch, map_tensors
+from alignreg.batch import Batch, map_tensors, tensors
 
 _LENGTH = 8
 
@@ -46,10 +46,26 @@ def unpack(rows: Tensor) -> list[Record]:
     return records
 
 
+def canonical_order(x: Batch, y: Tensor) -> list[int]:
+    """Return the indices of the examples in an order that is theirs, in whatever order they come."""
+
+    def key(index: int) -> bytes:
+        total = hashlib.blake2b(digest_size=16)
+        for part in (*tensors(x), y):
+            total.update(_bytes(part[index]))
+        return total.digest()
+
+    return sorted(range(len(y)), key=key)
+
+
+def _bytes(values: Tensor) -> memoryview:
+    return values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
 def digest(parameters: Mapping[str, Tensor]) -> str:
     """Return a hash of the values of the parameters."""
     total = hashlib.blake2b(digest_size=16)
     for name, parameter in parameters.items():
         total.update(name.encode())
-        total.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        total.update(_bytes(parameter))
     return total.hexdigest()

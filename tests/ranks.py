@@ -1,0 +1,35 @@
+"""Two gloo processes on loopback."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def run_two(script, folder):
+    """Run `script RANK STORE OUT` twice and return what each wrote as json to OUT.RANK."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    workers = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                str(Path(__file__).parent / script),
+                str(rank),
+                str(folder / "store"),
+                str(folder / "out"),
+            ],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [worker.communicate(timeout=300)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
+    return [json.loads((folder / f"out.{rank}").read_text()) for rank in range(2)]

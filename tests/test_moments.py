@@ -105,20 +105,32 @@ def test_streamed_numerator_is_unbiased(sizes):
 @pytest.mark.parametrize("centered", [True, False])
 @pytest.mark.parametrize("m", [16, 32])
 def test_error_bars_cover(m, centered):
-    """±2 s.e. holds the exact alignment in 91–98 % of 500 draws."""
+    """±2 s.e. holds the exact value in 91–98 % of 500 draws.
+
+    The jackknife's variance is never too small in the mean (Efron & Stein 1981), and for the quotient of two quadratic
+    forms, here with a participation ratio of 4, it is a little too large.
+    """
     features, x, y, jac = problem()
     draws = 500
-    truth = oracles.alignment(jac, y, centered)
+    lam = torch.from_numpy(oracles.eigenvalues(oracles.kernel(oracles.centred_features(jac) if centered else jac)))
+    truth = {
+        "alignment": oracles.alignment(jac, y, centered),
+        "trace": lam.sum(),
+        "participation_ratio": lam.sum() ** 2 / (lam**2).sum(),
+    }
     z = features.pushforward(x, sketches.gaussian(draws * m, seed=6)).unflatten(2, (draws, m))
     back = features.pullback(x, (y - y.mean(0))[None])
     flat = torch.cat([value.flatten() for value in back.values()])
-    hits = 0
+    hits = dict.fromkeys(truth, 0)
     for d in range(draws):
         batch = moments.of(z[:, :, d], y, pullback=flat, guess=y.mean(0))
-        value = moments.alignment(batch, centered=centered)
-        hits += abs(value - truth) <= 2 * moments.alignment_std_error(batch, centered=centered)
-    print(f"m={m}, centered={centered}: {float(hits) / draws:.3f}")
-    assert 0.91 <= float(hits) / draws <= 0.98
+        for name, exact in truth.items():
+            value = getattr(moments, name)(batch, centered=centered)
+            error = getattr(moments, f"{name}_std_error")(batch, centered=centered)
+            hits[name] += int(abs(value - exact) <= 2 * error)
+    print(f"m={m}, centered={centered}: { ({name: count / draws for name, count in hits.items()}) }")
+    most = {"alignment": 0.98, "trace": 0.98, "participation_ratio": 0.99}
+    assert all(0.91 <= count / draws <= most[name] for name, count in hits.items()), hits
 
 
 @pytest.mark.parametrize("statistic", ["alignment", "trace", "participation_ratio"])

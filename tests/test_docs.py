@@ -8,12 +8,14 @@ README = Path(__file__).parent.parent / "README.md"
 
 def test_readme_python_runs():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
     assert 0 < float(names["metric"].compute()) < 1
     assert set(names["layers"]) == {"0", "2"}
+    assert set(names["groups"].compute()) == {"easy", "difficult", "total"}
+    assert len(names["metrics"].compute()) == 3
 
 
 def test_links_lead_somewhere():

@@ -101,7 +101,8 @@ class Saved:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in self._besides:
                 self._storages[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            # A saved output that is kept as it is holds its own graph, which holds it: neither is ever freed.
+            return tensor.detach()
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield

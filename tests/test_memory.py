@@ -1,9 +1,16 @@
 """Memory that does not grow with the number of examples, and stays under the working limit."""
 
+import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
+import torch
+from cases import build
+from torch import nn
+
+from alignreg import TangentFeatures, sketches
 
 # Peak resident memory is a property of a process: each measurement runs in its own.
 STREAM = """
@@ -50,3 +57,45 @@ def test_kernel_stays_within_working_memory():
     peak = peak_kib(KERNEL, 50) / 1024**2
     print(f"working memory of the kernel: {peak:.2f} GiB")
     assert peak < 2
+
+
+METHODS = {
+    "outputs": lambda features, x: features.outputs(x),
+    "jacobian": lambda features, x: features.jacobian(x),
+    "kernel": lambda features, x: features.kernel(x),
+    "kernel of two batches": lambda features, x: features.kernel(x, x),
+    "kernel with a graph": lambda features, x: features.kernel(x, create_graph=True),
+    "diagonal": lambda features, x: features.diagonal(x),
+    "trace": lambda features, x: features.trace(x),
+    "pushforward": lambda features, x: features.pushforward(x, sketches.gaussian(2, seed=0)),
+    "pushforward with a graph": lambda features, x: features.pushforward(
+        x, sketches.gaussian(2, seed=0), create_graph=True
+    ),
+    "pullback": lambda features, x: features.pullback(x, torch.ones(2, len(x), 3)),
+    "pullback with a graph": lambda features, x: features.pullback(x, torch.ones(2, len(x), 3), create_graph=True),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["mlp", "resnet, batchnorm", "embedding, layernorm, attention"])
+def test_nothing_inside_the_model_outlives_a_call(kind, method):
+    """Activations and what autograd keeps of them are gone with the result."""
+    if kind.startswith("embedding"):
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        model = nn.Sequential(nn.Embedding(7, 8), layer, nn.Flatten(), nn.Linear(32, 3))
+        x = torch.randint(7, (5, 4))
+    else:
+        model, x, _ = build(kind)
+        x = x[:5]
+    seen = []
+
+    def watch(module, args, output):
+        if isinstance(output, torch.Tensor):
+            seen.append(weakref.ref(output))
+
+    for module in model.modules():
+        module.register_forward_hook(watch)
+    METHODS[method](TangentFeatures(model), x)
+    gc.collect()
+    assert seen
+    assert not any(reference() is not None for reference in seen)

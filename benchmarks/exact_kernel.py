@@ -392,7 +392,7 @@ def main():
     name, run = ("growth", growth) if args.growth else ("large", large) if args.large else ("compare", compare)
     rows = run(args)
     if args.only:
-        rows = [row for row in known["compare"]["rows"] if row["network"] != args.only] + rows
+        rows = [row for row in known.get(name, {}).get("rows", []) if row["network"] != args.only] + rows
     result = {"torch": torch.__version__, "device": args.device, "threads": args.threads, "rows": rows}
     args.json.write_text(json.dumps({**known, name: result}, indent=1) + "\n")
 

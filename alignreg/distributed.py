@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, final
 from weakref import WeakKeyDictionary
 
 import torch
@@ -43,14 +43,72 @@ def unwrap(model: nn.Module) -> nn.Module:
     return bare
 
 
-def rank() -> int:
-    """Return this process's rank, 0 where no process group is up."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+def rank(group: dist.ProcessGroup | None = None) -> int:
+    """Return this process's rank in a group, of all by default; 0 where no process group is up."""
+    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
 
 
 def world_size() -> int:
     """Return the number of processes, 1 where no process group is up."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def sizes_of_ranks(n: int, device: torch.device, group: dist.ProcessGroup | None = None) -> list[int]:
+    """Return the number that each rank has, in the order of the ranks; ``[n]`` for one process."""
+    if world_size() == 1:
+        return [n]
+    mine = torch.tensor([n], device=device)
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, mine, group=group)
+    return [int(size) for size in every]
+
+
+def sum_over_ranks(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Return the sum of each rank's value, which can be differentiated once.
+
+    Every rank is taken to make the same scalar of the sum. The gradient that comes out at a rank is that of its own
+    value times the number of ranks, so that the *mean* of the parameters' gradients over ranks, which
+    ``DistributedDataParallel`` takes, is the gradient of that scalar.
+
+    Args:
+        value: of the same shape on all ranks.
+        group: of processes; all by default.
+    """
+    if world_size() == 1:
+        return value
+    total: Tensor = _Sum.apply(value, group)  # type: ignore[no-untyped-call]
+    return total
+
+
+def concatenate_over_ranks(value: Tensor, sizes: list[int], group: dist.ProcessGroup | None = None) -> Tensor:
+    """Return the rows of all ranks, in the order of the ranks.
+
+    Args:
+        value: of the same shape on all ranks but for axis 0.
+        sizes: how many rows each rank has.
+        group: of processes; all by default.
+    """
+    if len(sizes) == 1:
+        return value
+    padded = value.new_zeros(max(sizes), *value.shape[1:])
+    padded[: len(value)] = value.detach()
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+@final
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.ranks = dist.get_world_size(group)
+        total = value.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.ranks, None
 
 
 def find_ddp(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:

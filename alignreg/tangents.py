@@ -11,10 +11,10 @@ from typing import Any, Literal, final, overload
 import torch
 from torch import Tensor, nn
 
-from alignreg.batch import as_batch
+from alignreg.batch import as_batch, slice_examples
 from alignreg.directions import Directions, GivenDirections
 from alignreg.distributed import unwrap
-from alignreg.evaluation import Bound, Evaluation, ForwardFn
+from alignreg.evaluation import Bound, Evaluation, ForwardFn, pull, twice_differentiable
 from alignreg.frozen import frozen
 from alignreg.jacobian import Block, Params
 from alignreg.kernels.exact import diagonals, kernels
@@ -343,12 +343,16 @@ class TangentFeatures:
         with self._evaluation(x, create_graph=create_graph) as at:
             return at.pushforward(lazy)
 
-    def pullback(self, x: Any, cotangents: Tensor, *, create_graph: bool = False) -> dict[str, Tensor]:
+    def pullback(
+        self, x: Any, cotangents: Tensor, *, outputs: Tensor | None = None, create_graph: bool = False
+    ) -> dict[str, Tensor]:
         """Return Φᵀω for m cotangents ω on the outputs: one backward pass each, after one forward pass.
 
         Args:
             x: tensor, tuple or dict of tensors with the n examples on axis 0.
             cotangents: Ω, ``(m, n, c)``.
+            outputs: f(x) ``(n, c)`` of a forward pass of yours, whose graph is then taken and kept instead of one of
+                our own. Whether it is that of the same function, see :meth:`agree`, is left to you.
             create_graph: make the result differentiable.
 
         Returns:
@@ -365,17 +369,56 @@ class TangentFeatures:
             >>> features.pullback(torch.ones(4, 3), torch.ones(1, 4, 2))["bias"]
             tensor([[4., 4.]])
         """
-        with self._evaluation(x, create_graph=create_graph) as at:
+        if outputs is not None:
+            return pull(outputs, self.parameters, cotangents, create_graph=create_graph)
+        with self._evaluation(x, create_graph=create_graph, keep_graph=True) as at:
             return at.pullback(cotangents)
 
+    def agree(self, x: Any, outputs: Tensor) -> bool:
+        """Say whether ``outputs`` of a forward pass of yours can stand for those that are differentiated here.
+
+        They cannot where dropout is on, normalisation takes the statistics of the batch or autocast rounds, for which
+        two examples are looked at; nor where attention, recurrent layers or compiled parts ran in kernels that are
+        differentiated once only.
+
+        Args:
+            x: tensor, tuple or dict of tensors with the n examples on axis 0.
+            outputs: ``(n, c)``.
+
+        Raises:
+            TypeError: as :meth:`outputs`.
+            ValueError: as :meth:`outputs`.
+
+        Example:
+            >>> import torch
+            >>> from alignreg import TangentFeatures
+            >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Dropout(), torch.nn.Linear(8, 2))
+            >>> x = torch.randn(5, 3)
+            >>> TangentFeatures(net).agree(x, net(x)), TangentFeatures(net.eval()).agree(x, net(x))
+            (False, True)
+        """
+        with self._evaluation(slice_examples(as_batch(x), 0, 2), create_graph=False) as at:
+            if outputs.shape[1:] != at.y.shape[1:] or outputs.dtype != at.y.dtype:
+                return False
+            difference = torch.linalg.vector_norm((outputs[:2].detach() - at.y).double())
+            same = difference <= torch.finfo(at.precision).eps ** 0.5 * torch.linalg.vector_norm(at.y.double())
+            return bool(same) and twice_differentiable(outputs)
+
     @contextmanager
-    def _evaluation(self, x: Any, *, create_graph: bool) -> Iterator[Evaluation]:
+    def _evaluation(self, x: Any, *, create_graph: bool, keep_graph: bool = False) -> Iterator[Evaluation]:
         model = self.model
         parameters = self.parameters
         batch = as_batch(x)
         with frozen(model, primitive=create_graph):
             assert self._bound is not None
-            yield Evaluation(self._bound, parameters, batch, self._chunk_size, create_graph=create_graph)
+            yield Evaluation(
+                self._bound,
+                parameters,
+                batch,
+                self._chunk_size,
+                create_graph=create_graph,
+                keep_graph=keep_graph,
+            )
 
 
 def _select(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Parameter]:

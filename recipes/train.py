@@ -50,7 +50,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from alignreg.losses import AlignmentLoss, ComplexityPenalty
+from alignreg.losses import AlignmentLoss, ComplexityPenalty, KARELoss, ParticipationRatioLoss
+from alignreg.losses.base import TangentLoss
 
 
 def flag(default: Any, text: str) -> Any:
@@ -87,7 +88,12 @@ class Config:
     output_dir: str | None = flag(None, "the run's folder; a new one under runs/ by default")
 
 
-LOSSES = {"alignment": AlignmentLoss, "complexity": ComplexityPenalty}
+LOSSES = {
+    "alignment": AlignmentLoss,
+    "complexity": ComplexityPenalty,
+    "participation_ratio": ParticipationRatioLoss,
+    "kare": KARELoss,
+}
 CHOICES = {
     "dataset": tuple(_data.DATASETS),
     "model": tuple(_models.MODELS),
@@ -149,7 +155,7 @@ class Setup(NamedTuple):
     model: nn.Module
     optimizer: torch.optim.Optimizer
     loader: DataLoader[tuple[torch.Tensor, ...]]
-    regularizer: AlignmentLoss | ComplexityPenalty | None
+    regularizer: TangentLoss | None
     measure: Measurements
 
     @property

@@ -23,6 +23,12 @@ def double(x):
     return x.double() if x.is_floating_point() else x
 
 
+def take(x, rows):
+    if isinstance(x, dict):
+        return {k: v[rows] for k, v in x.items()}
+    return tuple(v[rows] for v in x) if isinstance(x, tuple) else x[rows]
+
+
 def jacobian(model, x, forward_fn=call, names=None):
     """Row by row: ∇_w f_k(x_i) of a float64 copy in evaluation mode, as {name: (n, c, *shape)}."""
     model = copy.deepcopy(model).double().eval()

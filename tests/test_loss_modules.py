@@ -6,12 +6,11 @@ import warnings
 
 import pytest
 import torch
-from loss_cases import LOSSES, problem
+from loss_cases import LOSSES, make, problem
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from alignreg import TangentFeatures, functional
-from alignreg.losses import AlignmentLoss, ComplexityPenalty
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))
 
@@ -20,7 +19,7 @@ CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available
 def test_where_it_does_not_apply(kind):
     """An exact zero that still backpropagates; training steps count, others do not."""
     model, x, y = problem()
-    reg = LOSSES[kind](model, weight=0.5, every_n_steps=3)
+    reg = make(kind, model, weight=0.5, every_n_steps=3)
     applied = []
     for _ in range(7):
         value = reg(x, y)
@@ -34,11 +33,11 @@ def test_where_it_does_not_apply(kind):
     assert float(zero.detach()) == 0
     assert zero.dtype == torch.float64
     assert int(reg.step) == 7
-    off = LOSSES[kind](model, weight=0.0)
+    off = make(kind, model, weight=0.0)
     off(x, y).backward()
     assert int(off.step) == 1
     with torch.no_grad():
-        value = LOSSES[kind](model, weight=0.5)(x, y)
+        value = make(kind, model, weight=0.5)(x, y)
     assert not value.requires_grad
     assert value != 0
 
@@ -46,23 +45,23 @@ def test_where_it_does_not_apply(kind):
 @pytest.mark.parametrize("kind", LOSSES)
 def test_probes_and_examples_are_fresh_at_each_step_and_repeat_with_it(kind):
     model, x, y = problem()
-    reg = LOSSES[kind](model, weight=1.0, examples=5, probes=4)
+    reg = make(kind, model, weight=1.0, examples=5, probes=4)
     state = torch.get_rng_state()
     values = [float(reg(x, y).detach()) for _ in range(4)]
     assert torch.equal(state, torch.get_rng_state())
     assert len(set(values)) == 4
-    other = LOSSES[kind](model, weight=1.0, examples=5, probes=4)
+    other = make(kind, model, weight=1.0, examples=5, probes=4)
     assert list(reg.state_dict()) == ["step"]
     reg.step.fill_(2)
     other.load_state_dict(reg.state_dict())
     assert [float(other(x, y).detach()) for _ in range(2)] == values[2:]
-    seeded = LOSSES[kind](model, weight=1.0, examples=5, probes=4, seed=1)
+    seeded = make(kind, model, weight=1.0, examples=5, probes=4, seed=1)
     assert float(seeded(x, y).detach()) != values[0]
 
 
 def test_undefined_alignment_is_zero_with_one_warning():
     model, x, y = problem()
-    reg = AlignmentLoss(model, weight=1.0)
+    reg = make("alignment", model, weight=1.0)
     with pytest.warns(UserWarning, match="same target"):
         reg(x, y * 0).backward()
     with warnings.catch_warnings():
@@ -73,11 +72,11 @@ def test_undefined_alignment_is_zero_with_one_warning():
     for p in silent.parameters():
         nn.init.zeros_(p)
     with pytest.warns(UserWarning, match="nothing along"):
-        value = AlignmentLoss(silent, weight=1.0, params="0.*")(x, y)
+        value = make("alignment", silent, weight=1.0, params="0.*")(x, y)
     value.backward()
     assert float(value.detach()) == 0
     with pytest.warns(UserWarning, match="same target"):
-        assert AlignmentLoss(model, weight=1.0)(x[:1], y[:1]) == 0
+        assert make("alignment", model, weight=1.0)(x[:1], y[:1]) == 0
 
 
 @pytest.mark.parametrize("kind", LOSSES)
@@ -85,7 +84,7 @@ def test_linear_model_has_constant_features(kind):
     """Their loss has no gradient, and can be differentiated all the same."""
     _, x, y = problem()
     model = nn.Linear(4, 3).double()
-    value = LOSSES[kind](model, weight=1.0)(x, y)
+    value = make(kind, model, weight=1.0)(x, y)
     assert float(value.detach()) != 0
     value.backward()
     assert model.weight.grad is None or not model.weight.grad.any()
@@ -93,16 +92,16 @@ def test_linear_model_has_constant_features(kind):
 
 def test_one_example():
     model, x, _ = problem()
-    assert ComplexityPenalty(model, weight=1.0)(x[:1]) == 0  # centred, nothing is left of it
+    assert make("complexity", model, weight=1.0)(x[:1]) == 0  # centred, nothing is left of it
     trace = TangentFeatures(model).trace(x[:1])
-    value = ComplexityPenalty(model, weight=1.0, centered=False, probes=3000)(x[:1]).detach()
+    value = make("complexity", model, weight=1.0, centered=False, probes=3000)(x[:1]).detach()
     assert float(value) == pytest.approx(float(trace) / 3, rel=0.1)
 
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_only_the_live_model_and_nothing_of_it(kind):
     model, x, y = problem()
-    reg = LOSSES[kind](model, weight=1.0)
+    reg = make(kind, model, weight=1.0)
     assert list(reg.parameters()) == []
     assert list(reg.children()) == []
     reg.eval()
@@ -129,7 +128,7 @@ def test_only_the_live_model_and_nothing_of_it(kind):
 def test_model_is_left_as_it_was():
     model, x, y = problem("batchnorm in train mode")
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    (AlignmentLoss(model, weight=1.0)(x, y) + ComplexityPenalty(model, weight=1.0)(x)).backward()
+    (make("alignment", model, weight=1.0)(x, y) + make("complexity", model, weight=1.0)(x)).backward()
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert all(module.training for module in model.modules())
     assert model[0].weight.grad.abs().sum() > 0
@@ -138,9 +137,9 @@ def test_model_is_left_as_it_was():
 def test_under_autocast_the_loss_is_in_full_precision():
     model, x, y = problem()
     model, x = model.float(), x.float()
-    expected = AlignmentLoss(model, weight=1.0)(x, y)
+    expected = make("alignment", model, weight=1.0)(x, y)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        value = AlignmentLoss(model, weight=1.0)(x, y)
+        value = make("alignment", model, weight=1.0)(x, y)
     assert value.dtype == torch.float32
     torch.testing.assert_close(value, expected, rtol=0, atol=0)
 
@@ -150,9 +149,9 @@ def test_under_autocast_the_loss_is_in_full_precision():
 @pytest.mark.parametrize("kind", LOSSES)
 def test_dtypes_and_devices(kind, dtype, device):
     model, x, y = problem()
-    expected = LOSSES[kind](model, weight=1.0, probes=2000)(x, y).detach()
+    expected = make(kind, model, weight=1.0, probes=2000)(x, y).detach()
     model = model.to(device, dtype)
-    reg = LOSSES[kind](model, weight=1.0, probes=2000).to(device)
+    reg = make(kind, model, weight=1.0, probes=2000).to(device)
     value = reg(x.to(device, dtype), y.to(device))
     assert value.dtype == torch.float32
     value.backward()
@@ -160,22 +159,150 @@ def test_dtypes_and_devices(kind, dtype, device):
     assert float(value.detach()) == pytest.approx(float(expected), rel=0.1)
 
 
+MOVED = {  # weight, and the number that goes down
+    "alignment": (0.2, lambda K, y: -functional.alignment(K, y)),
+    "complexity": (0.05, lambda K, _: torch.einsum("ikik->", functional.center(K))),
+    "participation ratio": (0.3, lambda K, _: functional.participation_ratio(functional.center(K))),
+    "kare": (3.0, lambda K, y: functional.kare(functional.center(K), y, 0.1)),
+}
+
+
 @pytest.mark.parametrize("kind", LOSSES)
 def test_training_with_it_moves_what_it_says(kind):
     reached = []
-    for weight in (0.0, 0.2 if kind == "alignment" else 0.05):
+    given, number = MOVED[kind]
+    for weight in (0.0, given):
         torch.manual_seed(0)
         model, x, y = problem()
-        reg = LOSSES[kind](model, weight=weight, probes=16)
+        reg = make(kind, model, weight=weight, probes=16)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         for _ in range(40):
             optimizer.zero_grad()
             (cross_entropy(model(x), y) + reg(x, y)).backward()
             optimizer.step()
-        K = TangentFeatures(model).kernel(x)
-        reached.append(float(functional.alignment(K, y) if kind == "alignment" else torch.einsum("ikik->", K)))
+        reached.append(float(number(TangentFeatures(model).kernel(x), y)))
     without, with_it = reached
-    assert with_it > 1.2 * without if kind == "alignment" else with_it < 0.9 * without
+    assert with_it < without - 0.1 * abs(without)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_defaults(kind):
+    """A quarter of the steps, 32 examples or fewer, weight of its own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, y = torch.randn(40, 4, dtype=torch.float64), torch.arange(40) % 3
+    reg = LOSSES[kind](model)
+    assert reg.weight == {"alignment": 0.1, "complexity": 0.01, "participation ratio": 0.1, "kare": 1.0}[kind]
+    values = [float(reg(x, y).detach()) for _ in range(5)]
+    assert [value != 0 for value in values] == [True, False, False, False, True]
+    examples = 16 if kind == "kare" else 32
+    same = make(kind, model, weight=4 * reg.weight, examples=examples)
+    assert values[0] == pytest.approx(float(same(x, y).detach()), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_schedule_sees_optimiser_steps(kind):
+    model, x, y = problem()
+    seen = []
+
+    def warm_up(step):
+        seen.append(step)
+        return min(step / 2, 1.0)
+
+    reg = make(kind, model, weight=warm_up, gradient_accumulation_steps=2)
+    plain = make(kind, model, weight=1.0)
+    ratios = [float(reg(x, y).detach() / plain(x, y).detach()) for _ in range(6)]
+    assert seen == [0, 0, 1, 1, 2, 2]
+    assert ratios == pytest.approx([0, 0, 0.5, 0.5, 1, 1], rel=1e-12)
+    count = int(reg.step)
+    reg.weight = lambda _: -1.0
+    with pytest.raises(ValueError, match="weight: expected a finite number of at least 0, or a function"):
+        reg(x, y)
+    assert int(reg.step) == count
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_stride_counts_optimiser_steps_under_accumulation(kind):
+    model, x, y = problem()
+    reg = make(kind, model, weight=1.0, examples=5, probes=4, every_n_steps=2, gradient_accumulation_steps=3)
+    values = [float(reg(x, y).detach()) for _ in range(9)]
+    assert [value != 0 for value in values] == [True] * 3 + [False] * 3 + [True] * 3
+    assert len(set(values)) > 4  # each micro-batch has its own draw
+
+
+@pytest.mark.parametrize("net", ["mlp", "cnn", "norms"])
+@pytest.mark.parametrize("kind", [kind for kind in LOSSES if kind != "kare"])
+def test_outputs_of_the_main_forward_pass_serve_as_well(kind, net):
+    if net == "norms":
+        model, x, y = problem()
+        model = nn.Sequential(nn.LayerNorm(4), model, nn.RMSNorm(3)).double()
+    else:
+        model, x, y = problem(net)
+    reg, plain = make(kind, model, weight=1.0), make(kind, model, weight=1.0)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    outputs = model(x)
+    reg(x, y, outputs=outputs)
+    reg.step.zero_()
+    calls.clear()
+    value = reg(x, y, outputs=outputs)
+    assert len(calls) == 1  # two examples, to compare
+    grads = torch.autograd.grad(value, list(model.parameters()), materialize_grads=True)
+    expected = torch.autograd.grad(plain(x, y), list(model.parameters()), materialize_grads=True)
+    torch.testing.assert_close(grads, expected, rtol=1e-9, atol=1e-12)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = x[:, None, None].expand(-1, 1, 3, -1) * self.head.weight[:, None].sum()
+        return self.head(nn.functional.scaled_dot_product_attention(x, x, x).mean((1, 2)))
+
+
+NOT_REUSED = {
+    "dropout": lambda: nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.Linear(5, 3)).train(),
+    "batch statistics": lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)).train(),
+    "autocast": lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)),
+    "fused attention": Attention,
+    "compiled": lambda: torch.compile(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), backend="aot_eager"),
+    "sub-batch": lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("case", NOT_REUSED)
+def test_outputs_of_another_function_are_not_reused(case, kind):
+    model, (_, x, y) = NOT_REUSED[case](), problem()
+    x = x.float()
+    examples = 5 if case == "sub-batch" else None
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=case == "autocast"):
+        outputs = model(x).float()
+    reg = make(kind, model, weight=1.0, examples=examples)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        value = reg(x, y, outputs=outputs)
+        reg(x, y, outputs=outputs)
+    told = [str(warning.message) for warning in caught if "outputs:" in str(warning.message)]
+    assert len(told) == (0 if case == "sub-batch" else 1)
+    value.backward()
+    assert float(value.detach()) == float(make(kind, model, weight=1.0, examples=examples)(x, y).detach())
+
+
+def test_layers_without_a_say_are_left_out_with_one_warning():
+    model, x, y = problem()
+    with torch.no_grad():
+        model[2].weight.zero_()  # nothing reaches the first layer
+    alone = make("alignment", model, weight=1.0, params="2.*")(x, y)
+    reg = make("alignment", model, weight=1.0, per_layer=True)
+    with pytest.warns(UserWarning, match=r"layers \['0'\] leave this loss undefined"):
+        value = reg(x, y)
+    assert float(value.detach()) == pytest.approx(float(alone.detach()), rel=1e-12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reg(x, y)
 
 
 BAD = {
@@ -185,6 +312,8 @@ BAD = {
     "fraction of examples": ({"examples": 0.5}, "examples: expected a whole number"),
     "stride": ({"every_n_steps": 0}, "every_n_steps: expected a whole number of at least 1"),
     "no probe": ({"probes": 0}, "probes: expected a whole number"),
+    "accumulation": ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: expected a whole number"),
+    "weight as text": ({"weight": "0.1"}, "weight: expected a finite"),
     "pattern": ({"params": "head.*"}, "matches no trainable"),
 }
 
@@ -193,19 +322,22 @@ BAD = {
 @pytest.mark.parametrize("kind", LOSSES)
 def test_bad_arguments(kind, case):
     options, message = BAD[case]
+    if "probes" in options and kind == "kare":
+        options, message = {"ridge": 0.0}, "ridge: expected a positive number"
     with pytest.raises(ValueError, match=message):
-        LOSSES[kind](problem()[0], **{"weight": 1.0, **options})
+        make(kind, problem()[0], **{"weight": 1.0, **options})
 
 
-def test_alignment_needs_four_probes():
+@pytest.mark.parametrize("kind", ["alignment", "participation ratio"])
+def test_some_need_four_probes(kind):
     with pytest.raises(ValueError, match="probes: expected a whole number of at least 4, got 3"):
-        AlignmentLoss(problem()[0], weight=1.0, probes=3)
+        make(kind, problem()[0], weight=1.0, probes=3)
 
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_bad_batches_count_nothing(kind):
     model, x, y = problem()
-    reg = LOSSES[kind](model, weight=1.0)
+    reg = make(kind, model, weight=1.0)
     reg(x, y)
     cases = [
         ((x[:0], y[:0]), ValueError, "at least one example"),
@@ -216,7 +348,7 @@ def test_bad_batches_count_nothing(kind):
         ((x * torch.nan, y), ValueError, "NaN or inf"),
         ((model(x), y), ValueError, r"probably predictions.*reg\(x, y\)"),
     ]
-    if kind == "alignment":
+    if kind in ("alignment", "kare"):
         cases += [((x,), ValueError, r"Call reg\(x, y\)"), ((x, y + 1), ValueError, r"in \[0, 3\)")]
     for arguments, error, message in cases:
         with pytest.raises(error, match=message):

@@ -2,3 +2,5 @@
 
 from alignreg.losses.alignment import AlignmentLoss as AlignmentLoss
 from alignreg.losses.complexity import ComplexityPenalty as ComplexityPenalty
+from alignreg.losses.kare import KARELoss as KARELoss
+from alignreg.losses.participation_ratio import ParticipationRatioLoss as ParticipationRatioLoss

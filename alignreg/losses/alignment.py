@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar, final
 
-import torch
 from torch import Tensor
 
-from alignreg import estimators
-from alignreg.losses.base import Sample, TangentLoss
-from alignreg.targets import encode
+from alignreg.losses.probes import Probed, ProbeLoss
 
 
 @final
-class AlignmentLoss(TangentLoss):
+class AlignmentLoss(ProbeLoss):
     r"""−weight · log A, A = yᵀK_c y / (‖K_c‖_F ‖y − ȳ‖²) the alignment of the tangent kernel with the targets.
 
     It makes explicit what training does implicitly (Baratin et al., "Implicit Regularization via Neural Feature
@@ -34,12 +31,16 @@ class AlignmentLoss(TangentLoss):
 
     Args:
         model: the model, possibly wrapped (DDP, ``torch.compile``, Accelerate); never registered, copied or changed.
-        weight: factor, ≥ 0.
-        examples: how many examples of a batch to use; all by default.
-        every_n_steps: apply at every n-th step, with n times the weight.
+        weight: factor, ≥ 0, or a function of the optimiser step; 0.1 by default.
+        examples: how many examples of a batch to use, drawn uniformly; ``None`` for all.
+        every_n_steps: apply at every n-th optimiser step, with n times the weight.
+        gradient_accumulation_steps: how many calls make an optimiser step.
         probes: m ≥ 4; 8 by default.
         seed: of probes and examples.
         centered: centre the kernel over the examples. Targets are always centred.
+        per_layer: take the mean of the losses of the layers' own kernels, without those
+            that have nothing along the targets.
+        sync: under several processes, the loss of all their examples together.
         params: glob pattern or patterns of parameter names.
         forward_fn: ``(model, x) -> (n, c)`` for models with another output.
 
@@ -57,25 +58,17 @@ class AlignmentLoss(TangentLoss):
         >>> loss.backward()
     """
 
+    default_weight: ClassVar[float] = 0.1
     default_probes: ClassVar[int] = 8
     least_probes: ClassVar[int] = 4
+    needs_targets: ClassVar[bool] = True
+    undefined: ClassVar[str] = (
+        "The tangent features have nothing along the targets: alignment is zero, and so is the loss."
+    )
 
-    def _estimate(self, sample: Sample, *, create_graph: bool) -> Tensor | None:
-        if sample.y is None:
-            raise ValueError("target: expected the targets of the inputs, got none. Call reg(x, y).")
-        _, n, c = sample.probes.shape
-        y = encode(sample.y, c, n)
-        if bool((y == y[0]).all()):
-            self._warn("All examples of a batch have the same target: alignment is undefined, the loss is zero there.")
+    def _of_kernel(self, seen: Probed) -> Tensor | None:
+        assert seen.projection is not None
+        norm2 = self._norm2(seen)
+        if not bool((seen.projection > 0) & (norm2 > 0)):
             return None
-        y = y - y.mean(0)
-        direction = (y / torch.linalg.vector_norm(y)).to(sample.probes)
-        cotangents = torch.cat([direction[None], sample.probes])
-        gram = estimators.gram(self._features.pullback(sample.x, cotangents, create_graph=create_graph))
-        numerator, probed = gram[0, 0], gram[1:, 1:]
-        rows = (n - 1) * c if self.centered else n * c
-        norm2 = torch.maximum(estimators.frobenius2(probed), estimators.trace(probed).square() / rows)
-        if not bool((numerator > 0) & (norm2 > 0)):
-            self._warn("The tangent features have nothing along the targets: alignment is zero, and so is the loss.")
-            return None
-        return norm2.log() / 2 - numerator.log()
+        return norm2.log() / 2 - seen.projection.log()

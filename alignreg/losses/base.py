@@ -1,15 +1,16 @@
-"""What every loss on tangent features shares: when it applies, to which examples, with which probes."""
+"""What every loss on tangent features shares: when it applies, with what weight, to which examples."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from alignreg import sketches
 from alignreg.batch import Batch, as_inputs, size, take
@@ -17,17 +18,22 @@ from alignreg.distributed import find_ddp, rank, require_sync, world_size
 from alignreg.evaluation import ForwardFn
 from alignreg.tangents import TangentFeatures
 
+Weight = float | Callable[[int], float]
+"""A factor, or a schedule: the factor at an optimiser step."""
+
 
 class Sample(NamedTuple):
-    """The examples of one evaluation of a loss, and its probes."""
+    """The examples of one evaluation of a loss."""
 
     x: Batch
     y: Tensor | None
-    """Targets as they came; ``None`` for a loss that takes none."""
-    probes: Tensor
-    """Ω ``(m, s, c)`` for the s examples, centred over them where the loss is."""
+    """Targets as they came; ``None`` if none did."""
+    outputs: Tensor | None
+    """What the main forward pass made of them, with its graph; ``None`` if it is not to be reused."""
     drawn_from: int
-    """n, how many examples the batch had."""
+    """How many examples the batch had."""
+    draw: int
+    """The number of this evaluation, from which random numbers follow."""
 
 
 class TangentLoss(nn.Module, ABC):
@@ -37,9 +43,9 @@ class TangentLoss(nn.Module, ABC):
     in full precision, with dropout off and normalisation with its running statistics. The loss holds the model by
     reference and registers nothing of it: ``parameters()`` is empty, ``state_dict()`` holds the step alone.
 
-    It **counts its calls in training mode**, one an optimiser step. Probes and examples are drawn afresh from
-    (seed, step, rank) at each step where it applies; nothing is drawn from torch's global random state. Where it does
-    not apply (``eval()``, weight zero, a step between strides) the result is an exact zero that can be differentiated.
+    It **counts its calls in training mode**, ``gradient_accumulation_steps`` of them an optimiser step. Whatever is
+    random is drawn afresh from (seed, call, rank), never from torch's global random state. Where the loss does not
+    apply (``eval()``, weight zero, a step between strides) it is an exact zero that can be differentiated.
 
     Under DDP each rank evaluates its own examples and DDP averages the gradients, provided that this loss and the
     task's loss are differentiated in **one** ``backward()``. Pass the wrapped model, before its first forward pass: the
@@ -48,47 +54,55 @@ class TangentLoss(nn.Module, ABC):
 
     Args:
         model: the model, possibly wrapped (DDP, ``torch.compile``, Accelerate).
-        weight: factor of the loss, ≥ 0.
-        examples: how many examples of a batch to use, drawn uniformly; all by default.
-        every_n_steps: apply at every n-th step, with n times the weight, which keeps the mean over steps.
-        probes: m, the number of random probes; as many as the loss does well with by default.
-        seed: of probes and examples.
+        weight: factor of the loss, ≥ 0, or a schedule: a function of the optimiser step; ``None`` for the loss's own
+            default, a start for networks of moderate size.
+        examples: how many examples of a batch to use, drawn uniformly; ``None`` for all.
+        every_n_steps: apply at every n-th optimiser step, with n times the weight, which keeps the mean over steps.
+        gradient_accumulation_steps: how many calls make an optimiser step. Divide the sum of both losses by it, as
+            usual.
+        seed: of what is random.
         centered: centre the kernel over the examples.
+        per_layer: take the mean of the losses of the layers' own kernels.
+        sync: under several processes, the loss of all their examples together.
         params: glob pattern or patterns of parameter names whose tangent features count; all trainable ones by
             default. Gradients flow to whatever these features depend on.
         forward_fn: ``(model, x) -> (n, c)`` for models with another output.
     """
 
     step: Tensor
-    default_probes: ClassVar[int]
-    least_probes: ClassVar[int]
+    default_weight: ClassVar[float]
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        weight: float,
-        examples: int | None = None,
-        every_n_steps: int = 1,
-        probes: int | None = None,
-        seed: int = 0,
-        centered: bool = True,
-        params: str | Sequence[str] | None = None,
-        forward_fn: ForwardFn | None = None,
+        weight: Weight | None,
+        examples: int | None,
+        every_n_steps: int,
+        gradient_accumulation_steps: int,
+        seed: int,
+        centered: bool,
+        per_layer: bool,
+        sync: bool,
+        params: str | Sequence[str] | None,
+        forward_fn: ForwardFn | None,
     ) -> None:
         super().__init__()
-        probes = self.default_probes if probes is None else probes
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"weight: expected a finite number of at least 0, got {weight!r}.")
-        _check_count("examples", examples, 2, optional=True)
-        _check_count("every_n_steps", every_n_steps, 1)
-        _check_count("probes", probes, self.least_probes)
-        self.weight = weight
+        weight = self.default_weight if weight is None else weight
+        if not callable(weight):
+            _check_weight(weight)
+        if examples is not None:
+            check_count("examples", examples, 2)
+        check_count("every_n_steps", every_n_steps, 1)
+        check_count("gradient_accumulation_steps", gradient_accumulation_steps, 1)
+        self.weight: Weight = weight
         self.examples = examples
         self.every_n_steps = every_n_steps
-        self.probes = probes
+        self.gradient_accumulation_steps = gradient_accumulation_steps
         self.seed = seed
         self.centered = centered
+        self.per_layer = per_layer
+        self.sync = sync
         self._features = TangentFeatures(model, params=params, forward_fn=forward_fn)
         self._ddp = _Reference(find_ddp(model))
         self._num_outputs: int | None = None
@@ -104,34 +118,40 @@ class TangentLoss(nn.Module, ABC):
         self._features.bind(model)
         self._ddp = _Reference(find_ddp(model))
 
-    def forward(self, x: Any, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Any, y: Tensor | None = None, *, outputs: Tensor | None = None) -> Tensor:
         """Return the weighted loss of a batch.
 
         Args:
             x: the model's inputs: tensor, tuple or dict of tensors with the examples on axis 0.
             y: their targets, as :func:`alignreg.targets.encode` reads them.
+            outputs: f(x) ``(n, c)`` from your own forward pass, with its graph, to save this loss one of its own. They
+                are used if all examples count and the pass was what this loss would have run (no dropout, no batch
+                normalisation in training mode, no autocast), which is looked at on two examples; else the loss
+                runs the model itself.
 
         Returns:
             A scalar in the precision of the parameters, float32 at least.
 
         Raises:
             TypeError: if ``x`` or the model's output is not made of tensors.
-            ValueError: if ``x`` is empty, does not fit ``y`` or carries a gradient history, or the output is not a
-                finite ``(n, c)``.
+            ValueError: if ``x`` is empty, does not fit ``y`` or ``outputs``, or carries a gradient history, if the
+                output is not a finite ``(n, c)``, or a schedule gives no finite number of at least 0.
         """
         batch = as_inputs(x)
         if not self.training:
             return self._zero()
-        step = int(self.step)
+        call = int(self.step)
+        step = call // self.gradient_accumulation_steps
+        weight = _check_weight(self.weight(step)) if callable(self.weight) else self.weight
         value = None
-        if self.weight > 0 and step % self.every_n_steps == 0:
-            sample = self._sample(batch, y, step)
-            with torch.autocast(sample.probes.device.type, enabled=False):
+        if weight > 0 and step % self.every_n_steps == 0:
+            sample = self._sample(batch, y, outputs, call)
+            with torch.autocast(self.step.device.type, enabled=False):
                 value = self._estimate(sample, create_graph=torch.is_grad_enabled())
         self.step += 1
         if value is None:
             return self._zero()
-        loss = self.weight * self.every_n_steps * value
+        loss = weight * self.every_n_steps * value
         if not loss.requires_grad:
             loss = loss + self._zero()  # features that depend on no parameter, as those of a linear model
         if self._ddp.module is not None:
@@ -145,35 +165,58 @@ class TangentLoss(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         """Show the options."""
-        names = ("weight", "examples", "every_n_steps", "probes", "seed", "centered")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+        names = ("weight", "examples", "every_n_steps", "gradient_accumulation_steps", "seed", "centered")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in (*names, "per_layer", "sync"))
 
     @abstractmethod
     def _estimate(self, sample: Sample, *, create_graph: bool) -> Tensor | None:
         """Return the loss of the sample with weight 1, or ``None`` where it is undefined."""
 
-    def _sample(self, x: Batch, y: Tensor | None, step: int) -> Sample:
+    @property
+    def _group(self) -> dist.ProcessGroup | None:
+        return None if self._ddp.module is None else self._ddp.module.process_group
+
+    def _width(self, x: Batch) -> int:
+        """Return c; the model is run once to find out."""
+        if self._num_outputs is None:
+            self._num_outputs = self._features.outputs(x).shape[1]
+        return self._num_outputs
+
+    def _mean_over_layers(self, values: Mapping[str, Tensor | None]) -> Tensor | None:
+        """Return the mean of those that are defined, or ``None``: of layers, or of the one number of all."""
+        defined = [value for value in values.values() if value is not None]
+        if self.per_layer and 0 < len(defined) < len(values):
+            self._warn(
+                f"layers {[layer for layer, value in values.items() if value is None]} leave this loss undefined, "
+                "because nothing of their tangent features counts here: the mean is that of the others."
+            )
+        return torch.stack(defined).mean() if defined else None
+
+    def _sample(self, x: Batch, y: Tensor | None, outputs: Tensor | None, call: int) -> Sample:
         n = size(x)
         if y is not None and not isinstance(y, Tensor):
             raise TypeError(f"target: expected a tensor, got {type(y).__name__}. Convert it with torch.as_tensor.")
         if y is not None and (y.ndim == 0 or len(y) != n):
             raise ValueError(f"target: expected one row for each of the {n} inputs, got shape {tuple(y.shape)}.")
-        if self._num_outputs is None:
-            self._num_outputs = self._features.outputs(x).shape[1]
+        if outputs is not None and (outputs.ndim != 2 or len(outputs) != n):
+            raise ValueError(f"outputs: expected shape (n, c) for n = {n} inputs, got {tuple(outputs.shape)}.")
         if self.examples is not None and self.examples < n:
-            rows = sketches.subset(n, self.examples, seed=self.seed, step=step, stream=rank())
-            x, y = take(x, rows), None if y is None else y[rows.to(y.device)]
-        like = next(iter(self._features.parameters.values())).detach()
-        probes = sketches.probes(
-            self.probes,
-            size(x),
-            self._num_outputs,
-            seed=self.seed,
-            step=step,
-            offset=rank() << 32,  # each rank's own rows of one global draw, however uneven the batches
-            like=like,
+            rows = sketches.subset(n, self.examples, seed=self.seed, step=call, stream=rank())
+            return Sample(take(x, rows), None if y is None else y[rows.to(y.device)], None, n, call)
+        return Sample(x, y, self._reusable(x, outputs), n, call)
+
+    def _reusable(self, x: Batch, outputs: Tensor | None) -> Tensor | None:
+        """Return ``outputs`` if their graph serves as well as one of our own."""
+        if outputs is None or not torch.is_grad_enabled():
+            return None
+        static = self._ddp.module is not None and self._ddp.module.static_graph
+        if not static and self._features.agree(x, outputs):
+            return outputs
+        self._warn(
+            "outputs: they are not what the model gives without dropout, with its running statistics and in full "
+            "precision, or a static graph forbids to differentiate them twice; the loss runs the model itself."
         )
-        return Sample(x, y, probes - probes.mean(1, keepdim=True) if self.centered else probes, n)
+        return None
 
     def _zero(self) -> Tensor:
         like = next(iter(self._features.parameters.values()))
@@ -200,8 +243,13 @@ class _Reference:
         return _Reference(memo.get(id(self.module), self.module))
 
 
-def _check_count(name: str, value: int | None, least: int, *, optional: bool = False) -> None:
-    if value is None and optional:
-        return
+def check_count(name: str, value: int, least: int) -> None:
+    """Raise unless ``value`` is a whole number of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}.")
+
+
+def _check_weight(weight: Any) -> float:
+    if not (isinstance(weight, int | float) and math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"weight: expected a finite number of at least 0, or a function of the step, got {weight!r}.")
+    return weight

@@ -7,11 +7,11 @@ from typing import ClassVar, final
 from torch import Tensor
 
 from alignreg import estimators
-from alignreg.losses.base import Sample, TangentLoss
+from alignreg.losses.probes import Probed, ProbeLoss
 
 
 @final
-class ComplexityPenalty(TangentLoss):
+class ComplexityPenalty(ProbeLoss):
     r"""weight · tr K_c / (n·c): the mean squared norm of the (centred) tangent features.
 
     ‖Φ‖_F² = tr K is what a step of given length costs in the complexity measure Σ_t ‖δw_t‖‖Φ_t‖_F of Baratin et al.
@@ -22,12 +22,15 @@ class ComplexityPenalty(TangentLoss):
 
     Args:
         model: the model, possibly wrapped (DDP, ``torch.compile``, Accelerate); never registered, copied or changed.
-        weight: factor, ≥ 0.
-        examples: how many examples of a batch to use; all by default.
-        every_n_steps: apply at every n-th step, with n times the weight.
+        weight: factor, ≥ 0, or a function of the optimiser step; 0.01 by default.
+        examples: how many examples of a batch to use, drawn uniformly; ``None`` for all.
+        every_n_steps: apply at every n-th optimiser step, with n times the weight.
+        gradient_accumulation_steps: how many calls make an optimiser step.
         probes: m ≥ 1; 1 by default.
         seed: of probes and examples.
         centered: centre the kernel over the examples.
+        per_layer: take the mean of the losses of the layers' own kernels.
+        sync: under several processes, the loss of all their examples together.
         params: glob pattern or patterns of parameter names.
         forward_fn: ``(model, x) -> (n, c)`` for models with another output.
 
@@ -45,14 +48,12 @@ class ComplexityPenalty(TangentLoss):
         >>> loss.backward()
     """
 
+    default_weight: ClassVar[float] = 0.01
     default_probes: ClassVar[int] = 1
     least_probes: ClassVar[int] = 1
 
-    def _estimate(self, sample: Sample, *, create_graph: bool) -> Tensor | None:
-        _, s, c = sample.probes.shape
-        if self.centered and s == 1:
+    def _of_kernel(self, seen: Probed) -> Tensor | None:
+        if self.centered and seen.n == 1:
             return None  # one example, centred, is zero
-        products = self._features.pullback(sample.x, sample.probes, create_graph=create_graph)
-        n = sample.drawn_from
-        rows = (s - 1) * n / (n - 1) * c if self.centered else s * c
-        return estimators.trace(estimators.gram(products)) / rows
+        rows = (seen.n - 1) * seen.drawn_from / (seen.drawn_from - 1) if self.centered else seen.n
+        return estimators.trace(seen.gram) / (rows * seen.c)

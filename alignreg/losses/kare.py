@@ -1,0 +1,123 @@
+"""Minimise the risk that kernel regression with the tangent kernel is estimated to have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from alignreg import functional
+from alignreg.batch import map_tensors, size
+from alignreg.distributed import concatenate_over_ranks, sizes_of_ranks
+from alignreg.evaluation import ForwardFn
+from alignreg.losses.base import Sample, TangentLoss, Weight
+from alignreg.targets import encode
+
+
+@final
+class KARELoss(TangentLoss):
+    r"""weight · KARE(K_c, y), the kernel alignment risk estimate of ridge regression with the tangent kernel.
+
+    KARE = [yᵀ(K/N + ρI)⁻²y / N] / [tr (K/N + ρI)⁻¹ / N]², N = n·c (Jacot et al. 2020, arXiv 2006.09796; as a loss for
+    tangent kernels: arXiv 2505.11347; :func:`alignreg.functional.kare`). Nothing is estimated by probes: the kernel of
+    the examples is exact, differentiated through the rules of layers, and its N equations are solved in float64. Of the
+    losses here it is the most expensive, growing with N².
+
+    KARE does not change when K and ρ grow together; ρ is to be compared with tr K / N², the mean eigenvalue of K/N.
+
+    Targets that are constant over the examples leave nothing to predict: the loss is then an exact zero, with one
+    warning.
+
+    Args:
+        model: the model, possibly wrapped (DDP, ``torch.compile``, Accelerate); never registered, copied or changed.
+        weight: factor, ≥ 0, or a function of the optimiser step; 1 by default.
+        examples: how many examples of a batch to use, drawn uniformly; ``None`` for all.
+        every_n_steps: apply at every n-th optimiser step, with n times the weight.
+        gradient_accumulation_steps: how many calls make an optimiser step.
+        ridge: ρ > 0.
+        seed: of examples.
+        centered: centre the kernel over the examples. Targets are always centred.
+        per_layer: take the mean of the losses of the layers' own kernels.
+        sync: under several processes, the loss of all their examples together, which are gathered: each
+            rank then computes the kernel of all.
+        params: glob pattern or patterns of parameter names.
+        forward_fn: ``(model, x) -> (n, c)`` for models with another output.
+
+    Raises:
+        TypeError: if the model is sharded (FSDP).
+        ValueError: if an argument is out of range, or nothing is trainable.
+
+    Example:
+        >>> import torch
+        >>> from alignreg.losses import KARELoss
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+        >>> reg = KARELoss(net, ridge=0.1)
+        >>> x, y = torch.randn(20, 4), torch.randint(3, (20,))
+        >>> loss = torch.nn.functional.cross_entropy(net(x), y) + reg(x, y)
+        >>> loss.backward()
+    """
+
+    default_weight: ClassVar[float] = 1.0
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        weight: Weight | None = None,
+        examples: int | None = 16,
+        every_n_steps: int = 4,
+        gradient_accumulation_steps: int = 1,
+        ridge: float = 0.1,
+        seed: int = 0,
+        centered: bool = True,
+        per_layer: bool = False,
+        sync: bool = False,
+        params: str | Sequence[str] | None = None,
+        forward_fn: ForwardFn | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            weight=weight,
+            examples=examples,
+            every_n_steps=every_n_steps,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            seed=seed,
+            centered=centered,
+            per_layer=per_layer,
+            sync=sync,
+            params=params,
+            forward_fn=forward_fn,
+        )
+        if not (math.isfinite(ridge) and ridge > 0):
+            raise ValueError(f"ridge: expected a positive number, got {ridge!r}.")
+        self.ridge = ridge
+
+    def extra_repr(self) -> str:
+        """Show the options."""
+        return f"{super().extra_repr()}, ridge={self.ridge}"
+
+    def _estimate(self, sample: Sample, *, create_graph: bool) -> Tensor | None:
+        if sample.y is None:
+            raise ValueError("target: expected the targets of the inputs, got none. Call reg(x, y).")
+        x, y = sample.x, encode(sample.y, self._width(sample.x), size(sample.x))
+        if self.sync:
+            device = next(iter(self._features.parameters.values())).device
+            sizes = sizes_of_ranks(len(y), device, self._group)
+            x = map_tensors(lambda t: concatenate_over_ranks(t.to(device), sizes, self._group), x)
+            y = concatenate_over_ranks(y.to(device), sizes, self._group)
+        if bool((y == y[0]).all()):
+            self._warn("All examples of a batch have the same target: nothing is to be predicted, the loss is zero.")
+            return None
+        layers = (
+            self._features.kernel(x, per_layer=True, create_graph=create_graph)
+            if self.per_layer
+            else {"": self._features.kernel(x, create_graph=create_graph)}
+        )
+        return self._mean_over_layers({layer: self._of_kernel(K, y) for layer, K in layers.items()})
+
+    def _of_kernel(self, K: Tensor, y: Tensor) -> Tensor:
+        dtype, K = K.dtype, K.to(torch.float64)
+        return functional.kare(functional.center(K) if self.centered else K, y, self.ridge).to(dtype)

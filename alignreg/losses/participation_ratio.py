@@ -1,0 +1,67 @@
+"""Penalise how many directions the tangent features take."""
+
+from __future__ import annotations
+
+from typing import ClassVar, final
+
+from torch import Tensor
+
+from alignreg import estimators
+from alignreg.losses.probes import Probed, ProbeLoss
+
+
+@final
+class ParticipationRatioLoss(ProbeLoss):
+    r"""weight · log R, R = (tr K_c)² / ‖K_c‖_F² the participation ratio of the (centred) tangent kernel.
+
+    R, between 1 and the number of rows n·c, counts the directions that the tangent features take
+    (:func:`alignreg.functional.participation_ratio`); a low one is the compression that Baratin et al. ("Implicit
+    Regularization via Neural Feature Alignment", AISTATS 2021, section 3.2) observe in training. Subtract the loss to
+    reward many directions. From m probes ω_a, with g_a = Φᵀω_a, ω_a Gaussian and centred:
+
+    - (tr K)² is estimated by Σ_{a≠b} ‖g_a‖²‖g_b‖² / (m(m−1)), ‖K‖_F² by Σ_{a≠b} (g_a·g_b)² / (m(m−1)), both unbiased;
+      the difference of their logarithms is not, by about half the relative variance of the latter.
+    - So that the gradient stays bounded, R is kept in its range.
+
+    R grows with the number of examples. With ``examples`` the loss is that of the smaller set. Tangent features that
+    vanish have no R: the loss is then an exact zero, with one warning.
+
+    Args:
+        model: the model, possibly wrapped (DDP, ``torch.compile``, Accelerate); never registered, copied or changed.
+        weight: factor, ≥ 0, or a function of the optimiser step; 0.1 by default.
+        examples: how many examples of a batch to use, drawn uniformly; ``None`` for all.
+        every_n_steps: apply at every n-th optimiser step, with n times the weight.
+        gradient_accumulation_steps: how many calls make an optimiser step.
+        probes: m ≥ 4; 8 by default.
+        seed: of probes and examples.
+        centered: centre the kernel over the examples.
+        per_layer: take the mean of the losses of the layers' own kernels, without those
+            whose tangent features vanish.
+        sync: under several processes, the loss of all their examples together.
+        params: glob pattern or patterns of parameter names.
+        forward_fn: ``(model, x) -> (n, c)`` for models with another output.
+
+    Raises:
+        TypeError: if the model is sharded (FSDP).
+        ValueError: if an argument is out of range, or nothing is trainable.
+
+    Example:
+        >>> import torch
+        >>> from alignreg.losses import ParticipationRatioLoss
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+        >>> reg = ParticipationRatioLoss(net, weight=0.1)
+        >>> x, y = torch.randn(20, 4), torch.randint(3, (20,))
+        >>> loss = torch.nn.functional.cross_entropy(net(x), y) + reg(x)
+        >>> loss.backward()
+    """
+
+    default_weight: ClassVar[float] = 0.1
+    default_probes: ClassVar[int] = 8
+    least_probes: ClassVar[int] = 4
+    undefined: ClassVar[str] = "The tangent features vanish: they have no participation ratio, and the loss is zero."
+
+    def _of_kernel(self, seen: Probed) -> Tensor | None:
+        trace2 = estimators.trace2(seen.gram)
+        if not bool(trace2 > 0):
+            return None
+        return trace2.log() - self._norm2(seen).minimum(trace2).log()

@@ -1,0 +1,165 @@
+"""Losses that see the tangent kernel through products with random probes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from alignreg import estimators, sketches
+from alignreg.batch import size
+from alignreg.distributed import rank, sizes_of_ranks, sum_over_ranks
+from alignreg.evaluation import ForwardFn
+from alignreg.losses.base import Sample, TangentLoss, Weight, check_count
+from alignreg.targets import encode
+
+
+class Probed(NamedTuple):
+    """What the probes show of a kernel."""
+
+    gram: Tensor
+    """ω_aᵀKω_b ``(m, m)``, of probes that are centred where the loss is."""
+    projection: Tensor | None
+    """yᵀKy/‖y‖² for the centred targets, in losses that take them."""
+    n: int
+    """How many examples there are."""
+    c: int
+    """How many outputs."""
+    drawn_from: int
+    """How many examples the n were drawn from."""
+
+
+class ProbeLoss(TangentLoss, ABC):
+    """A loss from m Gaussian probes ω: one forward pass and m backward passes, themselves differentiated.
+
+    The products Φᵀω belong to parameters, so those of the layers come with those of the whole. With ``sync`` they are
+    summed over ranks: m·P numbers (and P more for targets) in one reduction, after two of a few numbers. Probes and
+    targets are centred by the mean of all examples. Every rank then has the loss of all examples, and the mean of the
+    ranks' gradients, which DDP takes, is the gradient of it. Ranks may have batches of different sizes, and must call
+    the loss equally often.
+
+    Args:
+        model: see :class:`.TangentLoss`, for all arguments but one.
+        weight: its own.
+        examples: 32.
+        every_n_steps: 4.
+        gradient_accumulation_steps: 1.
+        probes: m; as many as the loss does well with by default.
+        seed: of probes and examples.
+        centered: centre the kernel.
+        per_layer: layers by themselves.
+        sync: all processes together.
+        params: patterns.
+        forward_fn: for other outputs.
+    """
+
+    default_probes: ClassVar[int]
+    least_probes: ClassVar[int]
+    needs_targets: ClassVar[bool] = False
+    undefined: ClassVar[str] = ""
+    """What to say where no kernel has a value; nothing if that is plain."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        weight: Weight | None = None,
+        examples: int | None = 32,
+        every_n_steps: int = 4,
+        gradient_accumulation_steps: int = 1,
+        probes: int | None = None,
+        seed: int = 0,
+        centered: bool = True,
+        per_layer: bool = False,
+        sync: bool = False,
+        params: str | Sequence[str] | None = None,
+        forward_fn: ForwardFn | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            weight=weight,
+            examples=examples,
+            every_n_steps=every_n_steps,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            seed=seed,
+            centered=centered,
+            per_layer=per_layer,
+            sync=sync,
+            params=params,
+            forward_fn=forward_fn,
+        )
+        self.probes = self.default_probes if probes is None else probes
+        check_count("probes", self.probes, self.least_probes)
+
+    def extra_repr(self) -> str:
+        """Show the options."""
+        return f"{super().extra_repr()}, probes={self.probes}"
+
+    @abstractmethod
+    def _of_kernel(self, seen: Probed) -> Tensor | None:
+        """Return the loss with weight 1 of what was seen of a kernel, or ``None`` where it is undefined."""
+
+    def _estimate(self, sample: Sample, *, create_graph: bool) -> Tensor | None:
+        mine, c = size(sample.x), self._width(sample.x)
+        like = next(iter(self._features.parameters.values())).detach()
+        target = None
+        if self.needs_targets:
+            if sample.y is None:
+                raise ValueError("target: expected the targets of the inputs, got none. Call reg(x, y).")
+            target = encode(sample.y, c, mine).to(like.device)
+        sizes, drawn_from, before = [mine], sample.drawn_from, rank() << 32
+        if self.sync:
+            sizes = sizes_of_ranks(mine, like.device, self._group)
+            drawn_from = sum(sizes_of_ranks(drawn_from, like.device, self._group))
+            before = sum(sizes[: rank(self._group)])
+        n = sum(sizes)
+        # Each rank has its own rows of one global draw: the same probes on two ranks would be correlated.
+        omega = sketches.probes(self.probes, mine, c, seed=self.seed, step=sample.draw, offset=before, like=like)
+        if self.centered:
+            omega = omega - self._sum(omega.sum(1, keepdim=True)) / n
+        cotangents = omega
+        if target is not None:
+            direction = self._direction(target, n)
+            if direction is None:
+                self._warn(
+                    "All examples of a batch have the same target: alignment is undefined, the loss is zero there."
+                )
+                return None
+            cotangents = torch.cat([direction[None].to(omega), omega])
+        columns = self._features.pullback(sample.x, cotangents, outputs=sample.outputs, create_graph=create_graph)
+        columns = self._sum_columns(columns)
+        layers = self._features.layers if self.per_layer else {"": list(columns)}
+        values = {}
+        for layer, names in layers.items():
+            gram = estimators.gram({name: columns[name] for name in names})
+            projection, gram = (None, gram) if target is None else (gram[0, 0], gram[1:, 1:])
+            values[layer] = self._of_kernel(Probed(gram, projection, n, c, drawn_from))
+        value = self._mean_over_layers(values)
+        if value is None and self.undefined:
+            self._warn(self.undefined)
+        return value
+
+    def _direction(self, target: Tensor, n: int) -> Tensor | None:
+        """Return the centred targets of this rank, divided by the norm of all; ``None`` for constant ones."""
+        y = target - self._sum(target.sum(0)) / n
+        square, scale = self._sum(torch.stack([y.square().sum(), target.square().sum()]))
+        # What rounding leaves of a constant is no variance.
+        return None if float(square) <= 1e-28 * float(scale) else y / square.sqrt()
+
+    def _norm2(self, seen: Probed) -> Tensor:
+        """Return ‖K‖_F², not below what its trace leaves possible: no kernel of that many rows has a smaller norm."""
+        rows = (seen.n - 1) * seen.c if self.centered else seen.n * seen.c
+        return torch.maximum(estimators.frobenius2(seen.gram), estimators.trace(seen.gram).square() / rows)
+
+    def _sum(self, value: Tensor) -> Tensor:
+        return sum_over_ranks(value, self._group) if self.sync else value
+
+    def _sum_columns(self, columns: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not self.sync:
+            return columns
+        flat = self._sum(torch.cat([value.flatten(1) for value in columns.values()], dim=1))
+        parts = torch.split(flat, [value[0].numel() for value in columns.values()], dim=1)
+        return {name: part.view_as(columns[name]) for name, part in zip(columns, parts, strict=True)}

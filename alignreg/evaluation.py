@@ -321,23 +321,29 @@ def pull(y: Tensor, params: Mapping[str, Tensor], cotangents: Tensor, *, create_
     return {name: torch.stack(column) for name, column in zip(params, columns, strict=True)}
 
 
-# Nodes of kernels that torch differentiates once.
-_ONCE = ("ScaledDotProduct", "CudnnRnn", "MkldnnRnn", "CompiledFunction")
+# Nodes of kernels that torch differentiates once only, or twice and wrong.
+_ONCE = ("ScaledDotProduct", "CudnnRnn", "MkldnnRnn", "CompiledFunction", "WeightNorm")
 
 
 def twice_differentiable(y: Tensor) -> bool:
     """Say whether y has a graph, without kernels that are known to be differentiated once only."""
+    return y.requires_grad and not any(node.name().startswith(_ONCE) for node in _nodes(y))
+
+
+def leaves_of(value: Tensor) -> list[Tensor]:
+    """Return the leaves, parameters mostly, that a value depends on."""
+    return [node.variable for node in _nodes(value) if hasattr(node, "variable")]
+
+
+def _nodes(y: Tensor) -> Iterator[Any]:
     seen: set[Any] = set()
-    open_nodes = [y.grad_fn]
-    while open_nodes:
-        node = open_nodes.pop()
-        if node is None or node in seen:
-            continue
-        if node.name().startswith(_ONCE):
-            return False
-        seen.add(node)
-        open_nodes += [following for following, _ in node.next_functions]
-    return y.requires_grad
+    waiting = [y.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting += [following for following, _ in node.next_functions]
 
 
 def _checked_output(y: Any, n: int) -> Tensor:

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 @contextmanager
-def frozen(model: nn.Module, *, primitive: bool = False) -> Iterator[None]:
+def frozen(model: nn.Module, *, normalization: PrimitiveNormalization | None = None) -> Iterator[None]:
     """Let the model be differentiated as a deterministic function of its parameters inside the block.
 
     Inside: gradients are on, whatever the caller's ``no_grad`` or ``inference_mode``; every module is in evaluation
@@ -29,7 +29,7 @@ def frozen(model: nn.Module, *, primitive: bool = False) -> Iterator[None]:
 
     Args:
         model: the bare model.
-        primitive: run normalisations from primitive operations, which derivatives of derivatives need.
+        normalization: how to run normalisations for derivatives of derivatives; fused if there are none.
     """
     modules = list(model.modules())
     with ExitStack() as stack:
@@ -57,8 +57,8 @@ def frozen(model: nn.Module, *, primitive: bool = False) -> Iterator[None]:
             if "_original_forward" in module.__dict__ and "forward" in module.__dict__:
                 stack.callback(module.__dict__.__setitem__, "forward", module.__dict__["forward"])
                 module.__dict__["forward"] = module.__dict__["_original_forward"]
-        if primitive:
-            stack.enter_context(PrimitiveNormalization())
+        if normalization is not None:
+            stack.enter_context(normalization)
         yield
 
 

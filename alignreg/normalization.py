@@ -16,14 +16,23 @@ class PrimitiveNormalization(TorchFunctionMode):
     """Compute layer, group, instance, batch, RMS and weight normalisation from primitives inside the block.
 
     The fused kernels hand mean and scale to their derivative formulas as constants. A first derivative accounts for
-    what depends on them; a derivative *of* a forward-mode or vectorised derivative silently misses it.
+    what depends on them; a derivative *of* a forward-mode or vectorised derivative silently misses it. That of a plain
+    backward pass misses it in weight normalisation alone.
+
+    Args:
+        backward_only: for derivatives of plain backward passes. Checkpointed modules are recomputed outside the block,
+            with the fused kernels, and must have been run with them.
     """
+
+    def __init__(self, *, backward_only: bool = False) -> None:
+        super().__init__()
+        self._replacements = _WEIGHT_NORM if backward_only else _REPLACEMENTS
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Replace the normalisations and run anything else as it is."""
-        return _REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
+        return self._replacements.get(func, func)(*args, **(kwargs or {}))
 
 
 def _normalise(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
@@ -141,6 +150,9 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g * v.square().sum(others, keepdim=True).rsqrt())
 
 
+_WEIGHT_NORM: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch._weight_norm: _weight_norm,  # noqa: SLF001 - what both weight_norm of torch.nn.utils call
+}
 _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.layer_norm: _layer_norm,
     F.rms_norm: _rms_norm,
@@ -152,5 +164,5 @@ _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.group_norm: _group_norm,
     torch.batch_norm: _torch_batch_norm,
     torch.instance_norm: _torch_instance_norm,
-    torch._weight_norm: _weight_norm,  # noqa: SLF001 - what both weight_norm of torch.nn.utils call
+    **_WEIGHT_NORM,
 }

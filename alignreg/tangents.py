@@ -19,6 +19,7 @@ from alignreg.frozen import frozen
 from alignreg.jacobian import Block, Params
 from alignreg.kernels.exact import diagonals, kernels
 from alignreg.kernels.gradients import blocks, norms
+from alignreg.normalization import PrimitiveNormalization
 from alignreg.progress import bar
 
 
@@ -371,7 +372,7 @@ class TangentFeatures:
         """
         if outputs is not None:
             return pull(outputs, self.parameters, cotangents, create_graph=create_graph)
-        with self._evaluation(x, create_graph=create_graph, keep_graph=True) as at:
+        with self._evaluation(x, create_graph=create_graph, backward_only=True) as at:
             return at.pullback(cotangents)
 
     def agree(self, x: Any, outputs: Tensor) -> bool:
@@ -405,11 +406,12 @@ class TangentFeatures:
             return bool(same) and twice_differentiable(outputs)
 
     @contextmanager
-    def _evaluation(self, x: Any, *, create_graph: bool, keep_graph: bool = False) -> Iterator[Evaluation]:
+    def _evaluation(self, x: Any, *, create_graph: bool, backward_only: bool = False) -> Iterator[Evaluation]:
         model = self.model
         parameters = self.parameters
         batch = as_batch(x)
-        with frozen(model, primitive=create_graph):
+        normalization = PrimitiveNormalization(backward_only=backward_only) if create_graph else None
+        with frozen(model, normalization=normalization):
             assert self._bound is not None
             yield Evaluation(
                 self._bound,
@@ -417,7 +419,7 @@ class TangentFeatures:
                 batch,
                 self._chunk_size,
                 create_graph=create_graph,
-                keep_graph=keep_graph,
+                keep_graph=backward_only,
             )
 
 

@@ -11,11 +11,13 @@ from typing import Any, ClassVar, NamedTuple, final
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.autograd.function import once_differentiable
 
 from alignreg import sketches
 from alignreg.batch import Batch, as_inputs, size, take
 from alignreg.distributed import find_ddp, rank, require_sync, world_size
-from alignreg.evaluation import ForwardFn
+from alignreg.evaluation import ForwardFn, leaves_of
+from alignreg.frozen import frozen
 from alignreg.tangents import TangentFeatures
 
 Weight = float | Callable[[int], float]
@@ -40,8 +42,10 @@ class TangentLoss(nn.Module, ABC):
     r"""A term to add to a training loss, on the tangent features of the live model.
 
     ``reg(x, y)`` is a differentiable scalar; it needs no prediction of the model and runs the bare module on its own,
-    in full precision, with dropout off and normalisation with its running statistics. The loss holds the model by
-    reference and registers nothing of it: ``parameters()`` is empty, ``state_dict()`` holds the step alone.
+    in full precision, with dropout off and normalisation with its running statistics. Its gradient is computed at
+    once, under these same conditions, and handed over in ``backward()``, so that checkpointed modules are recomputed,
+    and autocast regions left, as they must be; it can be differentiated once. The loss holds the model by reference and
+    registers nothing of it: ``parameters()`` is empty, ``state_dict()`` holds the step alone.
 
     It **counts its calls in training mode**, ``gradient_accumulation_steps`` of them an optimiser step. Whatever is
     random is drawn afresh from (seed, call, rank), never from torch's global random state. Where the loss does not
@@ -143,15 +147,12 @@ class TangentLoss(nn.Module, ABC):
         call = int(self.step)
         step = call // self.gradient_accumulation_steps
         weight = _check_weight(self.weight(step)) if callable(self.weight) else self.weight
-        value = None
+        loss = None
         if weight > 0 and step % self.every_n_steps == 0:
-            sample = self._sample(batch, y, outputs, call)
-            with torch.autocast(self.step.device.type, enabled=False):
-                value = self._estimate(sample, create_graph=torch.is_grad_enabled())
+            loss = self._evaluate(self._sample(batch, y, outputs, call), weight * self.every_n_steps)
         self.step += 1
-        if value is None:
+        if loss is None:
             return self._zero()
-        loss = weight * self.every_n_steps * value
         if not loss.requires_grad:
             loss = loss + self._zero()  # features that depend on no parameter, as those of a linear model
         if self._ddp.module is not None:
@@ -171,6 +172,19 @@ class TangentLoss(nn.Module, ABC):
     @abstractmethod
     def _estimate(self, sample: Sample, *, create_graph: bool) -> Tensor | None:
         """Return the loss of the sample with weight 1, or ``None`` where it is undefined."""
+
+    def _evaluate(self, sample: Sample, factor: float) -> Tensor | None:
+        create_graph = torch.is_grad_enabled()
+        with frozen(self._features.model):
+            value = self._estimate(sample, create_graph=create_graph)
+            if value is None or not create_graph or not value.requires_grad:
+                return None if value is None else factor * value.detach()
+            leaves = leaves_of(value)
+            gradients = torch.autograd.grad(
+                factor * value, leaves, retain_graph=sample.outputs is not None, allow_unused=True
+            )
+        loss: Tensor = _Known.apply(factor * value.detach(), gradients, *leaves)  # type: ignore[no-untyped-call]
+        return loss
 
     @property
     def _group(self) -> dist.ProcessGroup | None:
@@ -230,6 +244,21 @@ class TangentLoss(nn.Module, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ddp": _Reference(None)}
+
+
+@final
+class _Known(torch.autograd.Function):
+    """A value whose gradient with respect to some leaves is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor | None], *leaves: Tensor) -> Tensor:  # noqa: ARG004
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(None if gradient is None else gradient * factor for gradient in ctx.gradients)
 
 
 @final

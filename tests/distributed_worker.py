@@ -4,8 +4,6 @@ import copy
 import gc
 import json
 import sys
-import types
-import warnings
 from pathlib import Path
 
 import oracles
@@ -15,10 +13,7 @@ from cases import build
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from alignreg.losses import AlignmentLoss, ComplexityPenalty
 from alignreg.metrics import LayerwiseAlignment, PathComplexity, TangentAlignment, TangentSpectrum
-
-LOSSES = {"alignment": AlignmentLoss, "complexity": ComplexityPenalty}
 
 
 def shares(n, uneven):
@@ -115,151 +110,6 @@ def batch(rank, step, n=12):
     return torch.randn(n, 4, dtype=torch.float64, generator=generator), torch.arange(n) % 3
 
 
-def gathered(values):
-    everyone = [torch.zeros_like(values) for _ in range(2)]
-    dist.all_gather(everyone, values)
-    return everyone
-
-
-def flat(tensors):
-    return torch.cat([t.detach().flatten() for t in tensors])
-
-
-def losses(rank):
-    found = {}
-    x, y = batch(rank, 0, n=12 + 3 * rank)
-    for kind, loss in LOSSES.items():
-        for options in ({}, {"examples": 7, "centered": False}):
-            model = replica()
-            ddp = nn.parallel.DistributedDataParallel(model)
-            alone = replica()
-            own = cross_entropy(alone(x), y) + loss(alone, weight=0.3, **options)(x, y)
-            grads = gathered(flat(torch.autograd.grad(own, list(alone.parameters()), materialize_grads=True)))
-            reg = loss(ddp, weight=0.3, **options)
-            (cross_entropy(ddp(x), y) + reg(x, y)).backward()
-            got = flat(p.grad for p in model.parameters())
-            key = f"{kind}/gradient/{'sub-batch' if options else 'plain'}"
-            found[key] = float((got - (grads[0] + grads[1]) / 2).norm() / got.norm())
-            found[f"{key}/ranks"] = float((grads[0] - grads[1]).norm() / got.norm())
-        model = replica()
-        ddp = nn.parallel.DistributedDataParallel(model)
-        optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9)
-        reg = loss(ddp, weight=0.1, examples=8, every_n_steps=2)
-        for step in range(20):
-            x, y = batch(rank, step)
-            optimizer.zero_grad()
-            (cross_entropy(ddp(x), y) + reg(x, y)).backward()
-            optimizer.step()
-        weights = gathered(flat(model.parameters()))
-        found[f"{kind}/replicas"] = [bool(torch.equal(*weights)), int(reg.step)]
-        found[f"{kind}/ways"] = {name: outcome(way, loss, rank) for name, way in WAYS.items()}
-    x, _ = batch(0, 7)  # the same examples on both ranks: probes and choice of examples are each rank's own
-    sample = ComplexityPenalty(ddp, weight=1.0, examples=8)._sample(x, None, 0)
-    for name, values in (("examples", sample.x), ("probes", sample.probes)):
-        one, other = gathered(values.contiguous())
-        found[f"own {name}"] = float((one != other).double().mean())
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        reg = ComplexityPenalty(replica(), weight=1.0)
-        reg(x)
-        reg(x)
-    found["bare model"] = [str(w.message) for w in caught if "DistributedDataParallel" in str(w.message)]
-    return found
-
-
-def together(ddp, reg, x, y):
-    (cross_entropy(ddp(x), y) + reg(x, y)).backward()
-
-
-def alone(ddp, reg, x, y):
-    reg(x, y).backward()
-
-
-def task_first(ddp, reg, x, y):
-    cross_entropy(ddp(x), y).backward()
-    reg(x, y).backward()
-
-
-def regulariser_first(ddp, reg, x, y):
-    task, extra = cross_entropy(ddp(x), y), reg(x, y)
-    extra.backward()
-    task.backward()
-
-
-def regulariser_first_no_sync(ddp, reg, x, y):
-    with ddp.no_sync():
-        reg(x, y).backward()
-    cross_entropy(ddp(x), y).backward()
-
-
-def accumulated(ddp, reg, x, y):
-    with ddp.no_sync():
-        together(ddp, reg, x[:6], y[:6])
-    together(ddp, reg, x[6:], y[6:])
-
-
-def past_the_wrapper(ddp, reg, x, y):
-    (cross_entropy(ddp.module(x), y) + reg(x, y)).backward()
-
-
-WAYS = {
-    fn.__name__: fn
-    for fn in (
-        together,
-        alone,
-        task_first,
-        regulariser_first,
-        regulariser_first_no_sync,
-        accumulated,
-        past_the_wrapper,
-    )
-}
-COMPILED = {
-    "compiled": lambda model: torch.compile(nn.parallel.DistributedDataParallel(model), backend="aot_eager"),
-    "compiled inside": lambda model: nn.parallel.DistributedDataParallel(torch.compile(model, backend="aot_eager")),
-    "static graph": lambda model: nn.parallel.DistributedDataParallel(model, static_graph=True),
-    "bucket views": lambda model: nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True),
-}
-
-
-class Opaque(nn.Module):
-    """Returns an object that torch knows no way into."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = replica()
-
-    def forward(self, x):
-        return types.SimpleNamespace(logits=self.net(x))
-
-
-def opaque_output(rank):
-    model = Opaque()
-    # DDP finds no tensors in such outputs either: it has to take all parameters as used.
-    ddp = nn.parallel.DistributedDataParallel(model)
-    reg = AlignmentLoss(ddp, weight=0.3, forward_fn=lambda m, x: m(x).logits)
-    x, y = batch(rank, 3)
-    (cross_entropy(ddp(x).logits, y) + reg(x, y)).backward()
-    return {"wrapper/opaque output": bool(torch.equal(*gathered(flat(p.grad for p in model.parameters()))))}
-
-
-def outcome(way, loss, rank, wrap=nn.parallel.DistributedDataParallel):
-    """Whether gradients came out equal on both ranks, or what was raised."""
-    model = replica()
-    ddp = wrap(model)
-    reg = loss(ddp, weight=0.3)
-    x, y = batch(rank, 3)
-    try:
-        way(ddp, reg, x, y)
-    except RuntimeError as error:
-        return str(error)
-    return bool(torch.equal(*gathered(flat(p.grad for p in model.parameters()))))
-
-
-def wrappers(rank):
-    return {f"wrapper/{name}": outcome(together, AlignmentLoss, rank, wrap) for name, wrap in COMPILED.items()}
-
-
 def path(rank):
     """The same walk on both ranks, with batches of a moment shared in several ways."""
     found = {}
@@ -303,9 +153,6 @@ def main(rank, store, out):
     found = {
         **alignment(rank),
         **probe_sets(rank),
-        **losses(rank),
-        **wrappers(rank),
-        **opaque_output(rank),
         **path(rank),
     }
     Path(f"{out}.{rank}").write_text(json.dumps(found))

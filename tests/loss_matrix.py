@@ -61,7 +61,7 @@ class Recurrent(nn.Module):
 class Bag(nn.Module):
     def __init__(self):
         super().__init__()
-        self.embed, self.head = nn.Embedding(9, 4, padding_idx=0), nn.Linear(4, 3)
+        self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 3)
 
     def forward(self, tokens):
         return self.head(torch.tanh(self.embed(tokens)).mean(1))
@@ -230,5 +230,5 @@ def verdict(name, column):
                 right = right and close(other(name, kind, column), expected, column)
             found[kind] = "right" if right else "wrong"
         except (RuntimeError, ValueError, TypeError) as error:
-            found[kind] = f"{type(error).__name__}: {error}"
+            found[kind] = type(error).__name__
     return found

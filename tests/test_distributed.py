@@ -60,45 +60,6 @@ def test_without_sync_each_rank_has_its_own(two_ranks):
     assert two_ranks[0]["alone"] != two_ranks[1]["alone"]
 
 
-@pytest.mark.parametrize("options", ["plain", "sub-batch"])
-@pytest.mark.parametrize("kind", ["alignment", "complexity"])
-def test_gradient_of_a_loss_is_the_mean_over_ranks(two_ranks, kind, options):
-    for found in two_ranks:
-        assert found[f"{kind}/gradient/{options}"] < 1e-12
-        assert found[f"{kind}/gradient/{options}/ranks"] > 0.01  # they differ before
-
-
-def test_each_rank_draws_its_own(two_ranks):
-    for found in two_ranks:
-        assert found["own examples"] > 0.5
-        assert found["own probes"] == 1
-
-
-@pytest.mark.parametrize("kind", ["alignment", "complexity"])
-def test_replicas_stay_equal(two_ranks, kind):
-    assert [found[f"{kind}/replicas"] for found in two_ranks] == [[True, 20]] * 2
-
-
-@pytest.mark.parametrize("kind", ["alignment", "complexity"])
-def test_unsynced_ways_raise_and_others_do_not(two_ranks, kind):
-    for found in two_ranks:
-        ways = found[f"{kind}/ways"]
-        for way in ("together", "regulariser_first_no_sync", "accumulated"):
-            assert ways[way] is True, way
-        for way in ("alone", "task_first", "regulariser_first", "past_the_wrapper"):
-            assert "call backward() once" in str(ways[way]), way
-
-
-@pytest.mark.parametrize("name", ["compiled", "compiled inside", "static graph", "bucket views", "opaque output"])
-def test_losses_know_ddp_in_other_forms(two_ranks, name):
-    assert [found[f"wrapper/{name}"] for found in two_ranks] == [True, True]
-
-
-def test_bare_model_among_several_processes_warns_once(two_ranks):
-    for found in two_ranks:
-        assert len(found["bare model"]) == 1
-
-
 def one_path(each_step):
     torch.manual_seed(0)
     model = build("mlp")[0].double()

@@ -1,0 +1,262 @@
+"""Losses on one of two gloo processes: `python loss_worker.py RANK STORE OUT`. Writes what it found as json."""
+
+import gc
+import json
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from distributed_worker import batch, replica
+from loss_cases import LOSSES, make
+from loss_matrix import ROWS, build, close, gradient, plain, train_step
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+
+def gathered(values):
+    everyone = [torch.zeros_like(values) for _ in range(2)]
+    dist.all_gather(everyone, values)
+    return everyone
+
+
+def flat(tensors):
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+def losses(rank):
+    found = {}
+    x, y = batch(rank, 0, n=12 + 3 * rank)
+    for kind in LOSSES:
+        for options in ({}, {"examples": 7, "centered": False}):
+            model = replica()
+            ddp = nn.parallel.DistributedDataParallel(model)
+            alone = replica()
+            own = cross_entropy(alone(x), y) + make(kind, alone, weight=0.3, **options)(x, y)
+            grads = gathered(flat(torch.autograd.grad(own, list(alone.parameters()), materialize_grads=True)))
+            reg = make(kind, ddp, weight=0.3, **options)
+            (cross_entropy(ddp(x), y) + reg(x, y)).backward()
+            got = flat(p.grad for p in model.parameters())
+            key = f"{kind}/gradient/{'sub-batch' if options else 'plain'}"
+            found[key] = float((got - (grads[0] + grads[1]) / 2).norm() / got.norm())
+            found[f"{key}/ranks"] = float((grads[0] - grads[1]).norm() / got.norm())
+        model = replica()
+        ddp = nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9)
+        reg = make(kind, ddp, weight=0.1, examples=8, every_n_steps=2)
+        for step in range(20):
+            x, y = batch(rank, step)
+            optimizer.zero_grad()
+            (cross_entropy(ddp(x), y) + reg(x, y)).backward()
+            optimizer.step()
+        weights = gathered(flat(model.parameters()))
+        found[f"{kind}/replicas"] = [bool(torch.equal(*weights)), int(reg.step)]
+        found[f"{kind}/ways"] = {name: outcome(way, kind, rank) for name, way in WAYS.items()}
+    x, _ = batch(0, 7)  # the same examples on both ranks: probes and choice of examples are each rank's own
+    sample = make("complexity", ddp, examples=8)._sample(x, None, None, 0)
+    one, other = gathered(sample.x.contiguous())
+    found["own examples"] = float((one != other).double().mean())
+    one, other = gathered(make("complexity", ddp)(x).detach())
+    found["own probes"] = float(one) != float(other)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        reg = make("complexity", replica())
+        reg(x)
+        reg(x)
+    found["bare model"] = [str(w.message) for w in caught if "DistributedDataParallel" in str(w.message)]
+    return found
+
+
+def together(ddp, reg, x, y):
+    (cross_entropy(ddp(x), y) + reg(x, y)).backward()
+
+
+def alone(ddp, reg, x, y):
+    reg(x, y).backward()
+
+
+def task_first(ddp, reg, x, y):
+    cross_entropy(ddp(x), y).backward()
+    reg(x, y).backward()
+
+
+def regulariser_first(ddp, reg, x, y):
+    task, extra = cross_entropy(ddp(x), y), reg(x, y)
+    extra.backward()
+    task.backward()
+
+
+def regulariser_first_no_sync(ddp, reg, x, y):
+    with ddp.no_sync():
+        reg(x, y).backward()
+    cross_entropy(ddp(x), y).backward()
+
+
+def accumulated(ddp, reg, x, y):
+    with ddp.no_sync():
+        together(ddp, reg, x[:6], y[:6])
+    together(ddp, reg, x[6:], y[6:])
+
+
+def past_the_wrapper(ddp, reg, x, y):
+    (cross_entropy(ddp.module(x), y) + reg(x, y)).backward()
+
+
+WAYS = {
+    fn.__name__: fn
+    for fn in (
+        together,
+        alone,
+        task_first,
+        regulariser_first,
+        regulariser_first_no_sync,
+        accumulated,
+        past_the_wrapper,
+    )
+}
+COMPILED = {
+    "compiled": lambda model: torch.compile(nn.parallel.DistributedDataParallel(model), backend="aot_eager"),
+    "compiled inside": lambda model: nn.parallel.DistributedDataParallel(torch.compile(model, backend="aot_eager")),
+    "static graph": lambda model: nn.parallel.DistributedDataParallel(model, static_graph=True),
+    "bucket views": lambda model: nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True),
+}
+
+
+class Opaque(nn.Module):
+    """Returns an object that torch knows no way into."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = replica()
+
+    def forward(self, x):
+        return types.SimpleNamespace(logits=self.net(x))
+
+
+def opaque_output(rank):
+    model = Opaque()
+    # DDP finds no tensors in such outputs either: it has to take all parameters as used.
+    ddp = nn.parallel.DistributedDataParallel(model)
+    reg = make("alignment", ddp, weight=0.3, forward_fn=lambda m, x: m(x).logits)
+    x, y = batch(rank, 3)
+    (cross_entropy(ddp(x).logits, y) + reg(x, y)).backward()
+    return {"wrapper/opaque output": bool(torch.equal(*gathered(flat(p.grad for p in model.parameters()))))}
+
+
+def outcome(way, kind, rank, wrap=nn.parallel.DistributedDataParallel):
+    """Whether gradients came out equal on both ranks, or what was raised."""
+    model = replica()
+    ddp = wrap(model)
+    reg = make(kind, ddp, weight=0.3)
+    x, y = batch(rank, 3)
+    try:
+        way(ddp, reg, x, y)
+    except RuntimeError as error:
+        return str(error)
+    return bool(torch.equal(*gathered(flat(p.grad for p in model.parameters()))))
+
+
+def wrappers(rank):
+    return {f"wrapper/{name}": outcome(together, "alignment", rank, wrap) for name, wrap in COMPILED.items()}
+
+
+SHARES = {"even": (6, 6), "uneven": (9, 3)}
+SYNC = {
+    "whole": {},
+    "uncentred": {"centered": False},
+    "layers": {"per_layer": True},
+    "single": {"dtype": torch.float32},
+}
+
+
+def whole_batch(share, dtype):
+    """Twelve examples; of those of rank 1, if there are three, all have the same target."""
+    x, _ = batch(0, 9)
+    y = torch.tensor([0, 1, 2, 0, 1, 0, 2, 0, 0, 1, 1, 1])
+    cut = SHARES[share][0]
+    return x.to(dtype), y, (slice(0, cut), slice(cut, 12))
+
+
+def synced(rank):
+    """Gradients of the global loss, and how many numbers went over the wire."""
+    found = {}
+    for kind in LOSSES:
+        for name, given in SYNC.items():
+            options = dict(given)
+            dtype = options.pop("dtype", torch.float64)
+            for share in SHARES:
+                x, y, cuts = whole_batch(share, dtype)
+                model = replica().to(dtype)
+                ddp = nn.parallel.DistributedDataParallel(model)
+                reg = make(kind, ddp, weight=0.3, probes=8, sync=True, **options)
+                task = 0 * ddp(x[cuts[rank]]).sum()
+                sent, value = counted(lambda reg=reg, x=x[cuts[rank]], y=y[cuts[rank]]: reg(x, y))
+                (task + value).backward()
+                found[f"{kind}/{name}/{share}"] = gradient(model).tolist()
+                found[f"{kind}/{name}/{share}/value"] = float(value.detach())
+                found[f"{kind}/{name}/{share}/sent"] = [sent, sum(p.numel() for p in model.parameters())]
+    model = replica()
+    ddp = nn.parallel.DistributedDataParallel(model)
+    reg = make("alignment", ddp, weight=0.3, probes=8, sync=True, gradient_accumulation_steps=2)
+    x, y, cuts = whole_batch("even", torch.float64)
+    mine = x[cuts[rank]], y[cuts[rank]]
+    with ddp.no_sync():
+        (0 * ddp(mine[0]).sum() + reg(*mine)).backward()
+    (0 * ddp(mine[0]).sum() + reg(*mine)).backward()
+    found["accumulated"] = gradient(model).tolist()
+    return found
+
+
+def counted(call):
+    """How many numbers the reductions and gathers of a call took."""
+    sent, originals = [0], {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
+
+    def counting(name):
+        def collective(*args, **kwargs):
+            sent[0] += (args[0] if name == "all_reduce" else args[1]).numel()
+            return originals[name](*args, **kwargs)
+
+        return collective
+
+    for name in originals:
+        setattr(dist, name, counting(name))
+    try:
+        value = call()
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+    return sent[0], value
+
+
+def matrix(rank):
+    """Of every loss and model: whether DDP gives the mean of the ranks' own gradients."""
+    found = {}
+    for name, row in ROWS.items():
+        for kind in LOSSES:
+            try:
+                own, right = plain(name, kind, rank)
+                model, x, y = build(name, rank)
+                ddp = nn.parallel.DistributedDataParallel(model)
+                train_step(name, ddp, make(kind, ddp, weight=1.0, probes=8, forward_fn=row.forward_fn), x, y)
+                mean = sum(gathered(own)) / 2
+                found[f"{name}/{kind}"] = "right" if right and close(gradient(model), mean, "DDP") else "wrong"
+            except (RuntimeError, ValueError, TypeError) as error:
+                found[f"{name}/{kind}"] = type(error).__name__
+    return found
+
+
+def main(rank, store, out):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    warnings.filterwarnings("ignore", message="the model is not wrapped in DistributedDataParallel")
+    found = {"matrix": matrix(rank), "synced": synced(rank)}
+    warnings.resetwarnings()
+    found |= {**losses(rank), **wrappers(rank), **opaque_output(rank)}
+    Path(f"{out}.{rank}").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    gc.collect()  # the time it takes lets gloo drop its last work, which aborts while the interpreter exits

@@ -23,12 +23,17 @@ class Twice(nn.Module):
 
 
 class TokensTwice(nn.Module):
-    def __init__(self):
+    """An embedding called twice, the second time perhaps without a gradient."""
+
+    def __init__(self, still=False):
         super().__init__()
         self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 3)
+        self.still = still
 
     def forward(self, tokens):
-        return self.head((torch.tanh(self.embed(tokens)) * self.embed(tokens.flip(1) + 2)).sum(1))
+        with torch.set_grad_enabled(not self.still):
+            y = self.embed(tokens.flip(1) + 2)
+        return self.head((torch.tanh(self.embed(tokens)) * y).sum(1))
 
 
 class NormTwice(nn.Module):
@@ -198,6 +203,16 @@ LAYERS = {
         ),
         [],
     ),
+    "bias that a norm takes out": (
+        Case(
+            lambda: _without_gradient(
+                nn.Sequential(nn.Conv1d(2, 3, 2), nn.InstanceNorm1d(3), nn.Tanh(), Pooled(), nn.Linear(3, 2)),
+                "0.weight",
+            ),
+            batch_of(4, 2, 6),
+        ),
+        [],
+    ),
     "norms over several axes": (
         Case(
             lambda: nn.Sequential(
@@ -223,6 +238,10 @@ LAYERS = {
     ),
     "module used twice": (Case(Twice, batch_of(6, 4)), []),
     "embedding used twice": (Case(TokensTwice, tokens_of(7, 4, 3)), []),
+    "embedding used twice, once without a gradient": (
+        Case(lambda: TokensTwice(still=True), tokens_of(7, 4, 3)),
+        [],
+    ),
     "norm used twice": (Case(NormTwice, batch_of(6, 4)), []),
     "module used twice, once by hand": (Case(lambda: Twice(by_hand=True), batch_of(6, 4)), ["lin.weight", "lin.bias"]),
     "weight of a module never called": (Case(Borrowed, batch_of(6, 4)), ["lin.bias"]),

@@ -281,6 +281,7 @@ class MetricTester:
             if name.startswith(("gram", "pullback", "unlabelled", "open")):
                 assert state.dtype == torch.float32, name
         metric.reset()
+        assert all(not v.is_floating_point() for name, v in metric.metric_state.items() if name.startswith("binding"))
         metric.set_dtype(torch.float64)
         whole = self.alone()
         self.feed((metric, self.mine), (whole, self.batches))
@@ -331,11 +332,20 @@ class MetricTester:
             bars = [container.lines[2][0].get_segments()[0][:, 1] for container in axes.containers]
             want = errors.values() if isinstance(errors, dict) else [errors]
             assert [bar[1] - bar[0] for bar in bars] == pytest.approx([4 * float(e) for e in want], rel=1e-6)
+        elif self.row.kind is LayerwiseAlignment:
+            bars = axes.containers[0].lines[2][0].get_segments()
+            want = [4 * float(error) for error in metric.standard_error().values()]
+            assert [bar[1, 0] - bar[0, 0] for bar in bars] == pytest.approx(want, rel=1e-6)
         if self.row.kind is not TangentSpectrum:
             metric.plot(expected)
         if self.row.kind not in (TangentSpectrum, LayerwiseAlignment):
             _, axes = metric.plot([expected, expected])
             assert axes.lines[0].get_xdata().tolist() == [0, 1]
+            one = next(iter(expected.values())) if isinstance(expected, dict) else expected
+            if isinstance(one, Estimate):
+                edges = sorted({float(y) for _, y in axes.collections[0].get_paths()[0].vertices})
+                want = [float(one.value + sign * 2 * one.standard_error) for sign in (-1, 1)]
+                assert [edges[0], edges[-1]] == pytest.approx(want, rel=1e-6)
             given = mpl.pyplot.subplots()[1]
             assert metric.plot(ax=given)[1] is given
         mpl.pyplot.close("all")

@@ -224,6 +224,12 @@ def test_pickle_then_bind():
     restored.bind(model)
     restored.update(x, y)
     assert restored.update_count == 2
+    restored.bind(copy.deepcopy(model))
+    restored.reset()
+    before, after = (
+        next(value for name, value in one.metric_state.items() if "binding" in name) for one in (metric, restored)
+    )
+    assert not torch.equal(before, after)  # so that a collection does not let them share
 
 
 def test_persistent_state():
@@ -277,11 +283,12 @@ def test_collection_shares_what_is_equal_and_nothing_else():
         "params": TangentAlignment(model, 3, sketch_dim=8, params="0.*"),
         "mean": TangentAlignment(model, 3, sketch_dim=8, target_mean=[0.3, 0.3, 0.4]),
         "twin": TangentAlignment(twin, 3, sketch_dim=8),
+        "function": TangentAlignment(model, 3, sketch_dim=8, forward_fn=lambda model, x: model(x)),
         "exact": TangentAlignment(model, 3, method="exact"),
         "exact uncentred": TangentAlignment(model, 3, method="exact", centered=False),
     }
     names = {key: frozenset(metric.metric_state) for key, metric in variants.items()}
-    assert len(set(names.values())) == 6  # "a", "same", "uncentred", "twin" alike, both exact ones alike
+    assert len(set(names.values())) == 6  # "a", "same", "uncentred", "twin", "function" alike, both exact ones alike
     collection = MetricCollection({key: metric.clone() for key, metric in variants.items()})
     for rows in (slice(0, 30), slice(30, 60)):
         collection.update(x[rows], y[rows])

@@ -136,6 +136,31 @@ def test_leaving_columns_out(whole, without):
     torch.testing.assert_close(without(G), expected, rtol=1e-10, atol=0)
 
 
+def test_gram_of_lower_precision():
+    columns = {"a": torch.randn(3, 50, 40).bfloat16(), "b": torch.randn(3, 7).half()}
+    G = estimators.gram(columns)
+    assert G.dtype == torch.float32
+    torch.testing.assert_close(G, estimators.gram({name: value.float() for name, value in columns.items()}))
+
+
+@pytest.mark.parametrize(
+    ("fn", "least"),
+    [
+        (estimators.trace, 1),
+        (estimators.trace_without, 2),
+        (estimators.frobenius2, 2),
+        (estimators.trace2, 2),
+        (estimators.frobenius2_without, 3),
+        (estimators.trace2_without, 3),
+    ],
+)
+def test_too_few_columns(fn, least):
+    assert fn(torch.eye(least)).isfinite().all()
+    for bad in (torch.zeros(least - 1, least - 1), torch.zeros(3, 4)):
+        with pytest.raises(ValueError, match=f"of at least {least} columns"):
+            fn(bad)
+
+
 def test_jackknife():
     values = torch.randn(6, dtype=torch.float64)
     expected = (5 / 6 * sum((v - values.mean()) ** 2 for v in values)) ** 0.5

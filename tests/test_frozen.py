@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from alignreg import TangentFeatures, sketches
+from alignreg.frozen import Saved
 from alignreg.metrics import TangentAlignment
 
 
@@ -163,6 +164,15 @@ def test_metric_inside_training_changes_nothing():
     with torch.inference_mode():
         metric.update(x.clone(), y)
     assert_same(before, snapshot(model))
+
+
+def test_saved_activations_are_counted_once_and_parameters_not():
+    layer, x = nn.Linear(4, 3), torch.randn(5, 4, requires_grad=True)
+    saved = Saved(besides=layer.parameters())
+    with saved.recording():
+        y = torch.tanh(layer(x)) * layer(x)
+    assert saved.dtypes == {torch.float32}
+    assert (saved.nbytes, saved.largest) == (4 * (x.numel() + 2 * y.numel()), 4 * x.numel())
 
 
 def test_gradients_of_a_loss_reach_the_live_parameters():

@@ -114,6 +114,15 @@ def test_two_batches_in_blocks_of_memory(name, monkeypatch):
         close(features.diagonal(x), kernel(oracle)[range(n), :, range(n)])
 
 
+@pytest.mark.filterwarnings("error:the (rule for|exact kernel):UserWarning")
+def test_last_block_of_one_example_alone(monkeypatch, by_rules):
+    """Only there may positions, which the examples share, pass for an axis of examples."""
+    features, x, oracle = features_of("positions, raw parameter, low rank")
+    monkeypatch.setattr(exact, "_examples_at_once", lambda _: 3)
+    close(features.diagonal(x), kernel(oracle)[range(4), :, range(4)])
+    assert "positions.weight" in by_rules
+
+
 @pytest.mark.parametrize(
     "name", ["mlp", "cnn", "attention", "many tokens", "module used twice", "conv2d, groups, few positions"]
 )
@@ -190,6 +199,9 @@ def test_a_failing_layer_goes_the_general_way_with_one_warning(ask, by_rules):
         for again, value in expected.items():
             close(getattr(features, again)(x), value)
     assert by_rules == {"head.weight", "head.bias"}
+    features.bind(Mixed().double())  # another model is tried afresh
+    with pytest.warns(UserWarning, match="the rule for"):
+        features.kernel(x)
 
 
 def test_rules_that_break_leave_the_general_way(monkeypatch):
@@ -315,6 +327,16 @@ def test_lower_precision(name, dtype):
         K = TangentFeatures(model).kernel(x)
     assert K.dtype == torch.float32
     assert (K.double() - oracle).norm() < {torch.float32: 1e-6}.get(dtype, 0.03) * oracle.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_lower_precision_without_rules(dtype):
+    model, x, _ = build("layernorm, weight norm")
+    model = model.to(dtype)
+    oracle = kernel(own(jacobian(model, x.to(dtype)), "1.parametrizations.weight"))
+    K = TangentFeatures(model, params="1.parametrizations.*").kernel(x.to(dtype))
+    assert K.dtype == torch.float32
+    assert (K.double() - oracle).norm() < 0.03 * oracle.norm()
 
 
 def test_progress(monkeypatch, capsys):

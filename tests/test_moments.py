@@ -133,18 +133,19 @@ def test_error_bars_cover(m, centered):
     assert all(0.91 <= count / draws <= most[name] for name, count in hits.items()), hits
 
 
+@pytest.mark.parametrize(("cut", "size"), [(15, 1), (39, 0)])
 @pytest.mark.parametrize("statistic", ["alignment", "trace", "participation_ratio"])
-def test_std_error_is_the_jackknife(statistic):
-    """Against recomputing the statistic from the columns that are left."""
+def test_std_error_is_the_jackknife(statistic, cut, size):
+    """Against recomputing the statistic from the columns that are left; of size 0, a numerator is negative."""
     features, x, y, _ = problem()
     m = 6
     z = features.pushforward(x, sketches.gaussian(m, seed=0))
-    back = features.pullback(x[:15], (y[:15] - y[:15].mean(0))[None])
-    flat = torch.cat([value.flatten() for value in back.values()])
+    back = features.pullback(x[:cut], (y[:cut] - y[:cut].mean(0))[None])
+    flat = size * torch.cat([value.flatten() for value in back.values()])
 
     def of(columns):
-        first = moments.of(z[:15, :, columns], y[:15], pullback=flat, guess=y[:15].mean(0))
-        rest = moments.of(z[15:, :, columns], y[15:], pullback=flat * 0, guess=y[15:].mean(0))
+        first = moments.of(z[:cut, :, columns], y[:cut], pullback=flat, guess=y[:cut].mean(0))
+        rest = moments.of(z[cut:, :, columns], y[cut:], pullback=flat * 0, guess=y[cut:].mean(0))
         return first.merge(rest)
 
     fn = getattr(moments, statistic)
@@ -177,6 +178,7 @@ def test_bounds_hold_however_bad_the_sketch():
     for seed in range(50):
         z = line[:, None] * sketches.gaussian(3, seed=seed).block("w", torch.zeros((), dtype=torch.float64), 0, 3)
         assert 0 <= moments.alignment(moments.of(z, line)) <= 1 + 1e-12
+        assert 1 <= moments.participation_ratio(moments.of(z, line)) <= 6
     zero = moments.of(torch.zeros(4, 2, 3), torch.randn(4, 2))
     assert moments.participation_ratio(zero) == 0
     assert moments.alignment(zero).isnan()
@@ -186,8 +188,12 @@ def test_constant_targets_and_no_examples():
     z = torch.randn(5, 2, 3)
     with pytest.raises(ValueError, match="constant"):
         moments.alignment(moments.of(z, torch.full((5, 2), 0.3)))
+    for n in range(2, 40):  # rounding leaves some of them a variance
+        with pytest.raises(ValueError, match="constant"):
+            moments.alignment(moments.of(torch.randn(n, 2, 3), torch.full((n, 2), 0.1, dtype=torch.float64)))
     with pytest.raises(ValueError, match="no examples"):
         moments.alignment(moments.zeros(2, 3, 0))
+    assert moments.trace(moments.zeros(2, 3, 0)) == 0
     with pytest.raises(ValueError, match="cannot add"):
         moments.zeros(2, 3, 0).merge(moments.zeros(2, 4, 0))
     with pytest.raises(ValueError, match=r"expected \(n, c, m\)"):

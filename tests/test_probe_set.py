@@ -236,6 +236,7 @@ def test_plots():
     )
     _, axis = layers.plot()
     assert [bar.get_width() for bar in axis.patches] == pytest.approx([float(v) for v in layers.compute().values()])
+    assert axis.yaxis_inverted()  # the first layer is on top
     figure, given = mpl.pyplot.subplots(1, 2)
     assert plain.plot(ax=given)[0] is figure
     with pytest.raises(ValueError, match=r"expected 2 axes.*got 1"):

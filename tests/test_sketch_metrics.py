@@ -6,7 +6,7 @@ import torch
 from cases import build
 from torchmetrics import MetricCollection
 
-from alignreg import TangentFeatures
+from alignreg import TangentFeatures, moments
 from alignreg.metrics import (
     Estimate,
     LayerwiseAlignment,
@@ -65,6 +65,19 @@ def test_sketched_groups_are_within_their_errors(kind, centered):
     for name, (value, error) in found.items():
         assert abs(value - exact[name]) < 3.5 * error
         assert 0 < error < 0.35 * exact[name]
+
+
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("kind", ALL)
+def test_values_and_errors_are_those_of_the_moments(kind, centered):
+    model, x, y, _ = problem()
+    metric = kind(model, 3, sketch_dim=8, centered=centered, return_std_error=True)
+    metric.update(x, y)
+    ((sums,),) = metric._moments()
+    name = dict(zip(ALL, ("alignment", "trace", "participation_ratio"), strict=True))[kind]
+    value, error = metric.compute()
+    assert value == getattr(moments, name)(sums, centered=centered)
+    assert error == getattr(moments, f"{name}_std_error")(sums, centered=centered)
 
 
 @pytest.mark.parametrize("kind", ALL)

@@ -74,7 +74,8 @@ def trace(G: Tensor) -> Tensor:
         >>> estimators.trace(torch.tensor([[2.0, 1.0], [1.0, 4.0]]))
         tensor(3.)
     """
-    return G.diagonal().sum() / _columns(G, at_least=1)
+    m = _columns(G, at_least=1)
+    return G.diagonal().sum() / m
 
 
 def frobenius2(G: Tensor) -> Tensor:

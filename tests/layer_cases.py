@@ -45,6 +45,17 @@ class NormTwice(nn.Module):
         return self.head(torch.tanh(self.norm(self.lin(self.norm(x)))))
 
 
+class Mapped(nn.Module):
+    """Maps a weight as if it were an input."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin, self.mix, self.head = nn.Linear(4, 5), nn.Linear(4, 4, bias=False), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.lin(x)) * self.mix(self.lin.weight).sum(1))
+
+
 class Borrowed(nn.Module):
     """Reads the weight of a module that it never calls."""
 
@@ -244,6 +255,14 @@ LAYERS = {
     ),
     "norm used twice": (Case(NormTwice, batch_of(6, 4)), []),
     "module used twice, once by hand": (Case(lambda: Twice(by_hand=True), batch_of(6, 4)), ["lin.weight", "lin.bias"]),
+    "weight that is also an input": (
+        Case(Mapped, batch_of(6, 4)),
+        ["lin.weight", "lin.bias", "mix.weight"],
+    ),
+    "weight that is also an input, of a map without gradients": (
+        Case(lambda: _without_gradient(Mapped(), "mix.weight"), batch_of(5, 4)),
+        ["lin.weight", "lin.bias"],
+    ),
     "weight of a module never called": (Case(Borrowed, batch_of(6, 4)), ["lin.bias"]),
     "attention": (Case(lambda: Attention(True), batch_of(5, 3, 4)), []),
     "attention, sequence first, as long as the batch": (

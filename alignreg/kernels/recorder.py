@@ -71,6 +71,8 @@ class Recorder(TorchFunctionMode):
         given = SIGNATURES[func].bind(*args, **kwargs).arguments
         site = Site(*(self._names.get(id(given.get(kind))) for kind in Site._fields))
         self._elsewhere |= found - set(site.names.values())
+        if not site.names:
+            return result
         taps = self._sites.setdefault(site, [])
         alike = all(type(call) is type(tap.call) for tap in taps)
         if not alike or len({self._layer_of[name] for name in site.names.values()}) > 1:

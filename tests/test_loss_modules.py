@@ -216,7 +216,9 @@ def test_schedule_sees_optimiser_steps(kind):
     assert ratios == pytest.approx([0, 0, 0.5, 0.5, 1, 1], rel=1e-12)
     count = int(reg.step)
     reg.weight = lambda _: -1.0
-    with pytest.raises(ValueError, match="weight: expected a finite number of at least 0, or a function"):
+    with pytest.raises(
+        ValueError, match="weight: expected a finite number of at least 0, from the schedule at step 3, got -1"
+    ):
         reg(x, y)
     assert int(reg.step) == count
 
@@ -335,6 +337,16 @@ def test_bad_arguments(kind, case):
 def test_some_need_four_probes(kind):
     with pytest.raises(ValueError, match="probes: expected a whole number of at least 4, got 3"):
         make(kind, problem()[0], weight=1.0, probes=3)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_short_targets_are_refused_between_strides_too(kind):
+    model, x, y = problem()
+    reg = make(kind, model, every_n_steps=4)
+    reg(x, y)
+    with pytest.raises(ValueError, match="one row for each of the 7"):
+        reg(x, y[:-1])
+    assert int(reg.step) == 1
 
 
 @pytest.mark.parametrize("kind", LOSSES)

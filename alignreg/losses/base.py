@@ -44,8 +44,8 @@ class TangentLoss(nn.Module, ABC):
     ``reg(x, y)`` is a differentiable scalar; it needs no prediction of the model and runs the bare module on its own,
     in full precision, with dropout off and normalisation with its running statistics. Its gradient is computed at
     once, under these same conditions, and handed over in ``backward()``, so that checkpointed modules are recomputed,
-    and autocast regions left, as they must be; it can be differentiated once. The loss holds the model by reference and
-    registers nothing of it: ``parameters()`` is empty, ``state_dict()`` holds the step alone.
+    and autocast regions left, as they must be; there are no second derivatives. The loss holds the model by reference
+    and registers nothing of it: ``parameters()`` is empty, ``state_dict()`` holds the step alone.
 
     It **counts its calls in training mode**, ``gradient_accumulation_steps`` of them an optimiser step. Whatever is
     random is drawn afresh from (seed, call, rank), never from torch's global random state. Where the loss does not
@@ -75,6 +75,7 @@ class TangentLoss(nn.Module, ABC):
 
     step: Tensor
     default_weight: ClassVar[float]
+    needs_targets: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -142,11 +143,12 @@ class TangentLoss(nn.Module, ABC):
                 output is not a finite ``(n, c)``, or a schedule gives no finite number of at least 0.
         """
         batch = as_inputs(x)
+        self._check(size(batch), y, outputs)
         if not self.training:
             return self._zero()
         call = int(self.step)
         step = call // self.gradient_accumulation_steps
-        weight = _check_weight(self.weight(step)) if callable(self.weight) else self.weight
+        weight = _check_weight(self.weight(step), step) if callable(self.weight) else self.weight
         loss = None
         if weight > 0 and step % self.every_n_steps == 0:
             loss = self._evaluate(self._sample(batch, y, outputs, call), weight * self.every_n_steps)
@@ -206,14 +208,18 @@ class TangentLoss(nn.Module, ABC):
             )
         return torch.stack(defined).mean() if defined else None
 
-    def _sample(self, x: Batch, y: Tensor | None, outputs: Tensor | None, call: int) -> Sample:
-        n = size(x)
+    def _check(self, n: int, y: Any, outputs: Tensor | None) -> None:
+        if y is None and self.needs_targets:
+            raise ValueError("target: expected the targets of the inputs, got none. Call reg(x, y).")
         if y is not None and not isinstance(y, Tensor):
             raise TypeError(f"target: expected a tensor, got {type(y).__name__}. Convert it with torch.as_tensor.")
         if y is not None and (y.ndim == 0 or len(y) != n):
             raise ValueError(f"target: expected one row for each of the {n} inputs, got shape {tuple(y.shape)}.")
         if outputs is not None and (outputs.ndim != 2 or len(outputs) != n):
             raise ValueError(f"outputs: expected shape (n, c) for n = {n} inputs, got {tuple(outputs.shape)}.")
+
+    def _sample(self, x: Batch, y: Tensor | None, outputs: Tensor | None, call: int) -> Sample:
+        n = size(x)
         if self.examples is not None and self.examples < n:
             rows = sketches.subset(n, self.examples, seed=self.seed, step=call, stream=rank())
             return Sample(take(x, rows), None if y is None else y[rows.to(y.device)], None, n, call)
@@ -227,8 +233,8 @@ class TangentLoss(nn.Module, ABC):
         if not static and self._features.agree(x, outputs):
             return outputs
         self._warn(
-            "outputs: they are not what the model gives without dropout, with its running statistics and in full "
-            "precision, or a static graph forbids to differentiate them twice; the loss runs the model itself."
+            "outputs: they have no graph that serves here, or are not what the model gives without dropout, with its "
+            "running statistics and in full precision; the loss runs the model itself. Leave outputs out."
         )
         return None
 
@@ -278,7 +284,8 @@ def check_count(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}.")
 
 
-def _check_weight(weight: Any) -> float:
+def _check_weight(weight: Any, step: int | None = None) -> float:
     if not (isinstance(weight, int | float) and math.isfinite(weight) and weight >= 0):
-        raise ValueError(f"weight: expected a finite number of at least 0, or a function of the step, got {weight!r}.")
+        source = "or a function of the step" if step is None else f"from the schedule at step {step}"
+        raise ValueError(f"weight: expected a finite number of at least 0, {source}, got {weight!r}.")
     return weight

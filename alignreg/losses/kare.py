@@ -61,6 +61,7 @@ class KARELoss(TangentLoss):
     """
 
     default_weight: ClassVar[float] = 1.0
+    needs_targets: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -100,8 +101,7 @@ class KARELoss(TangentLoss):
         return f"{super().extra_repr()}, ridge={self.ridge}"
 
     def _estimate(self, sample: Sample, *, create_graph: bool) -> Tensor | None:
-        if sample.y is None:
-            raise ValueError("target: expected the targets of the inputs, got none. Call reg(x, y).")
+        assert sample.y is not None
         x, y = sample.x, encode(sample.y, self._width(sample.x), size(sample.x))
         if self.sync:
             device = next(iter(self._features.parameters.values())).device

@@ -58,7 +58,6 @@ class ProbeLoss(TangentLoss, ABC):
 
     default_probes: ClassVar[int]
     least_probes: ClassVar[int]
-    needs_targets: ClassVar[bool] = False
     undefined: ClassVar[str] = ""
     """What to say where no kernel has a value; nothing if that is plain."""
 
@@ -107,8 +106,7 @@ class ProbeLoss(TangentLoss, ABC):
         like = next(iter(self._features.parameters.values())).detach()
         target = None
         if self.needs_targets:
-            if sample.y is None:
-                raise ValueError("target: expected the targets of the inputs, got none. Call reg(x, y).")
+            assert sample.y is not None
             target = encode(sample.y, c, mine).to(like.device)
         sizes, drawn_from, before = [mine], sample.drawn_from, rank() << 32
         if self.sync:

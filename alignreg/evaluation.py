@@ -289,8 +289,8 @@ class Evaluation:
 def pull(y: Tensor, params: Mapping[str, Tensor], cotangents: Tensor, *, create_graph: bool) -> Params:
     """Return Φᵀω by parameter name ``(m, *shape)``, from the graph of the outputs y, which is kept.
 
-    One backward pass after the other: on a CPU that took 0.7 to 0.9 of the time of a vectorised one with its gradient
-    (convolutional networks, Transformer; an MLP 1.2), and less memory.
+    One backward pass after the other: a vectorised one, with its gradient, is slower on a CPU but for small MLPs, and
+    takes more memory.
 
     Args:
         y: outputs ``(n, c)``.

@@ -51,7 +51,6 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from alignreg.losses import AlignmentLoss, ComplexityPenalty, KARELoss, ParticipationRatioLoss
-from alignreg.losses.base import TangentLoss
 
 
 def flag(default: Any, text: str) -> Any:
@@ -69,7 +68,7 @@ class Config:
     depth: int = flag(3, "layers with weights")
     regularizer: str = flag("none", "what is added to the task")
     weight: float = flag(0.0, "strength of the regularizer")
-    reg_examples: int = flag(32, "of a batch, what alignment and complexity are evaluated on, or all if fewer")
+    reg_examples: int = flag(32, "of a batch, what the regularizer is evaluated on, or all if fewer")
     reg_every: int = flag(1, "steps between their evaluations")
     label_noise: float = flag(0.0, "share of the training labels that are redrawn uniformly")
     train_size: int = flag(1000, "training examples")
@@ -155,7 +154,7 @@ class Setup(NamedTuple):
     model: nn.Module
     optimizer: torch.optim.Optimizer
     loader: DataLoader[tuple[torch.Tensor, ...]]
-    regularizer: TangentLoss | None
+    regularizer: nn.Module | None
     measure: Measurements
 
     @property

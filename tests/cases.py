@@ -89,9 +89,9 @@ class TwoInputs(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    def __init__(self):
+    def __init__(self, *inside):
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(4, 6), nn.Tanh())
+        self.body = nn.Sequential(nn.Linear(4, 6), *inside, nn.Tanh())
         self.head = nn.Linear(6, 3)
 
     def forward(self, x):
@@ -189,7 +189,7 @@ def tokens_of(high, *shape):
     return lambda: torch.randint(high, shape, generator=torch.Generator().manual_seed(5))
 
 
-def _logits(model, x):
+def logits_of(model, x):
     return model(x)["logits"]
 
 
@@ -243,7 +243,7 @@ MODELS = {
         ),
         batch_of(4, 2, 6),
     ),
-    "transformer, dict output": Case(DictTransformer, tokens_of(11, 3, 5), _logits),
+    "transformer, dict output": Case(DictTransformer, tokens_of(11, 3, 5), logits_of),
     "lstm": Case(lambda: Recurrent(nn.LSTM), batch_of(4, 5, 5)),
     "gru": Case(lambda: Recurrent(nn.GRU), batch_of(4, 5, 5)),
     "tied weights": Case(Tied, tokens_of(7, 4, 3)),

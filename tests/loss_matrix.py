@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import oracles
 import torch
-from cases import ResNet
+from cases import Checkpointed, DictTransformer, Recurrent, ResNet, Tied, logits_of
 from loss_cases import LOSSES, formula, make, slopes_of
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
 
 
 class Row(NamedTuple):
@@ -23,19 +22,6 @@ class Row(NamedTuple):
     inputs: Any
     forward_fn: Any = None
     c: int = 3
-
-
-class Encoder(nn.Module):
-    """A layer of a Transformer, with a token embedding, in training mode with dropout."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(11, 8)
-        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, tokens):
-        return self.head(self.layer(self.embed(tokens)).mean(1))
 
 
 class DictOutput(nn.Module):
@@ -48,16 +34,6 @@ class DictOutput(nn.Module):
         return {"loss": None, "logits": logits, "hidden": x}
 
 
-class Recurrent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.rnn = nn.LSTM(4, 5, num_layers=2, batch_first=True, dropout=0.1)
-        self.head = nn.Linear(5, 3)
-
-    def forward(self, x):
-        return self.head(self.rnn(x)[0][:, -1])
-
-
 class Bag(nn.Module):
     def __init__(self):
         super().__init__()
@@ -65,17 +41,6 @@ class Bag(nn.Module):
 
     def forward(self, tokens):
         return self.head(torch.tanh(self.embed(tokens)).mean(1))
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed, self.mix = nn.Embedding(5, 4), nn.Linear(4, 4)
-        self.decode = nn.Linear(4, 5, bias=False)
-        self.decode.weight = self.embed.weight
-
-    def forward(self, tokens):
-        return self.decode(torch.tanh(self.mix(self.embed(tokens))).mean(1))
 
 
 class LowRank(nn.Module):
@@ -91,16 +56,6 @@ class LowRank(nn.Module):
         return self.head(torch.tanh(self.base(x) + self.up(self.down(x))))
 
 
-class Checkpointed(nn.Module):
-    def __init__(self, *inside):
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(4, 6), *inside, nn.Tanh())
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, x):
-        return self.head(checkpoint(self.body, x, use_reentrant=False))
-
-
 def _frozen_backbone():
     net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
     net[0].requires_grad_(False)
@@ -113,10 +68,6 @@ def _numbers(*shape):
 
 def _tokens(high, length):
     return lambda n: torch.randint(high, (n, length))
-
-
-def _logits(model, x):
-    return model(x)["logits"]
 
 
 ROWS = {
@@ -135,13 +86,13 @@ ROWS = {
         _numbers(4),
     ),
     "Dropout": Row(lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 3)), _numbers(4)),
-    "Transformer, LayerNorm, SDPA": Row(Encoder, _tokens(11, 4)),
-    "LSTM": Row(Recurrent, _numbers(3, 4)),
+    "Transformer, LayerNorm, SDPA": Row(lambda: DictTransformer(layers=1), _tokens(11, 4), logits_of),
+    "LSTM": Row(lambda: Recurrent(nn.LSTM), _numbers(3, 5)),
     "Embedding": Row(Bag, _tokens(9, 4)),
-    "tied weights": Row(Tied, _tokens(5, 3), c=5),
+    "tied weights": Row(Tied, _tokens(7, 3), c=7),
     "frozen backbone": Row(_frozen_backbone, _numbers(4)),
     "low-rank adapters": Row(LowRank, _numbers(4)),
-    "dict output": Row(DictOutput, _numbers(4), _logits),
+    "dict output": Row(DictOutput, _numbers(4), logits_of),
     "checkpointed": Row(Checkpointed, _numbers(4)),
     "checkpointed, BatchNorm inside": Row(lambda: Checkpointed(nn.BatchNorm1d(6)), _numbers(4)),
     "checkpointed, Dropout inside": Row(lambda: Checkpointed(nn.Dropout()), _numbers(4)),

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +11,7 @@ from torch import Tensor, nn
 from alignreg import estimators, sketches
 from alignreg.batch import size
 from alignreg.distributed import rank, sizes_of_ranks, sum_over_ranks
-from alignreg.evaluation import ForwardFn
-from alignreg.losses.base import Sample, TangentLoss, Weight, check_count
+from alignreg.losses.base import Sample, TangentLoss, check_count
 from alignreg.targets import encode
 
 
@@ -42,18 +40,9 @@ class ProbeLoss(TangentLoss, ABC):
     the loss equally often.
 
     Args:
-        model: see :class:`.TangentLoss`, for all arguments but one.
-        weight: its own.
-        examples: 32.
-        every_n_steps: 4.
-        gradient_accumulation_steps: 1.
+        model: the model.
         probes: m; as many as the loss does well with by default.
-        seed: of probes and examples.
-        centered: centre the kernel.
-        per_layer: layers by themselves.
-        sync: all processes together.
-        params: patterns.
-        forward_fn: for other outputs.
+        options: of :class:`.TangentLoss`.
     """
 
     default_probes: ClassVar[int]
@@ -61,35 +50,8 @@ class ProbeLoss(TangentLoss, ABC):
     undefined: ClassVar[str] = ""
     """What to say where no kernel has a value; nothing if that is plain."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        weight: Weight | None = None,
-        examples: int | None = 32,
-        every_n_steps: int = 4,
-        gradient_accumulation_steps: int = 1,
-        probes: int | None = None,
-        seed: int = 0,
-        centered: bool = True,
-        per_layer: bool = False,
-        sync: bool = False,
-        params: str | Sequence[str] | None = None,
-        forward_fn: ForwardFn | None = None,
-    ) -> None:
-        super().__init__(
-            model,
-            weight=weight,
-            examples=examples,
-            every_n_steps=every_n_steps,
-            gradient_accumulation_steps=gradient_accumulation_steps,
-            seed=seed,
-            centered=centered,
-            per_layer=per_layer,
-            sync=sync,
-            params=params,
-            forward_fn=forward_fn,
-        )
+    def __init__(self, model: nn.Module, *, probes: int | None = None, **options: Any) -> None:
+        super().__init__(model, **options)
         self.probes = self.default_probes if probes is None else probes
         check_count("probes", self.probes, self.least_probes)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 
+from alignreg import graph
 from alignreg.batch import Batch, call, map_tensors, size, tensors
 from alignreg.directions import Directions
 from alignreg.frozen import Saved, failing_module, repeatably
@@ -171,12 +172,19 @@ class Evaluation:
             examples: take only these as the batch.
         """
         create_graph = self.create_graph if create_graph is None else create_graph
+        leaves, y = self._graph_of(examples)
+        return graph.pull(y, leaves, cotangents, create_graph=create_graph)
+
+    def grams(self, cotangents: Tensor) -> Params:
+        """Return ⟨Φᵀω_a, Φᵀω_b⟩ for cotangents ``(m, n, c)``, by parameter name ``(m, m)``."""
+        leaves, y = self._graph_of(slice(None))
+        return graph.grams(y, leaves, cotangents, create_graph=self.create_graph)
+
+    def _graph_of(self, examples: slice) -> tuple[Params, Tensor]:
         if self._graph is not None and examples == slice(None):
-            leaves, y = self._graph
-        else:
-            leaves = self.leaves()
-            y = self.function(leaves, map_tensors(lambda t: t[examples], self.x))
-        return pull(y, leaves, cotangents, create_graph=create_graph)
+            return self._graph
+        leaves = self.leaves()
+        return leaves, self.function(leaves, map_tensors(lambda t: t[examples], self.x))
 
     def pushforward(self, directions: Directions, *, create_graph: bool | None = None) -> Tensor:
         """Return ΦS ``(n, c, m)``."""
@@ -284,66 +292,6 @@ class Evaluation:
     def leaves(self) -> Params:
         """Return the parameters as tensors that require a gradient, whether they carry a graph or not."""
         return {name: p if p.requires_grad else p.detach().requires_grad_() for name, p in self.params.items()}
-
-
-def pull(y: Tensor, params: Mapping[str, Tensor], cotangents: Tensor, *, create_graph: bool) -> Params:
-    """Return Φᵀω by parameter name ``(m, *shape)``, from the graph of the outputs y, which is kept.
-
-    One backward pass after the other: a vectorised one, with its gradient, is slower on a CPU but for small MLPs, and
-    takes more memory.
-
-    Args:
-        y: outputs ``(n, c)``.
-        params: what to differentiate with respect to.
-        cotangents: Ω ``(m, n, c)``.
-        create_graph: make the result differentiable.
-
-    Raises:
-        ValueError: if the cotangents do not fit the outputs.
-    """
-    if cotangents.ndim != 3 or cotangents.shape[1:] != y.shape:
-        n, c = y.shape
-        raise ValueError(f"cotangents: expected (m, n, c) = (m, {n}, {c}), got {tuple(cotangents.shape)}.")
-    products = [
-        torch.autograd.grad(
-            y,
-            list(params.values()),
-            cotangent.to(y),
-            retain_graph=True,
-            create_graph=create_graph,
-            materialize_grads=True,
-        )
-        for cotangent in cotangents
-    ]
-    if not products:
-        return {name: p.new_empty(0, *p.shape) for name, p in params.items()}
-    columns = zip(*products, strict=True)
-    return {name: torch.stack(column) for name, column in zip(params, columns, strict=True)}
-
-
-# Nodes of kernels that torch differentiates once only, or twice and wrong.
-_ONCE = ("ScaledDotProduct", "CudnnRnn", "MkldnnRnn", "CompiledFunction", "WeightNorm")
-
-
-def twice_differentiable(y: Tensor) -> bool:
-    """Say whether y has a graph, without kernels that are known to be differentiated once only."""
-    return y.requires_grad and not any(node.name().startswith(_ONCE) for node in _nodes(y))
-
-
-def leaves_of(value: Tensor) -> list[Tensor]:
-    """Return the leaves, parameters mostly, that a value depends on."""
-    return [node.variable for node in _nodes(value) if hasattr(node, "variable")]
-
-
-def _nodes(y: Tensor) -> Iterator[Any]:
-    seen: set[Any] = set()
-    waiting = [y.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            waiting += [following for following, _ in node.next_functions]
 
 
 def _checked_output(y: Any, n: int) -> Tensor:

@@ -11,10 +11,11 @@ from typing import Any, Literal, final, overload
 import torch
 from torch import Tensor, nn
 
+from alignreg import graph
 from alignreg.batch import as_batch, slice_examples
 from alignreg.directions import Directions, GivenDirections
 from alignreg.distributed import unwrap
-from alignreg.evaluation import Bound, Evaluation, ForwardFn, pull, twice_differentiable
+from alignreg.evaluation import Bound, Evaluation, ForwardFn
 from alignreg.frozen import frozen
 from alignreg.jacobian import Block, Params
 from alignreg.kernels.exact import diagonals, kernels
@@ -371,9 +372,42 @@ class TangentFeatures:
             tensor([[4., 4.]])
         """
         if outputs is not None:
-            return pull(outputs, self.parameters, cotangents, create_graph=create_graph)
+            return graph.pull(outputs, self.parameters, cotangents, create_graph=create_graph)
         with self._evaluation(x, create_graph=create_graph, backward_only=True) as at:
             return at.pullback(cotangents)
+
+    def grams(
+        self, x: Any, cotangents: Tensor, *, outputs: Tensor | None = None, create_graph: bool = False
+    ) -> dict[str, Tensor]:
+        """Return ω_aᵀK_wω_b = ⟨Φ_wᵀω_a, Φ_wᵀω_b⟩ of each parameter w alone, for m cotangents ω on the outputs.
+
+        The products of the pullbacks (:func:`alignreg.estimators.gram`), which sum to ω_aᵀKω_b; of linear layers they
+        come without the pullbacks where that is less work, as for the few examples of an MLP.
+
+        Args:
+            x: as in :meth:`pullback`.
+            cotangents: as in :meth:`pullback`.
+            outputs: as in :meth:`pullback`.
+            create_graph: make the result differentiable.
+
+        Returns:
+            By parameter name, ``(m, m)``, in float32 at least.
+
+        Raises:
+            TypeError: as :meth:`jacobian`.
+            ValueError: as :meth:`pullback`.
+
+        Example:
+            >>> import torch
+            >>> from alignreg import TangentFeatures
+            >>> features = TangentFeatures(torch.nn.Linear(3, 2))
+            >>> features.grams(torch.ones(4, 3), torch.ones(1, 4, 2))
+            {'weight': tensor([[96.]]), 'bias': tensor([[32.]])}
+        """
+        if outputs is not None:
+            return graph.grams(outputs, self.parameters, cotangents, create_graph=create_graph)
+        with self._evaluation(x, create_graph=create_graph, backward_only=True) as at:
+            return at.grams(cotangents)
 
     def agree(self, x: Any, outputs: Tensor) -> bool:
         """Say whether ``outputs`` of a forward pass of yours can stand for those that are differentiated here.
@@ -403,7 +437,7 @@ class TangentFeatures:
                 return False
             difference = torch.linalg.vector_norm((outputs[:2].detach() - at.y).double())
             same = difference <= torch.finfo(at.precision).eps ** 0.5 * torch.linalg.vector_norm(at.y.double())
-            return bool(same) and twice_differentiable(outputs)
+            return bool(same) and graph.twice_differentiable(outputs)
 
     @contextmanager
     def _evaluation(self, x: Any, *, create_graph: bool, backward_only: bool = False) -> Iterator[Evaluation]:

@@ -16,8 +16,9 @@ from torch.autograd.function import once_differentiable
 from alignreg import sketches
 from alignreg.batch import Batch, as_inputs, size, take
 from alignreg.distributed import find_ddp, rank, require_sync, world_size
-from alignreg.evaluation import ForwardFn, leaves_of
+from alignreg.evaluation import ForwardFn
 from alignreg.frozen import frozen
+from alignreg.graph import leaves_of
 from alignreg.tangents import TangentFeatures
 
 Weight = float | Callable[[int], float]

@@ -89,12 +89,11 @@ class ProbeLoss(TangentLoss, ABC):
                 )
                 return None
             cotangents = torch.cat([direction[None].to(omega), omega])
-        columns = self._features.pullback(sample.x, cotangents, outputs=sample.outputs, create_graph=create_graph)
-        columns = self._sum_columns(columns)
-        layers = self._features.layers if self.per_layer else {"": list(columns)}
+        grams = self._grams(sample, cotangents, create_graph=create_graph, ranks=len(sizes))
+        layers = self._features.layers if self.per_layer else {"": list(grams)}
         values = {}
         for layer, names in layers.items():
-            gram = estimators.gram({name: columns[name] for name in names})
+            gram = torch.stack([grams[name] for name in names]).sum(0)
             projection, gram = (None, gram) if target is None else (gram[0, 0], gram[1:, 1:])
             values[layer] = self._of_kernel(Probed(gram, projection, n, c, drawn_from))
         value = self._mean_over_layers(values)
@@ -117,9 +116,11 @@ class ProbeLoss(TangentLoss, ABC):
     def _sum(self, value: Tensor) -> Tensor:
         return sum_over_ranks(value, self._group) if self.sync else value
 
-    def _sum_columns(self, columns: dict[str, Tensor]) -> dict[str, Tensor]:
-        if not self.sync:
-            return columns
+    def _grams(self, sample: Sample, cotangents: Tensor, *, create_graph: bool, ranks: int) -> dict[str, Tensor]:
+        if ranks == 1:
+            return self._features.grams(sample.x, cotangents, outputs=sample.outputs, create_graph=create_graph)
+        # Products of sums over ranks are not sums of products.
+        columns = self._features.pullback(sample.x, cotangents, outputs=sample.outputs, create_graph=create_graph)
         flat = self._sum(torch.cat([value.flatten(1) for value in columns.values()], dim=1))
         parts = torch.split(flat, [value[0].numel() for value in columns.values()], dim=1)
-        return {name: part.view_as(columns[name]) for name, part in zip(columns, parts, strict=True)}
+        return {name: estimators.gram({name: part}) for name, part in zip(columns, parts, strict=True)}

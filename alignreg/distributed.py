@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils._pytree import tree_leaves
 
+from alignreg.sharding import is_shard, is_sharded
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the user's own module behind ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile``.
@@ -22,8 +24,8 @@ def unwrap(model: nn.Module) -> nn.Module:
         model: a module, wrapped any number of times.
 
     Raises:
-        TypeError: if ``model`` is no module, or its parameters are sharded (FSDP1, FSDP2): a shard has no
-            tangent features of its own.
+        TypeError: if ``model`` is no module, or its parameters are shards that nothing here gathers: of FSDP1, of
+            tensor parallelism.
 
     Example:
         >>> import torch
@@ -34,10 +36,10 @@ def unwrap(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
-    for path, kind in _sharded(model):
+    for path, kind in _out_of_reach(model):
         raise TypeError(
-            f"model: {path or 'the model itself'} is sharded by {kind}, whose parameters hold one rank's shard "
-            "only. Pass a model with whole parameters: wrap it in DistributedDataParallel, or measure a gathered copy."
+            f"model: {path or 'the model itself'} is sharded by {kind}, whose parameters hold one rank's shard only. "
+            "Use fully_shard (FSDP2), for the losses, or DistributedDataParallel; or pass a gathered copy."
         )
     *_, bare = _chain(model)
     return bare
@@ -185,15 +187,16 @@ def _chain(model: nn.Module) -> Iterator[nn.Module]:
             return
 
 
-def _sharded(model: nn.Module) -> Iterator[tuple[str, str]]:
-    # Whoever shards has imported these already; importing them here would slow everybody else down.
+def _out_of_reach(model: nn.Module) -> Iterator[tuple[str, str]]:
+    # Whoever shards has imported this already; importing it here would slow everybody else down.
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    dtensor = sys.modules.get("torch.distributed.tensor")
     if fsdp is not None:
         for path, module in model.named_modules():
             if isinstance(module, fsdp.FullyShardedDataParallel):
                 yield path, "FullyShardedDataParallel"
-    if dtensor is not None:
-        for path, parameter in model.named_parameters():
-            if isinstance(parameter, dtensor.DTensor):
-                yield path, "fully_shard or another DTensor layout"
+    for path, parameter in model.named_parameters():
+        placements = getattr(parameter, "placements", ()) if is_shard(parameter) else ()
+        if sum(not placed.is_replicate() for placed in placements) > 1:
+            yield path, "tensor parallelism"
+    if not is_sharded(model):
+        yield from ((path, "a DTensor layout") for path, p in model.named_parameters() if is_shard(p))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from alignreg.normalization import PrimitiveNormalization
+from alignreg.sharding import gathered
 
 T = TypeVar("T")
 
@@ -24,7 +25,8 @@ def frozen(model: nn.Module, *, normalization: PrimitiveNormalization | None = N
     Inside: gradients are on, whatever the caller's ``no_grad`` or ``inference_mode``; every module is in evaluation
     mode (dropout off, normalisation with its running statistics, which stay untouched); autocast is off, that
     of a ``forward`` patched by Accelerate included; compiled parts run eagerly; attention takes the kernel
-    that can be differentiated twice and forward, recurrent layers leave the fused kernels that cannot.
+    that can be differentiated twice and forward, recurrent layers leave the fused kernels that cannot; parameters
+    that ``fully_shard`` spread over ranks are whole.
     Afterwards, also after an exception, everything is as before.
 
     Args:
@@ -39,6 +41,7 @@ def frozen(model: nn.Module, *, normalization: PrimitiveNormalization | None = N
         warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(gathered(model))
         for device in {"cpu", *(parameter.device.type for parameter in model.parameters())}:
             stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))

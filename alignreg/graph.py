@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from alignreg import estimators
 
@@ -128,22 +128,17 @@ class _Product(NamedTuple):
 def _products(y: Tensor, params: Mapping[str, Tensor]) -> dict[str, _Product]:
     """Return the products of those parameters that the graph uses as the weight of one product and nowhere else."""
     users: dict[Any, list[tuple[Any, int]]] = {}
-    leaves = {}
     for node in _nodes(y):
-        if hasattr(node, "variable"):
-            leaves[id(node.variable)] = node
         for place, (following, _) in enumerate(node.next_functions):
             users.setdefault(following, []).append((node, place))
 
     def only_user(node: Any) -> tuple[Any, int]:
-        found = users[node]
+        found = users.get(node, [])
         return found[0] if len(found) == 1 else (None, 0)
 
     found = {}
     for name, p in params.items():
-        if id(p) not in leaves or p.is_complex():
-            continue
-        user, place = only_user(leaves[id(p)])
+        user, place = only_user(get_gradient_edge(p).node)
         out = 1
         if user is not None and user.name() == "TBackward0":
             user, place = only_user(user)
@@ -152,7 +147,7 @@ def _products(y: Tensor, params: Mapping[str, Tensor]) -> dict[str, _Product]:
         if place != expected or getattr(user, "_saved_alpha", 1) != 1:
             continue
         x = getattr(user, saved)
-        if x.layout == torch.strided:
+        if x.layout == torch.strided and not x.is_complex():
             found[name] = _Product(x, GradientEdge(user, 0), torch.Size((len(x), p.shape[out])))
     return found
 

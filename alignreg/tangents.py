@@ -22,6 +22,7 @@ from alignreg.kernels.exact import diagonals, kernels
 from alignreg.kernels.gradients import blocks, norms
 from alignreg.normalization import PrimitiveNormalization
 from alignreg.progress import bar
+from alignreg.sharding import is_sharded
 
 
 @final
@@ -36,9 +37,12 @@ class TangentFeatures:
     normalisation with its running statistics, no autocast. Modes, buffers, gradients and random states are
     the caller's again after every call. Everything works under ``no_grad``, ``inference_mode`` and autocast.
 
+    Of a model under ``fully_shard`` (FSDP2) a call gathers all parameters, so that all ranks must make it together;
+    derivatives of the result reach the shards as means over ranks.
+
     Args:
-        model: the model, possibly wrapped (DDP, ``torch.compile``, Accelerate). It is referred to, never
-            registered or copied.
+        model: the model, possibly wrapped (DDP, ``fully_shard``, ``torch.compile``, Accelerate). It is referred to,
+            never registered or copied.
         params: glob pattern or patterns of parameter names (``"head.*"``) of the bare model; all trainable
             parameters by default. Tied parameters count once, by their first name.
         forward_fn: ``(model, x) -> (n, c)`` for models whose output is not that tensor, as
@@ -48,7 +52,7 @@ class TangentFeatures:
             result. It changes no value.
 
     Raises:
-        TypeError: if the model is sharded.
+        TypeError: if the model is sharded otherwise (FSDP1, tensor parallelism).
         ValueError: if it has no trainable parameter, or none that ``params`` matches.
 
     Example:
@@ -372,7 +376,7 @@ class TangentFeatures:
             tensor([[4., 4.]])
         """
         if outputs is not None:
-            return graph.pull(outputs, self.parameters, cotangents, create_graph=create_graph)
+            return graph.pull(outputs, self._own_parameters(), cotangents, create_graph=create_graph)
         with self._evaluation(x, create_graph=create_graph, backward_only=True) as at:
             return at.pullback(cotangents)
 
@@ -405,7 +409,7 @@ class TangentFeatures:
             {'weight': tensor([[96.]]), 'bias': tensor([[32.]])}
         """
         if outputs is not None:
-            return graph.grams(outputs, self.parameters, cotangents, create_graph=create_graph)
+            return graph.grams(outputs, self._own_parameters(), cotangents, create_graph=create_graph)
         with self._evaluation(x, create_graph=create_graph, backward_only=True) as at:
             return at.grams(cotangents)
 
@@ -439,17 +443,21 @@ class TangentFeatures:
             same = difference <= torch.finfo(at.precision).eps ** 0.5 * torch.linalg.vector_norm(at.y.double())
             return bool(same) and graph.twice_differentiable(outputs)
 
+    def _own_parameters(self) -> dict[str, nn.Parameter]:
+        if is_sharded(self.model):
+            raise ValueError("outputs: those of a sharded model depend on parameters that are gone. Leave outputs out.")
+        return self.parameters
+
     @contextmanager
     def _evaluation(self, x: Any, *, create_graph: bool, backward_only: bool = False) -> Iterator[Evaluation]:
         model = self.model
-        parameters = self.parameters
         batch = as_batch(x)
         normalization = PrimitiveNormalization(backward_only=backward_only) if create_graph else None
         with frozen(model, normalization=normalization):
             assert self._bound is not None
             yield Evaluation(
                 self._bound,
-                parameters,
+                self.parameters,
                 batch,
                 self._chunk_size,
                 create_graph=create_graph,

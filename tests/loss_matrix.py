@@ -97,7 +97,7 @@ ROWS = {
     "checkpointed, BatchNorm inside": Row(lambda: Checkpointed(nn.BatchNorm1d(6)), _numbers(4)),
     "checkpointed, Dropout inside": Row(lambda: Checkpointed(nn.Dropout()), _numbers(4)),
 }
-COLUMNS = ("plain", "bf16", "compiled", "DDP")
+COLUMNS = ("plain", "bf16", "compiled", "DDP", "fully_shard")
 SIZE = 5
 
 
@@ -113,15 +113,16 @@ def build(name, rank=0):
 
 def gradient(model):
     grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters() if p.requires_grad]
+    grads = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
     return torch.cat([g.detach().double().flatten() for g in grads])
 
 
-def train_step(name, model, reg, x, y):
-    """One backward pass of a task loss that adds nothing, and of the loss in question."""
+def train_step(name, model, reg, x, y, *, copied=False):
+    """One backward pass of a task loss that adds nothing, and of the loss in question; a copy of the model in it."""
     row = ROWS[name]
     outputs = model(x) if row.forward_fn is None else row.forward_fn(model, x)
     model.zero_grad()
-    at_once = copy.deepcopy(getattr(model, "_orig_mod", model))  # buffers as they are now
+    at_once = copy.deepcopy(model) if copied else None  # buffers as they are now
     (0 * cross_entropy(outputs.double(), y) + reg(x, y)).backward()
     return outputs, at_once
 
@@ -131,7 +132,7 @@ def plain(name, kind, rank=0):
     row = ROWS[name]
     model, x, y = build(name, rank)
     reg = make(kind, model, weight=1.0, probes=8, forward_fn=row.forward_fn)
-    _, reference = train_step(name, model, reg, x, y)
+    _, reference = train_step(name, model, reg, x, y, copied=True)
     grads = gradient(model)
     forward_fn = row.forward_fn or oracles.call
     parameters = [p for p in reference.parameters() if p.requires_grad]

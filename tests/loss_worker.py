@@ -13,7 +13,11 @@ from distributed_worker import batch, replica
 from loss_cases import LOSSES, make
 from loss_matrix import ROWS, build, close, gradient, plain, train_step
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
+
+from alignreg import TangentFeatures
+from alignreg.metrics import TangentAlignment
 
 
 def gathered(values):
@@ -230,21 +234,107 @@ def counted(call):
     return sent[0], value
 
 
+def shard(model):
+    """Every child by itself, and what is left with the whole; shared parameters must stay together."""
+    children = list(model.children())
+    if sum(len(list(child.parameters())) for child in children) == len(list(model.parameters())):
+        for child in children:
+            fully_shard(child)
+    return fully_shard(model)
+
+
+WRAPPERS = {"DDP": nn.parallel.DistributedDataParallel, "fully_shard": shard}
+
+
 def matrix(rank):
-    """Of every loss and model: whether DDP gives the mean of the ranks' own gradients."""
+    """Of every loss and model: whether DDP and fully_shard give the mean of the ranks' own gradients."""
     found = {}
     for name, row in ROWS.items():
         for kind in LOSSES:
-            try:
-                own, right = plain(name, kind, rank)
-                model, x, y = build(name, rank)
-                ddp = nn.parallel.DistributedDataParallel(model)
-                train_step(name, ddp, make(kind, ddp, weight=1.0, probes=8, forward_fn=row.forward_fn), x, y)
-                mean = sum(gathered(own)) / 2
-                found[f"{name}/{kind}"] = "right" if right and close(gradient(model), mean, "DDP") else "wrong"
-            except (RuntimeError, ValueError, TypeError) as error:
-                found[f"{name}/{kind}"] = type(error).__name__
+            own, right = None, False
+            for column, wrap in WRAPPERS.items():
+                try:
+                    if own is None:
+                        own, right = plain(name, kind, rank)
+                    model, x, y = build(name, rank)
+                    wrapped = wrap(model)
+                    reg = make(kind, wrapped, weight=1.0, probes=8, forward_fn=row.forward_fn)
+                    train_step(name, wrapped, reg, x, y)
+                    mean = sum(gathered(own)) / 2
+                    found[f"{name}/{kind}/{column}"] = (
+                        "right" if right and close(gradient(model), mean, column) else "wrong"
+                    )
+                except (RuntimeError, ValueError, TypeError) as error:
+                    found[f"{name}/{kind}/{column}"] = type(error).__name__
     return found
+
+
+def sharded(rank):
+    """The global loss, its accumulation and training of a model under fully_shard."""
+    found = {}
+    x, y, cuts = whole_batch("uneven", torch.float64)
+    mine = x[cuts[rank]], y[cuts[rank]]
+    for kind in LOSSES:
+        for order in ("before", "after", "accumulated"):
+            model = shard(replica())
+            reg = make(kind, model, weight=0.3, probes=8, sync=True, gradient_accumulation_steps=2)
+            if order == "accumulated":
+                model.set_requires_gradient_sync(False)
+                (0 * model(mine[0]).sum() + reg(*mine)).backward()
+                model.set_requires_gradient_sync(True)
+            if order == "before":
+                value = reg(*mine)
+                task = 0 * model(mine[0]).sum()
+            else:
+                task = 0 * model(mine[0]).sum()
+                value = reg(*mine)
+            (task + value).backward()
+            found[f"sharded/{kind}/{order}"] = gradient(model).tolist()
+        weights = {}
+        for name, wrap in WRAPPERS.items():
+            model = wrap(replica())
+            optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9)
+            reg = make(kind, model, weight=0.1, examples=8, every_n_steps=2)
+            for step in range(10):
+                x, y = batch(rank, step)
+                optimizer.zero_grad()
+                (cross_entropy(model(x), y) + reg(x, y)).backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+            weights[name] = flat(p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters())
+        found[f"sharded/{kind}/trained"] = float(
+            (weights["DDP"] - weights["fully_shard"]).norm() / weights["DDP"].norm()
+        )
+    model = shard(replica())
+    x, y = batch(0, 0)
+    one = dist.device_mesh.init_device_mesh("cpu", (2, 1), mesh_dim_names=("other", "shard"))["shard"]
+    for name, attempt in {
+        "metric": lambda: TangentAlignment(model, 3),
+        "outputs": lambda: TangentFeatures(model).pullback(x, torch.zeros(1, len(x), 3), outputs=model(x)),
+        "part": lambda: make("complexity", fully_shard(replica(), mesh=one), sync=True),
+        "tensor parallel": lambda: TangentFeatures(_tensor_parallel()),
+    }.items():
+        try:
+            attempt()
+        except (TypeError, ValueError) as error:
+            found[f"sharded/{name}"] = str(error)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        reg = make("complexity", model)
+        values = [float(reg(x, outputs=outputs).detach()) for outputs in (model(x), None)]
+        reg.step.zero_()
+        values.append(float(reg(x).detach()))
+    found["sharded/reused"] = [values[0] == values[2], [str(w.message)[:8] for w in caught]]
+    exact = TangentFeatures(replica()).kernel(x)
+    found["sharded/kernel"] = float((TangentFeatures(model).kernel(x) - exact).norm() / exact.norm())
+    return found
+
+
+def _tensor_parallel():
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    return parallelize_module(nn.Sequential(nn.Linear(4, 4)), mesh, {"0": ColwiseParallel()})
 
 
 def main(rank, store, out):
@@ -252,7 +342,7 @@ def main(rank, store, out):
     warnings.filterwarnings("ignore", message="the model is not wrapped in DistributedDataParallel")
     found = {"matrix": matrix(rank), "synced": synced(rank)}
     warnings.resetwarnings()
-    found |= {**losses(rank), **wrappers(rank), **opaque_output(rank)}
+    found |= {**sharded(rank), **losses(rank), **wrappers(rank), **opaque_output(rank)}
     Path(f"{out}.{rank}").write_text(json.dumps(found))
     dist.destroy_process_group()
 

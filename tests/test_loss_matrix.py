@@ -5,7 +5,7 @@ import torch
 from distributed_worker import replica
 from loss_cases import LOSSES, make
 from loss_matrix import COLUMNS, ROWS, gradient, verdict
-from loss_worker import SHARES, SYNC, whole_batch
+from loss_worker import SHARES, SYNC, WRAPPERS, whole_batch
 from ranks import run_two
 
 # What the vectorised pass of the exact kernel needs of normalisations is not recomputed.
@@ -21,9 +21,9 @@ def two_ranks(tmp_path_factory):
 @pytest.mark.parametrize("name", ROWS)
 def test_right_or_a_clear_error(two_ranks, name, column):
     """The gradient of the formula, or an error that says what is wrong; nothing else."""
-    for found in two_ranks[: 2 if column == "DDP" else 1]:
-        if column == "DDP":
-            verdicts = {kind: found["matrix"][f"{name}/{kind}"] for kind in LOSSES}
+    for found in two_ranks[: 2 if column in WRAPPERS else 1]:
+        if column in WRAPPERS:
+            verdicts = {kind: found["matrix"][f"{name}/{kind}/{column}"] for kind in LOSSES}
         else:
             verdicts = verdict(name, column)
         assert verdicts == {kind: EXPECTED.get((name, kind), "right") for kind in LOSSES}
@@ -101,3 +101,32 @@ def test_losses_know_ddp_in_other_forms(two_ranks, name):
 def test_bare_model_among_several_processes_warns_once(two_ranks):
     for found in two_ranks:
         assert len(found["bare model"]) == 1
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_sharded_models_have_the_gradient_of_the_whole_batch(two_ranks, kind):
+    x, y, _ = whole_batch("uneven", torch.float64)
+    for times, orders in ((1, ("before", "after")), (2, ("accumulated",))):
+        model = replica()
+        reg = make(kind, model, weight=0.3, probes=8)
+        sum(reg(x, y) for _ in range(times)).backward()
+        for found in two_ranks:
+            for order in orders:
+                got = torch.tensor(found[f"sharded/{kind}/{order}"], dtype=torch.float64)
+                torch.testing.assert_close(got, gradient(model), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_sharded_models_train_as_replicas_do(two_ranks, kind):
+    for found in two_ranks:
+        assert found[f"sharded/{kind}/trained"] < 1e-12
+
+
+def test_what_sharded_models_cannot(two_ranks):
+    for found in two_ranks:
+        assert "sharded by fully_shard" in found["sharded/metric"]
+        assert "Leave outputs out" in found["sharded/outputs"]
+        assert "over 1 of 2 ranks" in found["sharded/part"]
+        assert "a DTensor layout" in found["sharded/tensor parallel"]
+        assert found["sharded/reused"] == [True, ["outputs:"]]
+        assert found["sharded/kernel"] < 1e-12

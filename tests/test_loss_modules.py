@@ -369,3 +369,30 @@ def test_bad_batches_count_nothing(kind):
         with pytest.raises(error, match=message):
             reg(*arguments)
         assert int(reg.step) == 1
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("kind", LOSSES)
+def test_under_a_gradient_scaler_with_clipping(kind, device):
+    """Scaled, unscaled and clipped, the gradients are those of training without a scaler."""
+    model, x, y = problem()
+    model, x, y = model.float().to(device), x.float().to(device), y.to(device)
+    norms, grads = [], []
+    for scaler in (torch.amp.GradScaler(device, enabled=False), torch.amp.GradScaler(device, init_scale=2.0**16)):
+        reg = make(kind, model, weight=2.0)
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.float16):
+            task = 0 * cross_entropy(model(x).float(), y)
+            extra = reg(x, y)
+        assert extra.dtype == torch.float32
+        scaler.scale(task + extra).backward()
+        scaler.unscale_(optimizer)
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.1)))
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        scaler.step(optimizer)
+        scaler.update()
+    assert norms[0] > 0.1
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-5, atol=1e-6)
+    assert float(grads[0].norm()) == pytest.approx(0.1, rel=1e-4)

@@ -113,8 +113,8 @@ def test_fsdp_is_refused():
     with pytest.raises(TypeError, match=r"0 is sharded by FullyShardedDataParallel"):
         TangentAlignment(inner, 3)
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-    with pytest.raises(TypeError, match="fully_shard"):
-        TangentFeatures(fully_shard(copy.deepcopy(model), mesh=mesh))
+    with pytest.raises(TypeError, match="sharded by fully_shard"):
+        TangentAlignment(fully_shard(copy.deepcopy(model), mesh=mesh), 3)
 
 
 def test_deepcopy_and_pickle_of_features():

@@ -30,7 +30,8 @@ class AlignmentLoss(ProbeLoss):
     then an exact zero, with one warning.
 
     Args:
-        model: the model, possibly wrapped (DDP, ``torch.compile``, Accelerate); never registered, copied or changed.
+        model: the model, possibly wrapped (DDP, ``fully_shard``, ``torch.compile``, Accelerate); never registered,
+            copied or changed.
         weight: factor, ≥ 0, or a function of the optimiser step; 0.1 by default.
         examples: how many examples of a batch to use, drawn uniformly; ``None`` for all.
         every_n_steps: apply at every n-th optimiser step, with n times the weight.
@@ -45,7 +46,7 @@ class AlignmentLoss(ProbeLoss):
         forward_fn: ``(model, x) -> (n, c)`` for models with another output.
 
     Raises:
-        TypeError: if the model is sharded (FSDP).
+        TypeError: if the model is sharded otherwise than by ``fully_shard``.
         ValueError: if an argument is out of range, or nothing is trainable.
 
     Example:

@@ -19,6 +19,7 @@ from alignreg.distributed import find_ddp, rank, require_sync, world_size
 from alignreg.evaluation import ForwardFn
 from alignreg.frozen import frozen
 from alignreg.graph import leaves_of
+from alignreg.sharding import is_sharded, ranks_of
 from alignreg.tangents import TangentFeatures
 
 Weight = float | Callable[[int], float]
@@ -57,8 +58,11 @@ class TangentLoss(nn.Module, ABC):
     other ways then raise in ``backward()`` instead of letting the replicas drift apart. A forward hook on the wrapper
     watches over that; outputs that are no tensors, nor made of them, it cannot see.
 
+    Under ``fully_shard`` (FSDP2) each evaluation gathers the parameters, all of them at once, and gives the shards the
+    mean over ranks of the gradients, in whatever backward pass; ranks must call the loss equally often.
+
     Args:
-        model: the model, possibly wrapped (DDP, ``torch.compile``, Accelerate).
+        model: the model, possibly wrapped (DDP, ``fully_shard``, ``torch.compile``, Accelerate).
         weight: factor of the loss, ≥ 0, or a schedule: a function of the optimiser step; ``None`` for the loss's own
             default, a start for networks of moderate size.
         examples: how many examples of a batch to use, drawn uniformly; ``None`` for all.
@@ -110,7 +114,7 @@ class TangentLoss(nn.Module, ABC):
         self.per_layer = per_layer
         self.sync = sync
         self._features = TangentFeatures(model, params=params, forward_fn=forward_fn)
-        self._ddp = _Reference(find_ddp(model))
+        self._refer(model)
         self._num_outputs: int | None = None
         self._warned: set[str] = set()
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
@@ -122,7 +126,13 @@ class TangentLoss(nn.Module, ABC):
             ValueError: if its selected parameters differ in name or shape.
         """
         self._features.bind(model)
+        self._refer(model)
+
+    def _refer(self, model: nn.Module) -> None:
         self._ddp = _Reference(find_ddp(model))
+        ranks = ranks_of(self._features.model)
+        if self.sync and ranks not in (None, world_size()):
+            raise ValueError(f"sync: the model is sharded over {ranks} of {world_size()} ranks. Leave sync out.")
 
     def forward(self, x: Any, y: Tensor | None = None, *, outputs: Tensor | None = None) -> Tensor:
         """Return the weighted loss of a batch.
@@ -160,7 +170,7 @@ class TangentLoss(nn.Module, ABC):
             loss = loss + self._zero()  # features that depend on no parameter, as those of a linear model
         if self._ddp.module is not None:
             require_sync(loss, self._ddp.module)
-        elif world_size() > 1:
+        elif world_size() > 1 and not is_sharded(self._features.model):
             self._warn(
                 f"the model is not wrapped in DistributedDataParallel, though {world_size()} processes are up: whether "
                 "this loss's gradients are averaged over them cannot be checked. Pass the wrapped model, or bind() it."
@@ -231,7 +241,7 @@ class TangentLoss(nn.Module, ABC):
         if outputs is None or not torch.is_grad_enabled():
             return None
         static = self._ddp.module is not None and self._ddp.module.static_graph
-        if not static and self._features.agree(x, outputs):
+        if not static and not is_sharded(self._features.model) and self._features.agree(x, outputs):
             return outputs
         self._warn(
             "outputs: they have no graph that serves here, or are not what the model gives without dropout, with its "

@@ -21,7 +21,8 @@ class ComplexityPenalty(ProbeLoss):
     expectation: s of n examples are centred by their own mean, which the factor (n−1)/n · s/(s−1) makes good.
 
     Args:
-        model: the model, possibly wrapped (DDP, ``torch.compile``, Accelerate); never registered, copied or changed.
+        model: the model, possibly wrapped (DDP, ``fully_shard``, ``torch.compile``, Accelerate); never registered,
+            copied or changed.
         weight: factor, ≥ 0, or a function of the optimiser step; 0.01 by default.
         examples: how many examples of a batch to use, drawn uniformly; ``None`` for all.
         every_n_steps: apply at every n-th optimiser step, with n times the weight.
@@ -35,7 +36,7 @@ class ComplexityPenalty(ProbeLoss):
         forward_fn: ``(model, x) -> (n, c)`` for models with another output.
 
     Raises:
-        TypeError: if the model is sharded (FSDP).
+        TypeError: if the model is sharded otherwise than by ``fully_shard``.
         ValueError: if an argument is out of range, or nothing is trainable.
 
     Example:

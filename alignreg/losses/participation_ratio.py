@@ -27,7 +27,8 @@ class ParticipationRatioLoss(ProbeLoss):
     vanish have no R: the loss is then an exact zero, with one warning.
 
     Args:
-        model: the model, possibly wrapped (DDP, ``torch.compile``, Accelerate); never registered, copied or changed.
+        model: the model, possibly wrapped (DDP, ``fully_shard``, ``torch.compile``, Accelerate); never registered,
+            copied or changed.
         weight: factor, ≥ 0, or a function of the optimiser step; 0.1 by default.
         examples: how many examples of a batch to use, drawn uniformly; ``None`` for all.
         every_n_steps: apply at every n-th optimiser step, with n times the weight.
@@ -42,7 +43,7 @@ class ParticipationRatioLoss(ProbeLoss):
         forward_fn: ``(model, x) -> (n, c)`` for models with another output.
 
     Raises:
-        TypeError: if the model is sharded (FSDP).
+        TypeError: if the model is sharded otherwise than by ``fully_shard``.
         ValueError: if an argument is out of range, or nothing is trainable.
 
     Example:

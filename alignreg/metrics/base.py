@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from alignreg.distributed import unwrap
 from alignreg.evaluation import ForwardFn
+from alignreg.sharding import is_sharded
 from alignreg.tangents import TangentFeatures
 
 
@@ -55,6 +57,7 @@ class TangentMetric(Metric, ABC):
         **metric_kwargs: Any,
     ) -> None:
         super().__init__(**metric_kwargs)
+        _require_whole(model)
         self._features = TangentFeatures(model, params=params, forward_fn=forward_fn)
         self._forward_fn = forward_fn
         self._in_forward = False
@@ -69,6 +72,7 @@ class TangentMetric(Metric, ABC):
         Raises:
             ValueError: if its selected parameters differ in name or shape.
         """
+        _require_whole(model)
         self._features.bind(model)
         self._defaults[self._name("binding")] = self._binding().to(self.device)
         setattr(self, self._name("binding"), self._binding().to(self.device))
@@ -138,3 +142,11 @@ class TangentMetric(Metric, ABC):
             if self._is_synced and self._should_unsync:
                 self.unsync()
             raise
+
+
+def _require_whole(model: nn.Module) -> None:
+    if is_sharded(unwrap(model)):
+        raise TypeError(
+            "model: its parameters are sharded by fully_shard, and must be gathered by all ranks together, which may "
+            "have different numbers of batches. Pass a gathered copy of the model."
+        )

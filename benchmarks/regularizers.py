@@ -39,7 +39,11 @@ SETTINGS = {
 def accuracies(flags, regularizer, weight, seed):
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(TRAIN), *FAST.split(), *flags.split(), "--seed", str(seed)]
-        command += ["--regularizer", regularizer, "--weight", str(weight), "--output_dir", folder]
+        command += ["--output_dir", folder]
+        if regularizer == "weight_decay":
+            command += ["--weight_decay", str(weight)]
+        elif regularizer != "none":
+            command += ["--regularizer", regularizer, "--weight", str(weight)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(command, check=True, capture_output=True, env=environment)  # noqa: S603 - our own recipe
         log = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]

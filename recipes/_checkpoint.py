@@ -32,7 +32,7 @@ def save(accelerator: Accelerator, run: Path, step: int, config: dict[str, Any],
         manifest = {
             "step": step,
             "processes": accelerator.num_processes,
-            "config": _identity(config),
+            "config": config,
             "files": {file.name: _digest(file) for file in sorted(partial.iterdir())},
         }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -85,8 +85,8 @@ def verify(checkpoint: Path, config: dict[str, Any], processes: int) -> int:
             raise _refusal(checkpoint, f"{name} is missing")
         if _digest(file) != digest:
             raise _refusal(checkpoint, f"{name} is truncated or was changed")
-    if theirs != _identity(config):
-        odd = sorted(key for key in theirs | config if theirs.get(key) != config.get(key) and key != "output_dir")
+    if theirs != config:
+        odd = sorted(key for key in theirs | config if theirs.get(key) != config.get(key))
         raise _refusal(checkpoint, f"it belongs to another run, with other {', '.join(odd)}")
     if count != processes:
         raise _refusal(checkpoint, f"{count} process(es) wrote it and {processes} would read it; launch as many")
@@ -104,11 +104,6 @@ def load(accelerator: Accelerator, checkpoint: Path, parts: dict[str, nn.Module]
 
 def _own(accelerator: Accelerator) -> str:
     return f"process_{accelerator.process_index}.pt"
-
-
-def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    # A run's folder may be moved.
-    return {key: value for key, value in config.items() if key != "output_dir"}
 
 
 def _digest(file: Path) -> str:

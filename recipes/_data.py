@@ -1,57 +1,134 @@
-"""Data sets that need no download, as tensors: a fixed split, seeded subsets and label noise."""
+"""What a run trains on: a data set, labels redrawn, another one mixed in, and which examples are difficult."""
 
 from __future__ import annotations
 
-import math
+from pathlib import Path
 from typing import NamedTuple
 
+import _images
+import _sets
 import torch
-from sklearn.datasets import load_digits
+from safetensors.torch import save_file
 from torch import Tensor
 
-SPLIT_SEED = 0
-"""One split for all seeds, so that runs differ in what their flags say and not in the test set."""
+DATASETS = (*_sets.BUNDLED, *_images.SOURCES)
 
 
 class Data(NamedTuple):
-    """Inputs and class indices, and what a model needs to know of them."""
+    """Inputs and class indices, as a network gets them."""
 
     train_x: Tensor
     train_y: Tensor
+    """Labels to train on."""
     test_x: Tensor
     test_y: Tensor
     num_classes: int
+    difficult: Tensor
+    """Which training examples have a redrawn label (be it the same), or are from the data set mixed in."""
+    rows: Tensor
+    """Their numbers in the training split of the data set that they are from."""
 
 
-def digits() -> Data:
-    """1000 training and 797 test images of handwritten digits, 1 x 8 x 8, pixels in [0, 1]."""
-    pixels, labels = load_digits(return_X_y=True)
-    x = torch.tensor(pixels / 16, dtype=torch.float32).reshape(-1, 1, 8, 8)
-    y = torch.tensor(labels)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    train, test = order[:1000], order[1000:]
-    return Data(x[train], y[train], x[test], y[test], num_classes=10)
+def load(
+    name: str,
+    *,
+    train_size: int = 0,
+    label_noise: float = 0.0,
+    mix: str | None = None,
+    mix_size: int = 0,
+    data_path: str | None = None,
+    mix_path: str | None = None,
+    seed: int,
+) -> Data:
+    """Load a data set, keep some training examples, redraw the labels of a share, and add some of another data set.
 
+    Redrawn labels are uniform over all classes, so that about 1/num_classes of them stay right. Test labels are clean,
+    and of the first data set. Images are normalised by mean and standard deviation of each channel over the training
+    split; digits and points stay as they are.
 
-def disk() -> Data:
-    """1000 training and 1000 test points, uniform in [-1, 1]^2; class 1 inside the centred disk of half the area."""
-    x = torch.rand(2000, 2, generator=torch.Generator().manual_seed(SPLIT_SEED)) * 2 - 1
-    y = (x.norm(dim=1) < math.sqrt(2 / math.pi)).long()
-    return Data(x[:1000], y[:1000], x[1000:], y[1000:], num_classes=2)
+    Args:
+        name: of the data set.
+        train_size: how many training examples to draw; 0 for all.
+        label_noise: the share of them whose labels are redrawn.
+        mix: name of the data set to add examples of.
+        mix_size: how many.
+        data_path: folder of the data set.
+        mix_path: folder of the one mixed in.
+        seed: of the draws.
 
-
-DATASETS = {"digits": digits, "disk": disk}
-
-
-def load(name: str, *, train_size: int, label_noise: float, seed: int) -> Data:
-    """Load a data set, keep ``train_size`` training examples and redraw the labels of a share of them.
-
-    Redrawn labels are uniform over all classes, so that about 1/num_classes of them stay right. Test labels are clean.
+    Raises:
+        ValueError: if a data set cannot be had, or has fewer examples, another shape or other classes.
     """
-    data = DATASETS[name]()
+    split = _load(name, data_path)
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(len(data.train_x), generator=generator)[:train_size]
-    labels = data.train_y[rows].clone()
+    count = len(split.train_x)
+    if train_size > count:
+        raise ValueError(f"--train_size: expected at most the {count} training examples of {name}, got {train_size}.")
+    rows = torch.randperm(count, generator=generator)[: train_size or count]
+    labels = split.train_y[rows].clone()
     redrawn = torch.randperm(len(rows), generator=generator)[: round(label_noise * len(rows))]
-    labels[redrawn] = torch.randint(data.num_classes, (len(redrawn),), generator=generator)
-    return data._replace(train_x=data.train_x[rows], train_y=labels)
+    labels[redrawn] = torch.randint(split.num_classes, (len(redrawn),), generator=generator)
+    difficult = torch.zeros(len(rows), dtype=torch.bool)
+    difficult[redrawn] = True
+    data = Data(
+        split.train_x[rows], labels, split.test_x, split.test_y, split.num_classes, difficult=difficult, rows=rows
+    )
+    return data if mix is None else _mixed(data, mix, _load(mix, mix_path), mix_size, generator)
+
+
+def save(data: Data, path: Path) -> None:
+    """Write which examples a run trains on, with what labels, and which of them are difficult."""
+    save_file({"rows": data.rows, "labels": data.train_y, "difficult": data.difficult}, path)
+
+
+def _mixed(data: Data, name: str, other: _sets.Split, size: int, generator: torch.Generator) -> Data:
+    if other.train_x.shape[1:] != data.train_x.shape[1:] or other.num_classes != data.num_classes:
+        shapes = (tuple(x.shape[1:]) for x in (data.train_x, other.train_x))
+        raise ValueError(
+            "--mix: expected a data set of the same shape and classes, {} and {}, got {} and {}.".format(
+                *(part for pair in zip(shapes, (data.num_classes, other.num_classes), strict=True) for part in pair)
+            )
+        )
+    if size > len(other.train_x):
+        raise ValueError(f"--mix_size: expected at most the {len(other.train_x)} examples of {name}, got {size}.")
+    rows = torch.randperm(len(other.train_x), generator=generator)[:size]
+    return data._replace(
+        train_x=torch.cat([data.train_x, other.train_x[rows]]),
+        train_y=torch.cat([data.train_y, other.train_y[rows]]),
+        difficult=torch.cat([data.difficult, torch.ones(size, dtype=torch.bool)]),
+        rows=torch.cat([data.rows, rows]),
+    )
+
+
+def _load(name: str, data_path: str | None) -> _sets.Split:
+    if name in _sets.BUNDLED:
+        return _sets.BUNDLED[name]()
+    split = _images.load(name, data_path)
+    pixels = split.train_x.float() / 255
+    mean, std = (value[None, :, None, None] for value in (pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))))
+    return split._replace(
+        train_x=(pixels - mean) / std,
+        test_x=(split.test_x.float() / 255 - mean) / std,
+        train_y=split.train_y.long(),
+        test_y=split.test_y.long(),
+    )
+
+
+def crop_and_flip(x: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
+    """Return each image cut out anew of itself with a margin, and half of them mirrored: the paper's for CIFAR.
+
+    Args:
+        x: ``(n, channels, height, width)``; what is outside counts as zero.
+        generator: on the CPU.
+        padding: how many pixels of margin.
+    """
+    n, _, height, width = x.shape
+    down, right = torch.randint(2 * padding + 1, (2, n, 1), generator=generator)
+    mirrored = torch.rand(n, 1, generator=generator) < 0.5
+    columns = torch.arange(width)
+    columns = torch.where(mirrored, columns.flip(0), columns) + right
+    lines = torch.arange(height) + down
+    padded = torch.nn.functional.pad(x, [padding] * 4)
+    examples = torch.arange(n)[:, None, None].to(x.device)
+    index = (examples, slice(None), lines[:, :, None].to(x.device), columns[:, None].to(x.device))
+    return padded[index].permute(0, 3, 1, 2).contiguous()

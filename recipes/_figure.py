@@ -1,11 +1,15 @@
-"""One figure of one or several runs, from their logs alone."""
+"""One figure and one table of runs, from their logs alone."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import _run
 import matplotlib as mpl
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -41,6 +45,44 @@ def draw(runs: dict[str, Log], title: str, path: Path) -> None:
         figure.legend(handles, labels, loc="outside lower center", ncols=len(runs), frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def task(config: dict[str, Any]) -> str:
+    """Say what a run was trained on."""
+    mixed = f" and {config['mix_size']} {config['mix']}" if config["mix"] else ""
+    return f"{config['dataset']}{mixed}, {config['model']}, label noise {config['label_noise']:g}"
+
+
+def label(config: dict[str, Any]) -> str:
+    """Name a run by what regularised it."""
+    parts = [f"weight decay {config['weight_decay']:g}"] if config["weight_decay"] else []
+    if config["regularizer"] != "none":
+        parts.append(f"{config['regularizer']} {config['weight']:g}")
+    return " + ".join(parts) or "none"
+
+
+def print_table(folder: Path, rows: int = 8) -> None:
+    """Print some rows of the log, the first and last among them."""
+    log = _run.read(folder)
+    chosen = sorted({round(i * (len(log) - 1) / max(1, rows - 1)) for i in range(rows)})
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = ("step", "train\nloss", "train\naccuracy", "test\naccuracy", "alignment\non train ± s.e.")
+    columns += ("alignment\non test ± s.e.", "effective\nrank", "participation\nratio", "path\ncomplexity")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for line in (log[i] for i in chosen):
+        table.add_row(
+            str(line["step"]),
+            f"{line['train/loss']:.3f}",
+            f"{line['train/accuracy']:.3f}",
+            f"{line['test/accuracy']:.3f}",
+            f"{line['train/alignment']:.3f} ± {line['train/alignment_std_error']:.3f}",
+            f"{line['test/alignment']:.3f} ± {line['test/alignment_std_error']:.3f}",
+            f"{line['train/effective_rank']:.1f}",
+            f"{line['train/participation_ratio']:.1f}",
+            f"{line['train/path_complexity']:.0f}",
+        )
+    Console(width=max(118, Console().width)).print(table)
 
 
 def _series(log: Log, key: str) -> list[float]:

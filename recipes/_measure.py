@@ -29,8 +29,10 @@ class Measurements:
         probe_size: int,
         kernel_size: int,
     ) -> None:
-        self.accelerator, self.model = accelerator, model
-        self.features = TangentFeatures(model)
+        self.accelerator = accelerator
+        # The bare network: the ranks' numbers of batches differ, and DDP would wait in each for the others.
+        self.model = accelerator.unwrap_model(model)
+        self.features = TangentFeatures(self.model)
         device = accelerator.device
         self.kernel_x = data.train_x[:kernel_size].to(device)
         self.alignment = TangentAlignment(
@@ -50,9 +52,8 @@ class Measurements:
         }
 
     def __call__(self) -> dict[str, float]:
-        """Measure now."""
+        """Measure now; the network is in evaluation mode."""
         values: dict[str, float] = {}
-        self.model.eval()
         for part, (everything, probes) in self.loaders.items():
             for metric in (self.alignment, self.accuracy, self.loss):
                 metric.reset()
@@ -76,5 +77,4 @@ class Measurements:
             kernel = functional.center(self.features.kernel(self.kernel_x)).double()
             values["train/effective_rank"] = float(functional.effective_rank(kernel))
             values["train/participation_ratio"] = float(functional.participation_ratio(kernel))
-        self.model.train()
         return values

@@ -1,4 +1,4 @@
-"""What recipes share around training: the launch guard, the run folder, the log and the closing table."""
+"""What recipes share around training: the launch guard, the run folder and the log."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import math
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,27 +15,42 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, skip_first_batches
-from accelerate.utils import broadcast_object_list
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from accelerate.utils import broadcast, broadcast_object_list
+from torch import nn
 
 import alignreg
 
 
 def refuse_split_launch(num_processes: int) -> None:
-    """Stop where a launcher started several processes that Accelerate does not know of.
+    """Stop where a launcher was asked for several processes that do not train together.
 
     Raises:
         RuntimeError: if ``WORLD_SIZE`` and Accelerate disagree: every process would train alone, and all of them
-            would write the same files.
+            would write the same files; or if ``accelerate launch`` was asked for several processes and started one.
     """
+    if num_processes > 1:
+        return
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and num_processes == 1:
+    if world > 1:
         raise RuntimeError(
             f"expected the launcher's {world} processes to train together, but Accelerate sees one. "
             "On CPUs pass --cpu to the recipe: torchrun --nproc_per_node 2 recipes/train.py --cpu"
         )
+    # What `accelerate launch` sets for the one process that it starts on CPUs in place of several.
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise RuntimeError(
+            "expected the several processes that accelerate launch was asked for, but on CPUs it starts only one "
+            "process. Use torchrun --nproc_per_node 2 RECIPE --cpu, or "
+            "accelerate launch --multi_gpu --num_processes 2 RECIPE --cpu. (For one process: --num_processes 1, and "
+            "no MASTER_ADDR in the environment.)"
+        )
+
+
+def share_buffers(accelerator: Accelerator, model: nn.Module) -> None:
+    """Give all processes the running statistics of the main one, as DDP does before its forward passes."""
+    if accelerator.num_processes > 1:
+        for buffer in model.buffers():
+            broadcast(buffer)
 
 
 def claim_folder(accelerator: Accelerator, wanted: str | None, default_name: str) -> Path:
@@ -61,7 +78,7 @@ def _claim(folder: Path) -> str | None:
                 f"--output_dir: expected a new or empty folder, but {folder} holds another run. "
                 "Choose another one, or leave the flag out for a new folder under runs/."
             )
-        (folder / "metrics.jsonl").touch()
+        log_of(folder).touch()
     except OSError as error:
         return f"--output_dir: expected a folder that can be written, but {folder}: {error.strerror}."
     return None
@@ -79,32 +96,56 @@ def batches(loader: Any, step: int, last: int) -> Iterator[tuple[int, Any]]:
                 return
 
 
-def task(config: dict[str, Any]) -> str:
-    """Say what a run was trained on."""
-    return f"{config['dataset']}, {config['model']}, label noise {config['label_noise']:g}"
-
-
-def label(config: dict[str, Any]) -> str:
-    """Name a run by what regularised it."""
-    return "none" if config["regularizer"] == "none" else f"{config['regularizer']} {config['weight']:g}"
-
-
 def save_config(folder: Path, config: dict[str, Any]) -> None:
-    """Write the flags and the versions that made the run."""
+    """Write the flags, the command, and the versions that made the run."""
     versions = {"alignreg": alignreg.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    (folder / "config.json").write_text(json.dumps({"config": config, "versions": versions}, indent=1) + "\n")
+    made = {
+        "config": config,
+        "command": sys.argv,
+        "made": datetime.now(timezone.utc).isoformat(),
+        "git": _git(),
+        "versions": versions,
+    }
+    (folder / "config.json").write_text(json.dumps(made, indent=1) + "\n")
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """Return the flags that made a run."""
+    return dict(json.loads((folder / "config.json").read_text())["config"])
+
+
+def made(folder: Path) -> str:
+    """Return when the run was made: what tells it from every other."""
+    return str(json.loads((folder / "config.json").read_text())["made"])
+
+
+def _git() -> str | None:
+    here = Path(__file__).parent
+    found = []
+    for command in ("rev-parse HEAD", "status --porcelain"):
+        try:
+            result = subprocess.run(["git", *command.split()], cwd=here, capture_output=True, text=True, check=True)  # noqa: S603, S607
+        except (OSError, subprocess.CalledProcessError):
+            return None  # not from a checkout
+        found.append(result.stdout.strip())
+    return found[0] + ("-dirty" if found[1] else "")
+
+
+def log_of(folder: Path) -> Path:
+    """Return the path of a run's log."""
+    return folder / "metrics.jsonl"
 
 
 def append(folder: Path, values: dict[str, float]) -> None:
     """Add one line to the log. Numbers that json has no word for become null."""
     line = {key: value if math.isfinite(value) else None for key, value in values.items()}
-    with (folder / "metrics.jsonl").open("a") as file:
+    with log_of(folder).open("a") as file:
         file.write(json.dumps(line) + "\n")
 
 
 def read(folder: Path) -> list[dict[str, float]]:
     """Read the log; null comes back as NaN."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines = log_of(folder).read_text().splitlines()
     return [{key: math.nan if v is None else v for key, v in json.loads(line).items()} for line in lines]
 
 
@@ -116,7 +157,7 @@ def cut(accelerator: Accelerator, folder: Path, steps: list[int]) -> None:
     """
     answer: list[Any] = [None]
     if accelerator.is_main_process:
-        log = folder / "metrics.jsonl"
+        log = log_of(folder)
         lines = log.read_text().splitlines() if log.exists() else []
         kept = {step: line for line in lines if (step := _step(line)) in steps}
         if sorted(kept) != sorted(steps):
@@ -136,27 +177,3 @@ def _step(line: str) -> int | None:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return None  # the last line of a process that was killed while it wrote
-
-
-def print_table(folder: Path, rows: int = 8) -> None:
-    """Print some rows of the log, the first and last among them."""
-    log = read(folder)
-    chosen = sorted({round(i * (len(log) - 1) / max(1, rows - 1)) for i in range(rows)})
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    columns = ("step", "train\nloss", "train\naccuracy", "test\naccuracy", "alignment\non train ± s.e.")
-    columns += ("alignment\non test ± s.e.", "effective\nrank", "participation\nratio", "path\ncomplexity")
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    for line in (log[i] for i in chosen):
-        table.add_row(
-            str(line["step"]),
-            f"{line['train/loss']:.3f}",
-            f"{line['train/accuracy']:.3f}",
-            f"{line['test/accuracy']:.3f}",
-            f"{line['train/alignment']:.3f} ± {line['train/alignment_std_error']:.3f}",
-            f"{line['test/alignment']:.3f} ± {line['test/alignment_std_error']:.3f}",
-            f"{line['train/effective_rank']:.1f}",
-            f"{line['train/participation_ratio']:.1f}",
-            f"{line['train/path_complexity']:.0f}",
-        )
-    Console(width=max(118, Console().width)).print(table)

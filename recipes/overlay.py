@@ -8,7 +8,6 @@ Takes any number of folders that recipes/train.py wrote.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ import _run
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+TASK = ("dataset", "model", "label_noise", "train_size", "mix", "mix_size")
 
 
 def main() -> None:
@@ -32,12 +33,12 @@ def main() -> None:
     config: dict[str, Any] = {}
     for run in arguments.runs:
         try:
-            config = json.loads((run / "config.json").read_text())["config"]
+            config = _run.config_of(run)
             log = _run.read(run)
         except OSError as error:
             sys.exit(f"overlay.py: error: expected the folder of a run, but {error.filename}: {error.strerror}.")
-        tasks.add(tuple(f"{key} {config[key]}" for key in ("dataset", "model", "label_noise", "train_size")))
-        names.append(_run.label(config))
+        tasks.add(tuple(f"{key} {config[key]}" for key in TASK))
+        names.append(_figure.label(config))
         logs.append(log)
     if len(tasks) > 1:
         sys.exit(f"overlay.py: error: expected runs of one task, got {' and '.join(map(', '.join, sorted(tasks)))}.")
@@ -45,7 +46,7 @@ def main() -> None:
         name if names.count(name) == 1 else f"{name} ({run.name})"
         for name, run in zip(names, arguments.runs, strict=True)
     ]
-    title = _run.task(config)
+    title = _figure.task(config)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     figure = arguments.output_dir / "figure.png"
     _figure.draw(dict(zip(labels, logs, strict=True)), title, figure)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,11 @@ def load(name):
     return module
 
 
+def parse(recipe, arguments):
+    """The flags of a recipe, read as from its command line."""
+    return recipe._loop._flags.parse(recipe.Config, recipe.__doc__, arguments)
+
+
 def start(*flags, launcher=LAUNCH, cwd=None, **environment):
     command = [*launcher, str(RECIPES / "train.py"), *map(str, flags)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **environment}
@@ -49,3 +55,41 @@ def run(*flags, **options):
 
 def read(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_wandb(file):
+    """What an offline run of wandb wrote: a log of LevelDB's format, of protocol buffers."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, position, parts = file.read_bytes(), 7, []
+    found = {"history": [], "summary": {}, "config": {}, "metrics": set(), "id": None}
+    while position + 7 <= len(data):
+        left = 2**15 - position % 2**15
+        if left < 7:
+            position += left
+            continue
+        length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
+        parts.append(data[position + 7 : position + 7 + length])
+        position += 7 + length
+        if kind not in (1, 4):  # the whole of a record, or its last part
+            continue
+        record = Record.FromString(b"".join(parts))
+        parts = []
+        which = record.WhichOneof("record_type")
+        if which == "history":
+            items = record.history.item
+            found["history"].append({_key(item): json.loads(item.value_json) for item in items})
+        elif which == "summary":
+            found["summary"].update({_key(item): json.loads(item.value_json) for item in record.summary.update})
+        elif which == "run":
+            found["id"] = record.run.run_id
+            found["config"].update({item.key: json.loads(item.value_json) for item in record.run.config.update})
+        elif which == "config":
+            found["config"].update({_key(item): json.loads(item.value_json) for item in record.config.update})
+        elif which == "metric":
+            found["metrics"].add(record.metric.name or record.metric.glob_name)
+    return found
+
+
+def _key(item):
+    return item.key or "/".join(item.nested_key)

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from recipe_runs import KEYS, RECIPES, ROOT, SPAWN, load, read, run
+from recipe_runs import KEYS, RECIPES, ROOT, SPAWN, finish, load, parse, read, read_wandb, run, start
+from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,12 @@ def first(tmp_path_factory):
 
 def test_one_process(first):
     folder, result = first
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "figure.png", "metrics.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "examples.safetensors",
+        "figure.png",
+        "metrics.jsonl",
+    ]
     log = read(folder)
     assert [line["step"] for line in log] == [0, 5, 6]
     assert all(list(line) == KEYS for line in log)
@@ -32,6 +38,12 @@ def test_one_process(first):
     config = json.loads((folder / "config.json").read_text())
     assert config["config"]["hidden"] == 16
     assert set(config["versions"]) == {"alignreg", "torch", "python"}
+    assert "--hidden" in config["command"]
+    assert config["git"] is None or len(config["git"].removesuffix("-dirty")) == 40
+    examples = load_file(folder / "examples.safetensors")
+    assert {key: tuple(value.shape) for key, value in examples.items()} == dict.fromkeys(
+        ("rows", "labels", "difficult"), (128,)
+    )
 
 
 def test_same_flags_give_the_same_bytes_in_a_new_folder(first, tmp_path):
@@ -54,17 +66,35 @@ def test_two_processes_measure_the_same_network(first, tmp_path):
 def test_processes_without_a_batch_are_refused(tmp_path):
     result = run("--output_dir", tmp_path / "run", "--train_size", 100, launcher=SPAWN)
     assert result.returncode != 0
-    assert "expected a batch of 64 for each of 2 processes, got 100" in result.stderr
+    assert "expected a batch of 64 for each of 2 process(es), got 100" in result.stderr
     assert not (tmp_path / "run").exists()
 
 
 def test_wandb_offline(tmp_path):
+    """What was logged can be read back: keys at their steps, best values, the figure; also of a run that goes on."""
     folder = tmp_path / "run"
-    result = run("--output_dir", folder, "--with_tracking", WANDB_MODE="offline", cwd=tmp_path)
+    offline = {"WANDB_MODE": "offline", "cwd": tmp_path}
+    result = run("--output_dir", folder, "--with_tracking", "--max_steps", 5, **offline)
     assert result.returncode == 0, result.stderr
-    assert list((folder / "wandb").glob("offline-run-*"))
-    assert list((folder / "wandb").glob("offline-run-*/files/media/images/figure*.png"))
+    result = finish(start("--resume_from_checkpoint", folder, **offline))
+    assert result.returncode == 0, result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    log = read(folder)
+    first, second = sorted((folder / "wandb").glob("offline-run-*"))
+    parts = [read_wandb(*part.glob("run-*.wandb")) for part in (first, second)]
+    assert parts[0]["id"] == parts[1]["id"]
+    assert [[row["step"] for row in part["history"] if "step" in row] for part in parts] == [[0, 5], [6]]
+    rows = [row for part in parts for row in part["history"] if "step" in row]
+    assert [{key: row[key] for key in KEYS} for row in rows] == log
+    for part, whole in zip(parts, (log[:2], log), strict=True):
+        assert part["config"]["hidden"] == 16
+        assert part["metrics"] == {"step", "*"}
+        for key, best in (("test/accuracy", max), ("train/loss", min), ("test/alignment", max)):
+            assert part["summary"][f"{key}_best"] == best(line[key] for line in whole)
+        assert part["summary"]["figure/_type"] == "image-file"
+    for part in (first, second):
+        (image,) = (part / "files/media/images").glob("figure*.png")
+        assert image.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -73,7 +103,7 @@ def test_wandb_offline(tmp_path):
         "--regularizer alignment --weight 0.1 --reg_every 2 --mixed_precision bf16",
         "--dataset disk --regularizer complexity --weight 0.01 --reg_examples 8",
         "--dataset disk",
-        "--model cnn --regularizer weight_decay --weight 0.01 --label_noise 0.4",
+        "--model cnn --weight_decay 0.01 --label_noise 0.4 --augment",
     ],
 )
 def test_other_data_and_models(flags, tmp_path):
@@ -119,14 +149,26 @@ BAD = {
     "--label_noise 1.5": r"--label_noise: expected a number between 0 and 1, got 1.5",
     "--label_noise -0.1": r"--label_noise: expected a number between 0 and 1",
     "--label_noise nan": r"--label_noise: expected a number between 0 and 1",
-    "--dataset imagenet": "--dataset: expected one of digits, disk, got 'imagenet'",
+    "--dataset imagenet": "--dataset: expected one of digits, rotated_digits, disk",
     "--model vgg": "--model: expected one of mlp, cnn",
-    "--regularizer magic": "--regularizer: expected one of none, weight_decay, alignment, complexity",
-    "--weight -1 --regularizer weight_decay": "--weight: expected a number of at least 0, got -1",
+    "--regularizer magic": "--regularizer: expected one of none, alignment, complexity",
+    "--weight -1 --regularizer alignment": "--weight: expected a number of at least 0, got -1",
+    "--weight_decay -1": "--weight_decay: expected a number of at least 0, got -1",
     "--weight 0.1": "expected a --regularizer with it",
     "--regularizer alignment": "--weight: expected a positive number with --regularizer alignment, got 0",
-    "--train_size 10": "--train_size: expected between one batch (64) and the 1000",
-    "--train_size 1001": "--train_size: expected between one batch (64) and the 1000",
+    "--train_size -1": "--train_size: expected a number of at least 0",
+    "--mix rotated_digits": "--mix_size: expected with --mix",
+    "--mix_size 5": "--mix_size: expected with --mix",
+    "--mix imagenet --mix_size 5": "--mix: expected one of",
+    "--data_path x": "--data_path: expected an image data set with it, got digits, which needs no folder",
+    "--mix_path x": "--mix_path: expected an image data set with it, got None",
+    "--depth 1": "--depth: expected at least 2 layers",
+    "--depth 3 --model vgg11": "--depth: expected mlp, cnn, transformer with it, got vgg11",
+    "--batch_norm": "--batch_norm: expected vgg or resnet18 with it, got mlp",
+    "--augment --dataset disk": "--augment: expected images, got disk",
+    "--init magic": "--init: expected one of torch, kaiming",
+    "--max_steps -1": "--max_steps: expected a number of at least 0",
+    "--log_spacing 1": "--log_spacing: expected a number of at least 1.01",
     "--sketch_dim 2": "--sketch_dim: expected a number of at least 3",
     "--steps -1": "--steps: expected a number of at least 0",
     "--dataset disk --model cnn": "points and no images",
@@ -152,7 +194,7 @@ def test_bad_flags_make_nothing(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train = load("train")
     with pytest.raises(SystemExit) as stop:
-        train.parse(flags.split())
+        parse(train, flags.split())
     assert stop.value.code == 2
     assert BAD[flags] in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["Makefile"]
@@ -177,6 +219,31 @@ def test_split_launch_is_refused(monkeypatch):
     module.refuse_split_launch(1)
 
 
+FEW = {
+    "--train_size 1001": "--train_size: expected at most the 1000 training examples of digits, got 1001",
+    "--train_size 10": "--batch_size: expected a batch of 64 for each of 1 process(es), got 10",
+    "--mix rotated_digits --mix_size 1001": "--mix_size: expected at most the 1000 examples of rotated_digits",
+    "--mix disk --mix_size 10": "--mix: expected a data set of the same shape and classes, (1, 8, 8) and 10",
+    "--dataset mnist --data_path nowhere": "nowhere: No such folder",
+}
+
+
+@pytest.mark.parametrize("flags", FEW)
+def test_data_that_do_not_fit_make_nothing(flags, tmp_path):
+    result = run("--output_dir", tmp_path / "run", *flags.split())
+    assert result.returncode == 1
+    assert FEW[flags] in " ".join(result.stderr.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_processes_of_which_accelerate_starts_one(tmp_path):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    result = run("--output_dir", tmp_path / "run", launcher=launcher)
+    assert result.returncode != 0
+    assert "on CPUs it starts only one process" in " ".join(result.stderr.split())
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("dataset", ["digits", "disk"])
 def test_label_noise(dataset):
     data = load("_data")
@@ -194,7 +261,7 @@ def test_label_noise(dataset):
 
 
 def test_layers_of_the_mlp_are_distinct():
-    model = load("_models").mlp((1, 8, 8), 10, hidden=8, depth=5)
+    model = load("_models").build("mlp", (1, 8, 8), 10, hidden=8, depth=5)
     weights = [p for p in model.parameters() if p.ndim == 2]
     assert len({id(p) for p in weights}) == 5
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)

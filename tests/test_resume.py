@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 import torch
-from recipe_runs import SPAWN, TINY, finish, load, read, run, start
+from recipe_runs import SPAWN, TINY, finish, load, parse, read, run, start
 
 FLAGS = "--steps 60 --checkpointing_steps 7 --label_noise 0.3 --regularizer alignment --weight 0.1 --reg_every 2"
 PLAIN = [sys.executable]  # the recipe itself, without a launcher between it and the signal
@@ -87,6 +87,63 @@ def test_sigterm_stops_between_steps(uninterrupted, processes, tmp_path):
     assert (folder / "metrics.jsonl").read_bytes() == uninterrupted[processes]
 
 
+MODELS = {
+    "mlp": "--model mlp",
+    "cnn": "--model cnn --hidden 4 --augment",
+    "vgg11": "--model vgg11 --hidden 2 --init kaiming",
+    "resnet18": "--model resnet18 --hidden 2 --batch_norm",
+    "transformer": "--model transformer --hidden 8",
+}
+SIGNALS = {"killed": signal.SIGKILL, "terminated": signal.SIGTERM}
+# Each network once, each way of ending with each launcher; all of them: pytest -m thorough tests/test_resume.py
+SOME = [
+    ("cnn", "killed", "one process"),
+    ("vgg11", "terminated", "two processes"),
+    ("resnet18", "killed", "two processes"),
+    ("transformer", "terminated", "one process"),
+]
+ALL = [(model, how, processes) for model in MODELS for how in SIGNALS for processes in LAUNCHERS]
+
+
+@pytest.mark.parametrize(
+    ("model", "how", "processes"),
+    [pytest.param(*case, marks=[] if case in SOME else pytest.mark.thorough) for case in ALL],
+)
+def test_every_network_goes_on(model, how, processes, tmp_path):
+    launcher = LAUNCHERS[processes]
+    flags = [
+        *TINY.split(),
+        *MODELS[model].split(),
+        *["--steps", "20", "--checkpointing_steps", "6", "--batch_size", "16"],
+    ]
+    flags += ["--regularizer", "complexity", "--weight", "0.01"]
+    logs = []
+    for name in ("whole", how):
+        folder = tmp_path / name
+        process = start(*flags, "--output_dir", folder, launcher=launcher)
+        if name == "whole":
+            result = finish(process)
+        else:
+            interrupt(process, folder, SIGNALS[how], 6)
+            result = finish(resume(folder, launcher))
+        assert result.returncode == 0, result.stderr
+        logs.append((folder / "metrics.jsonl").read_bytes())
+    assert logs[0] == logs[1]
+
+
+def test_max_steps_and_on(uninterrupted, tmp_path):
+    """A trial is the beginning of the whole run."""
+    folder = tmp_path / "run"
+    result = finish(start(*TINY.split(), *FLAGS.split(), "--max_steps", 10, "--output_dir", folder, launcher=PLAIN))
+    assert result.returncode == 0, result.stderr
+    assert "stopped by --max_steps after step 10" in result.stdout
+    assert (folder / "figure.png").exists()
+    assert uninterrupted["one process"].startswith((folder / "metrics.jsonl").read_bytes())
+    result = finish(resume(folder, PLAIN))
+    assert result.returncode == 0, result.stderr
+    assert (folder / "metrics.jsonl").read_bytes() == uninterrupted["one process"]
+
+
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stopped") / "run"
@@ -144,7 +201,7 @@ SPOILED = {
     "foreign": (spoil_foreign, "it belongs to another run, with other lr"),
     "processes": (spoil_processes, "2 process(es) wrote it and 1 would read it"),
     "log": (spoil_log, "lacks [0]"),
-    "config": (spoil_config, "expected the config.json of an earlier run"),
+    "config": (spoil_config, "config.json of an earlier run, got another file"),
 }
 
 
@@ -167,9 +224,9 @@ def test_what_is_not_whole_or_not_ours_is_refused(stopped, kind, tmp_path):
 def test_other_flags_are_refused(stopped, capsys):
     train = load("train")
     with pytest.raises(SystemExit):
-        train.parse(["--resume_from_checkpoint", str(stopped), "--lr", "0.5"])
+        parse(train, ["--resume_from_checkpoint", str(stopped), "--lr", "0.5"])
     assert "--lr: expected the value of the run that goes on, 0.05, got 0.5" in capsys.readouterr().err
-    config, checkpoint = train.parse(["--resume_from_checkpoint", str(stopped), "--lr", "0.05"])
+    config, checkpoint = parse(train, ["--resume_from_checkpoint", str(stopped), "--lr", "0.05"])
     assert config.steps == 60
     assert checkpoint.parent.parent == stopped
 

@@ -1,0 +1,117 @@
+"""Image data sets through the package datasets: from the Hub, or from a folder. Nothing that comes with them is run."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from _sets import Split
+from torch import Tensor
+
+
+class Source(NamedTuple):
+    """Where a data set is on the Hub, and in what schema."""
+
+    name: str
+    image: str
+    label: str
+    mode: str
+    """Of the images: "L" for one channel, "RGB" for three."""
+
+
+SOURCES = {
+    "mnist": Source("ylecun/mnist", "image", "label", "L"),
+    "kmnist": Source("tanganke/kmnist", "image", "label", "L"),
+    "fashion_mnist": Source("zalando-datasets/fashion_mnist", "image", "label", "L"),
+    "cifar10": Source("uoft-cs/cifar10", "img", "label", "RGB"),
+    "cifar100": Source("uoft-cs/cifar100", "img", "fine_label", "RGB"),
+}
+CLASSES = dict.fromkeys(SOURCES, 10) | {"cifar100": 100}
+SPLITS = ("train", "test")
+
+
+def load(name: str, data_path: str | None) -> Split:
+    """Load a data set; inputs ``(n, channels, height, width)`` as uint8.
+
+    Args:
+        name: one of ``SOURCES``.
+        data_path: a folder with it: parquet files of the Hub's schema whose names hold the split, what
+            ``save_to_disk`` wrote, or images in ``train/CLASS/`` and ``test/CLASS/``. Without one, the Hub is asked.
+
+    Raises:
+        ValueError: if it cannot be had, with what to fetch and which flag to pass, or is not what it should be.
+    """
+    if importlib.util.find_spec("datasets") is None:
+        raise ValueError(f"--dataset {name}: expected the package datasets. Install it: pip install datasets")
+    parts = _from_hub(name) if data_path is None else _from_folder(name, Path(data_path))
+    tensors: list[Tensor] = []
+    for split in SPLITS:
+        if split not in parts:
+            raise ValueError(f"--dataset {name}: expected the splits train and test, got {', '.join(parts)}.")
+        tensors += _tensors(name, parts[split], f"the {split} split")
+    return Split(*tensors, num_classes=CLASSES[name])
+
+
+def _from_hub(name: str) -> Any:
+    import datasets  # noqa: PLC0415 - slow, and needed here only
+
+    hub = SOURCES[name].name
+    try:
+        return datasets.load_dataset(hub)
+    except Exception as error:  # noqa: BLE001
+        # Without a network there is a class of error for each layer that notices.
+        raise ValueError(
+            f"--dataset {name}: expected {hub} from the Hub, but {type(error).__name__}: {error}. Where there is a "
+            f"network, run\n    hf download {hub} --repo-type dataset --local-dir FOLDER\nand pass --data_path FOLDER."
+        ) from None
+
+
+def _from_folder(name: str, folder: Path) -> Any:
+    import datasets  # noqa: PLC0415
+
+    expected = (
+        f"--data_path: expected a folder with parquet files, a data set that save_to_disk wrote, or images in "
+        f"train/CLASS/ and test/CLASS/, for {name}"
+    )
+    if not folder.is_dir():
+        raise ValueError(f"{expected}, but {folder}: No such folder.")
+    parquet = {split: _parquet_files(folder, split) for split in SPLITS}
+    try:
+        if (folder / "dataset_dict.json").is_file():
+            return datasets.load_from_disk(str(folder))
+        if all(parquet.values()):
+            return datasets.load_dataset("parquet", data_files=parquet)
+        if all((folder / split).is_dir() for split in SPLITS):
+            return datasets.load_dataset("imagefolder", data_dir=str(folder))
+    except Exception as error:  # noqa: BLE001 - a class for each format and kind of damage
+        raise ValueError(f"{expected}, but {folder}: {type(error).__name__}: {error}") from None
+    raise ValueError(f"{expected}, got neither in {folder}.")
+
+
+def _parquet_files(folder: Path, split: str) -> list[str]:
+    found = (path for path in folder.rglob("*.parquet") if path.name.startswith((f"{split}-", f"{split}.")))
+    return [str(path) for path in sorted(found)]
+
+
+def _tensors(name: str, part: Any, where: str) -> tuple[Tensor, Tensor]:
+    source = SOURCES[name]
+    image = source.image if source.image in part.features else "image"
+    label = source.label if source.label in part.features else "label"
+    missing = [column for column in (image, label) if column not in part.features]
+    if missing:
+        have = ", ".join(part.features)
+        raise ValueError(f"--dataset {name}: expected columns {image} and {label} in {where}, got {have}.")
+    pictures = [np.asarray(picture.convert(source.mode)) for picture in part[image]]
+    sizes = {picture.shape for picture in pictures}
+    if len(sizes) != 1:
+        raise ValueError(f"--dataset {name}: expected images of one size in {where}, got {sorted(sizes)[:3]}.")
+    x = torch.from_numpy(np.stack(pictures))
+    x = x[:, None] if source.mode == "L" else x.permute(0, 3, 1, 2).contiguous()
+    y = torch.tensor(part[label])
+    if int(y.min()) < 0 or int(y.max()) >= CLASSES[name]:
+        have = f"{int(y.min())} to {int(y.max())}"
+        raise ValueError(f"--dataset {name}: expected labels from 0 to {CLASSES[name] - 1} in {where}, got {have}.")
+    return x, y

@@ -1,0 +1,245 @@
+"""The way in which every recipe trains: launch guard, seeds, steps, log, checkpoints, stop and resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import signal
+import sys
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import _checkpoint
+import _data
+import _flags
+import _models
+import _run
+import _tracking
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+C = TypeVar("C", bound=_flags.Common)
+
+
+class Setup(NamedTuple):
+    """What is trained, on what, with what."""
+
+    accelerator: Accelerator
+    model: nn.Module
+    """As Accelerate wrapped it."""
+    data: _data.Data
+    optimizer: torch.optim.Optimizer
+    loader: DataLoader[tuple[torch.Tensor, ...]]
+
+
+class Recipe(ABC, Generic[C]):
+    """What tells one recipe from another. A recipe makes its metrics and losses in :meth:`start`."""
+
+    config_class: type[C]
+
+    def __init__(self, config: C) -> None:
+        self.config = config
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Of the run's folder, if the user gives none."""
+
+    @abstractmethod
+    def start(self, setup: Setup) -> None:
+        """Make what watches or regularises the network, once."""
+
+    @abstractmethod
+    def measure(self) -> dict[str, float]:
+        """Return the values to log, on all processes together; the network is in evaluation mode."""
+
+    @abstractmethod
+    def conclude(self, folder: Path) -> list[Path]:
+        """Draw the figures from the log alone, print the table, on the main process; return the figures."""
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """Modules whose state checkpoints keep, of each process its own."""
+        return {}
+
+    def loss(self, logits: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        """Return the training loss."""
+        return cross_entropy(logits, y)
+
+    def after_step(self) -> None:
+        """Do what is due after every optimizer step."""
+
+    def logged(self) -> set[int]:
+        """Return the steps to measure at: 0, 5, 5·1.3, 5·1.3², … and the last."""
+        steps, step = {0, self.config.steps}, 5.0
+        while step < self.config.steps:
+            steps.add(int(step))
+            step *= self.config.log_spacing
+        return steps
+
+
+def main(kind: type[Recipe[C]], doc: str | None) -> None:
+    """Run a recipe from the command line."""
+    config, resume = _flags.parse(kind.config_class, doc)
+    try:
+        run(kind(config), resume)
+    except ValueError as error:
+        if not str(error).startswith("--"):
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    # After DDP, gloo's threads outlive the process group, and one that still drops its last work while the interpreter
+    # exits aborts the process. The time that this takes lets it finish first: enough under load, but no guarantee.
+    gc.collect()
+
+
+def run(recipe: Recipe[C], resume: Path | None = None) -> Path:
+    """Train, log and draw; return the run's folder. ``resume`` is a checkpoint of the run to go on with."""
+    config = recipe.config
+    accelerator = Accelerator(
+        cpu=config.cpu,
+        mixed_precision=config.mixed_precision,
+        log_with="wandb" if config.with_tracking else None,
+        # Probe loaders must not repeat examples to fill the last batch: metrics would count them twice.
+        dataloader_config=DataLoaderConfiguration(even_batches=False, use_seedable_sampler=True),
+    )
+    _run.refuse_split_launch(accelerator.num_processes)
+    set_seed(config.seed)
+    with accelerator.main_process_first():  # it fetches, the others find
+        data = _load(config)
+    _refuse_empty_shares(config, len(data.train_x), accelerator.num_processes)
+    folder, start = _open(accelerator, recipe, resume, data)
+    _tracking.start(accelerator, config, folder)
+    setup = _set_up(accelerator, config, data)
+    recipe.start(setup)
+    if resume is not None:
+        _checkpoint.load(accelerator, resume, recipe.parts)
+    else:
+        _log(setup, recipe, folder, start)
+    _train(setup, recipe, folder, start)
+    if accelerator.is_main_process:
+        figures = recipe.conclude(folder)
+        print("\n".join([f"log:    {_run.log_of(folder)}", *(f"figure: {figure}" for figure in figures)]))
+        _tracking.finish(accelerator, config, folder, figures)
+    accelerator.wait_for_everyone()  # no process tears the group down while another still uses it
+    accelerator.end_training()
+    return folder
+
+
+def _load(config: _flags.Common) -> _data.Data:
+    return _data.load(
+        config.dataset,
+        train_size=config.train_size,
+        label_noise=config.label_noise,
+        mix=config.mix,
+        mix_size=config.mix_size,
+        data_path=config.data_path,
+        mix_path=config.mix_path,
+        seed=config.seed,
+    )
+
+
+def _refuse_empty_shares(config: _flags.Common, examples: int, processes: int) -> None:
+    if examples // config.batch_size < processes:  # drop_last would leave no batch: no end
+        raise ValueError(
+            f"--batch_size: expected a batch of {config.batch_size} for each of {processes} process(es), "
+            f"got {examples} training examples. Lower --batch_size or use fewer processes."
+        )
+
+
+def _open(accelerator: Accelerator, recipe: Recipe[C], resume: Path | None, data: _data.Data) -> tuple[Path, int]:
+    """Return the run's folder, new or gone on with, and the step that it is at."""
+    values = dataclasses.asdict(recipe.config)
+    if resume is not None:
+        folder = _checkpoint.run_of(resume)
+        step = _checkpoint.verify(resume, _flags.identity(values), accelerator.num_processes)
+        _run.cut(accelerator, folder, [other for other in recipe.logged() if other <= step])
+        return folder, step
+    folder = _run.claim_folder(accelerator, recipe.config.output_dir, recipe.name)
+    if accelerator.is_main_process:
+        _run.save_config(folder, values)
+        _data.save(data, folder / "examples.safetensors")
+    return folder, 0
+
+
+def _set_up(accelerator: Accelerator, config: _flags.Common, data: _data.Data) -> Setup:
+    set_seed(config.seed)
+    shape = tuple(data.train_x.shape[1:])
+    model = _models.build(
+        config.model,
+        shape,
+        data.num_classes,
+        hidden=config.hidden,
+        depth=config.depth,
+        batch_norm=config.batch_norm,
+        init=config.init,
+    )
+    optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
+    # drop_last: every process takes the same number of steps.
+    loader = DataLoader(TensorDataset(data.train_x, data.train_y), config.batch_size, shuffle=True, drop_last=True)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    return Setup(accelerator, model, data, optimizer, loader)
+
+
+def _train(setup: Setup, recipe: Recipe[C], folder: Path, start: int) -> None:
+    accelerator, config = setup.accelerator, recipe.config
+    signal.signal(signal.SIGTERM, lambda *_: accelerator.set_trigger())
+    logged = recipe.logged()
+    with _progress(accelerator) as progress:
+        bar = progress.add_task("training", total=config.last_step, completed=start)
+        for step, (x, y) in _run.batches(setup.loader, start, config.last_step):
+            inputs = _augmented(x, config.seed, step, accelerator.process_index) if config.augment else x
+            setup.optimizer.zero_grad()
+            accelerator.backward(recipe.loss(setup.model(inputs), inputs, y))
+            setup.optimizer.step()
+            recipe.after_step()
+            progress.update(bar, completed=step)
+            if step in logged:
+                _log(setup, recipe, folder, step)
+            _save_or_stop(accelerator, recipe, folder, step)
+
+
+def _augmented(x: torch.Tensor, seed: int, step: int, process: int) -> torch.Tensor:
+    # Of its own, so that a run which goes on draws what it would have drawn.
+    generator = torch.Generator().manual_seed((seed * 10**9 + step) * 10**4 + process)
+    return _data.crop_and_flip(x, generator)
+
+
+def _save_or_stop(accelerator: Accelerator, recipe: Recipe[C], folder: Path, step: int) -> None:
+    config = recipe.config
+    if step == config.steps:
+        return
+    stop = accelerator.check_trigger()  # a process that got the signal stops all of them
+    due = config.checkpointing_steps and step % config.checkpointing_steps == 0
+    if stop or due or step == config.last_step:
+        identity = _flags.identity(dataclasses.asdict(config))
+        saved = _checkpoint.save(accelerator, folder, step, identity, recipe.parts)
+        if stop or step == config.last_step:
+            reason = "SIGTERM" if stop else "--max_steps"
+            accelerator.print(f"stopped by {reason} after step {step}; go on with {_checkpoint.FLAG} {saved}")
+    if stop:
+        accelerator.end_training()
+        sys.exit(128 + signal.SIGTERM)
+
+
+def _log(setup: Setup, recipe: Recipe[C], folder: Path, step: int) -> None:
+    model = setup.accelerator.unwrap_model(setup.model)
+    _run.share_buffers(setup.accelerator, model)
+    training = model.training
+    setup.model.eval()
+    values: dict[str, Any] = {"step": step, **recipe.measure()}
+    setup.model.train(training)
+    if setup.accelerator.is_main_process:
+        _run.append(folder, values)
+    setup.accelerator.log(values, step=step)
+
+
+def _progress(accelerator: Accelerator) -> Progress:
+    console = Console(stderr=True)
+    return Progress(console=console, disable=not (accelerator.is_main_process and console.is_terminal), transient=True)

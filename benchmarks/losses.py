@@ -37,7 +37,7 @@ LOSSES = {
     "kare": KARELoss,
 }
 METHODS = ("plain", *LOSSES, "torch.func")
-STRIDE, EXAMPLES = 4, 32
+STRIDE, EXAMPLES = 3, 32
 
 
 def mlp(c):

@@ -88,7 +88,7 @@ class TangentLoss(nn.Module, ABC):
         *,
         weight: Weight | None = None,
         examples: int | None = 32,
-        every_n_steps: int = 4,
+        every_n_steps: int = 3,
         gradient_accumulation_steps: int = 1,
         seed: int = 0,
         centered: bool = True,

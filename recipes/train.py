@@ -133,5 +133,7 @@ class Train(_loop.Recipe[Config]):
         return [figure]
 
 
+RECIPE = Train
+
 if __name__ == "__main__":
-    _loop.main(Train, __doc__)
+    _loop.main(RECIPE, __doc__)

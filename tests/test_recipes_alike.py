@@ -1,0 +1,90 @@
+"""What all recipes have in common, tried on each."""
+
+import importlib
+import json
+import signal
+import sys
+
+import pytest
+from accelerate.state import AcceleratorState, PartialState
+from recipe_runs import RECIPES, TINY, read
+
+TOOLS = {"overlay"}  # read logs, train nothing
+NAMES = [path.stem for path in sorted(RECIPES.glob("[a-z]*.py")) if path.stem not in TOOLS]
+SMALL = {"train": "--regularizer complexity --weight 0.1"}
+
+
+@pytest.fixture(autouse=True)
+def _one_after_the_other(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    _forget()
+
+
+def _forget():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+def recipe(name, monkeypatch, *flags):
+    """Run a recipe in this process, as its command line would."""
+    module = importlib.import_module(name)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
+    kind = module.RECIPE
+    try:
+        module._loop.main(kind, module.__doc__)
+    finally:
+        _forget()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logs_seeds_and_resume_are_those_of_the_loop(name, monkeypatch, tmp_path, capsys):
+    flags = [*TINY.split(), *SMALL.get(name, "").split()]
+    folders = [tmp_path / part for part in ("one", "two", "parts")]
+    for folder in folders[:2]:
+        recipe(name, monkeypatch, *flags, "--output_dir", folder)
+    one = (folders[0] / "metrics.jsonl").read_bytes()
+    assert one == (folders[1] / "metrics.jsonl").read_bytes()
+    made = json.loads((folders[0] / "config.json").read_text())
+    assert {"config", "command", "made", "git", "versions"} == set(made)
+    assert made["config"]["steps"] == 6
+    assert {line["step"] for line in read(folders[0])} == {0, 5, 6}
+    assert (folders[0] / "examples.safetensors").is_file()
+    figures = [path for path in folders[0].iterdir() if path.suffix == ".png"]
+    assert figures
+    said = capsys.readouterr().out
+    assert all(f"figure: {path}" in said for path in figures)
+    assert f"log:    {folders[0] / 'metrics.jsonl'}" in said
+
+    recipe(name, monkeypatch, *flags, "--max_steps", 3, "--output_dir", folders[2])
+    assert one.startswith((folders[2] / "metrics.jsonl").read_bytes())
+    recipe(name, monkeypatch, "--resume_from_checkpoint", folders[2])
+    assert (folders[2] / "metrics.jsonl").read_bytes() == one
+
+    before = {path: path.read_bytes() for path in folders[0].iterdir()}
+    with pytest.raises(SystemExit, match="holds another run"):
+        recipe(name, monkeypatch, *flags, "--output_dir", folders[0])
+    assert {path: path.read_bytes() for path in folders[0].iterdir()} == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_launch_guard(name, monkeypatch, tmp_path):
+    """As accelerate launch leaves the one process that it starts on CPUs in place of several."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for key, value in {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(RuntimeError, match="starts only one process"):
+        recipe(name, monkeypatch, *TINY.split(), "--output_dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_seed_is_another_run(name, monkeypatch, tmp_path):
+    logs = []
+    for seed in (0, 1):
+        flags = [*TINY.split(), *SMALL.get(name, "").split(), "--seed", seed, "--output_dir", tmp_path / str(seed)]
+        recipe(name, monkeypatch, *flags)
+        logs.append(read(tmp_path / str(seed)))
+    assert logs[0] != logs[1]

@@ -19,32 +19,52 @@ COLORS = ("#1f6fb4", "#d1661f", "#2c8a57", "#8a4fa0", "#8c6d31", "#c0392b")
 
 
 def draw(runs: dict[str, Log], title: str, path: Path) -> None:
-    """Draw accuracy, alignment with its error, the two ranks, and path complexity along training; a colour a run."""
-    figure, axes = plt.subplots(1, 4, figsize=(14, 3.4), layout="constrained")
-    accuracy, alignment, rank, complexity = axes
-    for index, (label, log) in enumerate(runs.items()):
-        color = COLORS[index % len(COLORS)]
-        steps = [line["step"] + 1 for line in log]
-        for part, style in (("test", "-"), ("train", ":")):
-            accuracy.plot(steps, _series(log, f"{part}/accuracy"), style, color=color)
-            value, error = _series(log, f"{part}/alignment"), _series(log, f"{part}/alignment_std_error")
-            alignment.plot(steps, value, style, color=color)
-            low = [v - 2 * e for v, e in zip(value, error, strict=True)]
-            high = [v + 2 * e for v, e in zip(value, error, strict=True)]
-            alignment.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
-        rank.plot(steps, _series(log, "train/effective_rank"), "-", color=color)
-        rank.plot(steps, _series(log, "train/participation_ratio"), ":", color=color)
-        complexity.plot(steps, _series(log, "train/path_complexity"), "-", color=color, label=label)
-    _finish(accuracy, "accuracy", "test", "train")
-    _finish(alignment, "alignment with the labels, ± 2 s.e.", "test", "train")
-    _finish(rank, "rank of the centred tangent kernel", "effective rank", "participation ratio")
-    _finish(complexity, "path complexity")
+    """Draw accuracy and, where logged, alignment with its error, ranks, and path complexity; a colour a run."""
+    have = set.intersection(*(set(log[0]) for log in runs.values()))
+    panels = [_accuracy, *(panel for key, panel in PANELS.items() if key in have)]
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.5 * len(panels), 3.4), layout="constrained", squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for index, log in enumerate(runs.values()):
+            panel(axis, log, [line["step"] + 1 for line in log], COLORS[index % len(COLORS)])
+        _finish(axis, *TITLES[panel])
     figure.suptitle(title, fontsize=11)
-    handles, labels = complexity.get_legend_handles_labels()
     if len(runs) > 1:
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(runs), frameon=False, fontsize=9)
+        handles = [plt.Line2D([], [], color=COLORS[index % len(COLORS)]) for index in range(len(runs))]
+        figure.legend(handles, list(runs), loc="outside lower center", ncols=len(runs), frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _accuracy(axis: Any, log: Log, steps: list[float], color: str) -> None:
+    for part, style in (("test", "-"), ("train", ":")):
+        axis.plot(steps, _series(log, f"{part}/accuracy"), style, color=color)
+
+
+def _alignment(axis: Any, log: Log, steps: list[float], color: str) -> None:
+    for part, style in (("test", "-"), ("train", ":")):
+        value, error = _series(log, f"{part}/alignment"), _series(log, f"{part}/alignment_std_error")
+        axis.plot(steps, value, style, color=color)
+        low = [v - 2 * e for v, e in zip(value, error, strict=True)]
+        high = [v + 2 * e for v, e in zip(value, error, strict=True)]
+        axis.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+
+
+def _ranks(axis: Any, log: Log, steps: list[float], color: str) -> None:
+    axis.plot(steps, _series(log, "train/effective_rank"), "-", color=color)
+    axis.plot(steps, _series(log, "train/participation_ratio"), ":", color=color)
+
+
+def _path(axis: Any, log: Log, steps: list[float], color: str) -> None:
+    axis.plot(steps, _series(log, "train/path_complexity"), "-", color=color)
+
+
+PANELS = {"test/alignment": _alignment, "train/effective_rank": _ranks, "train/path_complexity": _path}
+TITLES = {
+    _accuracy: ("accuracy", "test", "train"),
+    _alignment: ("alignment with the labels, ± 2 s.e.", "test", "train"),
+    _ranks: ("rank of the centred tangent kernel", "effective rank", "participation ratio"),
+    _path: ("path complexity",),
+}
 
 
 def task(config: dict[str, Any]) -> str:
@@ -61,27 +81,33 @@ def label(config: dict[str, Any]) -> str:
     return " + ".join(parts) or "none"
 
 
+COLUMNS = {
+    "step": ("step", "{:d}"),
+    "train/loss": ("train\nloss", "{:.3f}"),
+    "train/accuracy": ("train\naccuracy", "{:.3f}"),
+    "test/accuracy": ("test\naccuracy", "{:.3f}"),
+    "train/alignment": ("alignment\non train ± s.e.", "{:.3f}"),
+    "test/alignment": ("alignment\non test ± s.e.", "{:.3f}"),
+    "train/effective_rank": ("effective\nrank", "{:.1f}"),
+    "train/participation_ratio": ("participation\nratio", "{:.1f}"),
+    "train/path_complexity": ("path\ncomplexity", "{:.0f}"),
+}
+
+
 def print_table(folder: Path, rows: int = 8) -> None:
     """Print some rows of the log, the first and last among them."""
     log = _run.read(folder)
     chosen = sorted({round(i * (len(log) - 1) / max(1, rows - 1)) for i in range(rows)})
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    columns = ("step", "train\nloss", "train\naccuracy", "test\naccuracy", "alignment\non train ± s.e.")
-    columns += ("alignment\non test ± s.e.", "effective\nrank", "participation\nratio", "path\ncomplexity")
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+    shown = [key for key in COLUMNS if key in log[0]]
+    for key in shown:
+        table.add_column(COLUMNS[key][0], justify="right", no_wrap=True)
     for line in (log[i] for i in chosen):
-        table.add_row(
-            str(line["step"]),
-            f"{line['train/loss']:.3f}",
-            f"{line['train/accuracy']:.3f}",
-            f"{line['test/accuracy']:.3f}",
-            f"{line['train/alignment']:.3f} ± {line['train/alignment_std_error']:.3f}",
-            f"{line['test/alignment']:.3f} ± {line['test/alignment_std_error']:.3f}",
-            f"{line['train/effective_rank']:.1f}",
-            f"{line['train/participation_ratio']:.1f}",
-            f"{line['train/path_complexity']:.0f}",
-        )
+        cells = []
+        for key in shown:
+            error = f" ± {line[f'{key}_std_error']:.3f}" if f"{key}_std_error" in line else ""
+            cells.append(COLUMNS[key][1].format(line[key]) + error)
+        table.add_row(*cells)
     Console(width=max(118, Console().width)).print(table)
 
 

@@ -55,6 +55,7 @@ class Common:
     seed: int = flag(0, "of initialisation, subset, label noise, batches and sketches", least=0)
     steps: int = flag(1500, "optimizer steps", least=0)
     max_steps: int = flag(0, "stop after so many, with a checkpoint to go on from; 0 for no such stop", least=0)
+    stop_loss: float = flag(0.0, "stop where the training loss is measured to be lower", least=0)
     log_spacing: float = flag(1.3, "ratio of the steps at which is measured: 0, 5, 5·1.3, …", least=1.01)
     batch_size: int = flag(64, "on each process", least=1)
     lr: float = flag(0.05, "learning rate of SGD", least=0)

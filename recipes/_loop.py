@@ -57,7 +57,7 @@ class Recipe(ABC, Generic[C]):
         """Make what watches or regularises the network, once."""
 
     @abstractmethod
-    def measure(self) -> dict[str, float]:
+    def measure(self, folder: Path, step: int) -> dict[str, float]:
         """Return the values to log, on all processes together; the network is in evaluation mode."""
 
     @abstractmethod
@@ -114,10 +114,10 @@ def run(recipe: Recipe[C], resume: Path | None = None) -> Path:
     with accelerator.main_process_first():  # it fetches, the others find
         data = _load(config)
     _refuse_empty_shares(config, len(data.train_x), accelerator.num_processes)
-    folder, start = _open(accelerator, recipe, resume, data)
-    _tracking.start(accelerator, config, folder)
     setup = _set_up(accelerator, config, data)
     recipe.start(setup)
+    folder, start = _open(accelerator, recipe, resume, data)
+    _tracking.start(accelerator, config, folder)
     if resume is not None:
         _checkpoint.load(accelerator, resume, recipe.parts)
     else:
@@ -200,8 +200,8 @@ def _train(setup: Setup, recipe: Recipe[C], folder: Path, start: int) -> None:
             setup.optimizer.step()
             recipe.after_step()
             progress.update(bar, completed=step)
-            if step in logged:
-                _log(setup, recipe, folder, step)
+            if step in logged and _log(setup, recipe, folder, step):
+                return
             _save_or_stop(accelerator, recipe, folder, step)
 
 
@@ -228,16 +228,18 @@ def _save_or_stop(accelerator: Accelerator, recipe: Recipe[C], folder: Path, ste
         sys.exit(128 + signal.SIGTERM)
 
 
-def _log(setup: Setup, recipe: Recipe[C], folder: Path, step: int) -> None:
+def _log(setup: Setup, recipe: Recipe[C], folder: Path, step: int) -> bool:
+    """Measure, and say whether the training loss is low enough to stop."""
     model = setup.accelerator.unwrap_model(setup.model)
     _run.share_buffers(setup.accelerator, model)
     training = model.training
     setup.model.eval()
-    values: dict[str, Any] = {"step": step, **recipe.measure()}
+    values: dict[str, Any] = {"step": step, **recipe.measure(folder, step)}
     setup.model.train(training)
     if setup.accelerator.is_main_process:
         _run.append(folder, values)
     setup.accelerator.log(values, step=step)
+    return bool(values["train/loss"] < recipe.config.stop_loss)
 
 
 def _progress(accelerator: Accelerator) -> Progress:

@@ -36,7 +36,7 @@ import _loop
 import _run
 import torch
 from _flags import flag
-from _measure import Measurements
+from _measure import QUANTITIES, Measurements
 from torch import nn
 
 from alignreg.losses import AlignmentLoss, ComplexityPenalty, KARELoss, ParticipationRatioLoss
@@ -61,10 +61,19 @@ class Config(_flags.Common):
     sketch_dim: int = flag(64, "random directions of the alignment", least=3)
     probe_size: int = flag(500, "training, and test, examples that alignment is measured on, or all if fewer", least=10)
     kernel_size: int = flag(50, "training examples of the exact kernel, or all if fewer", least=2)
+    measure: str = flag("alignment,path,ranks", f"what to log beside accuracy, of {', '.join(QUANTITIES)}")
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """What to log."""
+        return tuple(name.strip() for name in self.measure.split(",") if name.strip())
 
     def check(self) -> None:
         """See the base class."""
         super().check()
+        odd = set(self.measures) - QUANTITIES.keys()
+        if odd:
+            raise ValueError(f"--measure: expected some of {', '.join(QUANTITIES)}, got {', '.join(sorted(odd))}.")
         if self.regularizer == "none" and self.weight:
             raise ValueError(f"--weight: expected a --regularizer with it, got {self.weight} with none.")
         if self.regularizer != "none" and not self.weight:
@@ -94,34 +103,27 @@ class Train(_loop.Recipe[Config]):
                 every_n_steps=config.reg_every,
                 seed=config.seed,
             ).to(setup.accelerator.device)
-        self.measurements = Measurements(
-            setup.accelerator,
-            setup.model,
-            setup.data,
-            sketch_dim=config.sketch_dim,
-            seed=config.seed,
-            probe_size=config.probe_size,
-            kernel_size=config.kernel_size,
-        )
+        self.measurements = Measurements(setup.accelerator, setup.model, setup.data, config, config.measures)
 
     def loss(self, logits: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """See the base class."""
         task = super().loss(logits, x, y)
         return task if self.regularizer is None else task + self.regularizer(x, y)
 
-    def measure(self) -> dict[str, float]:
+    def measure(self, folder: Path, step: int) -> dict[str, float]:
         """See the base class."""
-        return self.measurements()
+        return self.measurements(folder, step)
 
     def after_step(self) -> None:
         """See the base class."""
-        self.measurements.path.step()
+        if self.measurements.path is not None:
+            self.measurements.path.step()
 
     @property
     def parts(self) -> dict[str, nn.Module]:
         """See the base class."""
-        parts: dict[str, nn.Module] = {"path": self.measurements.path}
-        return parts if self.regularizer is None else {**parts, "regularizer": self.regularizer}
+        parts = {"path": self.measurements.path, "regularizer": self.regularizer}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def conclude(self, folder: Path) -> list[Path]:
         """See the base class."""

@@ -9,8 +9,10 @@ import pytest
 from accelerate.state import AcceleratorState, PartialState
 from recipe_runs import RECIPES, TINY, read
 
-TOOLS = {"overlay"}  # read logs, train nothing
-NAMES = [path.stem for path in sorted(RECIPES.glob("[a-z]*.py")) if path.stem not in TOOLS]
+FILES = sorted(RECIPES.glob("[a-z]*.py"))
+NAMES = [path.stem for path in FILES if "_loop.main(" in path.read_text()]
+STUDIES = [path.stem for path in FILES if "_study.main(" in path.read_text()]  # run those in NAMES
+OTHERS = {"overlay"}  # train no network
 SMALL = {"train": "--regularizer complexity --weight 0.1"}
 
 
@@ -37,6 +39,10 @@ def recipe(name, monkeypatch, *flags):
         module._loop.main(kind, module.__doc__)
     finally:
         _forget()
+
+
+def test_every_recipe_is_of_a_kind():
+    assert sorted([*NAMES, *STUDIES, *OTHERS]) == [path.stem for path in FILES]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,84 @@
+r"""Do the leading eigenfunctions of the tangent kernel take the shape of the classes?
+
+An MLP learns to tell points inside a disk from those outside. Before, on the way and after: the difference f of its two
+outputs, the leading eigenfunctions of f's tangent kernel, the norm of f's gradient in the input and of its tangent
+features, over the plane; and how the 20th eigenvalue falls behind the first. The paper finds the boundary in the
+leading eigenfunctions.
+
+    python recipes/disk_eigenfunctions.py                   # three runs, minutes on two cores
+    python recipes/disk_eigenfunctions.py --flags "--dataset yin_yang"
+
+The folder holds a run of train.py for each seed, with plane-STEP.safetensors, figure.png and findings.txt.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, final
+
+import _study
+import matplotlib.pyplot as plt
+from _figure import COLORS
+from safetensors.torch import load_file
+
+FUNCTIONS = 4
+
+
+@final
+class DiskEigenfunctions(_study.Study):
+    """The plane as the tangent kernel sees it."""
+
+    name = "disk_eigenfunctions"
+    flags = "--dataset disk --model mlp --depth 6 --hidden 256 --init kaiming --measure plane --kernel_size 100"
+    settings: ClassVar[dict[str, str]] = {"disk": "--batch_size 100 --steps 2000 --momentum 0 --lr 0.05"}
+
+    def draw(self, runs: _study.Runs, figure: Path) -> None:
+        """See the base class."""
+        folders = next(iter(runs.values()))
+        found = _study.logs(folders)
+        steps = [int(line["step"]) for line in found[0]]
+        shown = [steps[0], steps[len(steps) // 2], steps[-1]]
+        columns = ["f", *(f"eigenfunction {j + 1}" for j in range(FUNCTIONS)), "|∂f/∂x|", "|∂f/∂w|"]
+        drawing = plt.figure(figsize=(1.55 * len(columns) + 3.4, 5.2), layout="constrained")
+        grid = drawing.add_gridspec(len(shown), len(columns) + 2)
+        for row, step in enumerate(shown):
+            plane = load_file(folders[0] / f"plane-{step}.safetensors")
+            side = round(len(plane["outputs"]) ** 0.5)
+            boundary = plane["outputs"].reshape(side, side).T.numpy()
+            maps = [plane["outputs"], *plane["eigenfunctions"][:, :FUNCTIONS].T]
+            for column, values in enumerate([*maps, plane["input_gradient"], plane["tangent_norm"]]):
+                axis = drawing.add_subplot(grid[row, column])
+                signed = column <= FUNCTIONS
+                bound = float(values.abs().max())
+                axis.imshow(
+                    values.reshape(side, side).T.numpy(),
+                    origin="lower",
+                    extent=(-1, 1, -1, 1),
+                    cmap="RdBu" if signed else "magma",
+                    vmin=-bound if signed else 0,
+                    vmax=bound,
+                )
+                axis.contour(boundary, [0], extent=(-1, 1, -1, 1), colors="k", linewidths=0.6)
+                axis.set(xticks=[], yticks=[])
+                if row == 0:
+                    axis.set_title(columns[column], fontsize=9)
+                if column == 0:
+                    axis.set_ylabel(f"step {step}", fontsize=9)
+        axis = drawing.add_subplot(grid[:, -2:])
+        _study.band(axis, found, "plane/ratio_20", color=COLORS[0])
+        _study.finish(axis, "20th eigenvalue / 1st", legend=False)
+        drawing.savefig(figure, dpi=150)
+        plt.close(drawing)
+
+    def findings(self, runs: _study.Runs) -> list[str]:
+        """See the base class."""
+        found = _study.logs(next(iter(runs.values())))
+        parts = []
+        for key, name in (("plane/ratio_20", "20th eigenvalue over the 1st"), ("plane/alignment", "alignment")):
+            first, last = ([log[i][key] for log in found] for i in (0, -1))
+            parts.append(f"{name} {_study.over_seeds(first)} at the start and {_study.over_seeds(last)} at the end")
+        return [f"{'; '.join(parts)}; test accuracy {_study.over_seeds([log[-1]['test/accuracy'] for log in found])}."]
+
+
+if __name__ == "__main__":
+    _study.main(DiskEigenfunctions(), __doc__)

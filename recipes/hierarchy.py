@@ -1,0 +1,93 @@
+r"""Do features align with easy examples before difficult ones, and how does depth change that?
+
+Alignment within 50 easy and 50 difficult training examples along training, for MLPs of 3, 6 and 9 layers: difficult are
+examples with a redrawn label, or digits turned by a quarter that are mixed in. The paper finds that easy examples align
+faster and higher, and the more so the deeper the network.
+
+    python recipes/hierarchy.py                             # bundled digits: eighteen runs, minutes on two cores
+    python recipes/hierarchy.py --flags "--config recipes/configs/paper/mnist-kmnist-mlp.yaml --data_path FOLDER ..."
+
+The folder holds a run of train.py for each setting and seed, figure.png and findings.txt.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import ClassVar, final
+
+import _study
+import matplotlib.pyplot as plt
+from _figure import COLORS
+
+DEPTHS = (3, 6, 9)
+KINDS = {
+    "random labels": "--label_noise 0.1",
+    "second data set": "--train_size 900 --mix rotated_digits --mix_size 100",
+}
+
+
+@final
+class Hierarchy(_study.Study):
+    """Easy against difficult examples, over depth."""
+
+    name = "hierarchy"
+    flags = "--model mlp --hidden 60 --init kaiming --lr 0.01 --batch_size 100 --steps 3000 --measure groups"
+    settings: ClassVar[dict[str, str]] = {
+        f"{kind}, {d} layers": f"{flags} --depth {d}" for kind, flags in KINDS.items() for d in DEPTHS
+    }
+
+    def draw(self, runs: _study.Runs, figure: Path) -> None:
+        """See the base class."""
+        drawing, axes = plt.subplots(1, 1 + len(KINDS), figsize=(4.2 * (1 + len(KINDS)), 3.4), layout="constrained")
+        for kind, axis, mark in zip(KINDS, axes, "os", strict=False):
+            ratios = []
+            for depth, color in zip(DEPTHS, COLORS, strict=False):
+                found = _study.logs(runs[f"{kind}, {depth} layers"])
+                _study.band(axis, found, "easy/alignment", color=color, label=f"easy, {depth} layers")
+                _study.band(axis, found, "difficult/alignment", color=color, label="difficult", style=":")
+                ratios.append([_ratio(log) for log in found])
+            _study.finish(axis, f"{kind}: alignment within a group")
+            middle = [statistics.mean(values) for values in ratios]
+            spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in ratios]
+            axes[-1].errorbar(DEPTHS, middle, spread, fmt=f"{mark}-", capsize=3, label=kind)
+        axes[-1].set(xlabel="layers", xticks=DEPTHS, ylim=(0, None))
+        axes[-1].set_title("highest alignment, easy / difficult", fontsize=10)
+        axes[-1].legend(frameon=False, fontsize=8)
+        axes[-1].spines[["top", "right"]].set_visible(False)
+        drawing.savefig(figure, dpi=150)
+        plt.close(drawing)
+
+    def findings(self, runs: _study.Runs) -> list[str]:
+        """See the base class."""
+        sentences = []
+        for label, folders in runs.items():
+            found = _study.logs(folders)
+            tops = {
+                group: [max(line[f"{group}/alignment"] for line in log) for log in found]
+                for group in ("easy", "difficult")
+            }
+            half = {group: statistics.median(_half_way(log, group) for log in found) for group in tops}
+            ahead = sum(e > d for e, d in zip(tops["easy"], tops["difficult"], strict=True))
+            sentences.append(
+                f"{label}: highest alignment {_study.over_seeds(tops['easy'])} of easy and "
+                f"{_study.over_seeds(tops['difficult'])} of difficult examples, easy ahead in {ahead} of {len(found)} "
+                f"seeds; half way up at step {half['easy']:g} and {half['difficult']:g}; ratio "
+                f"{_study.over_seeds([_ratio(log) for log in found])}."
+            )
+        return sentences
+
+
+def _ratio(log: _study.Log) -> float:
+    easy, difficult = (max(line[f"{group}/alignment"] for line in log) for group in ("easy", "difficult"))
+    return easy / difficult
+
+
+def _half_way(log: _study.Log, group: str) -> float:
+    values = [line[f"{group}/alignment"] for line in log]
+    middle = (values[0] + max(values)) / 2
+    return next(line["step"] for line, value in zip(log, values, strict=True) if value >= middle)
+
+
+if __name__ == "__main__":
+    _study.main(Hierarchy(), __doc__)

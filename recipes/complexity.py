@@ -1,0 +1,108 @@
+r"""Does the complexity of the path tell how large the generalisation gap is?
+
+MLPs with one hidden layer, trained until the cross-entropy is below 0.01: over the width, and at width 256 over the
+share of redrawn labels. Path complexity Σ ‖δw‖ ‖Φ‖ and norm-based measures, with and without the margin (the tenth
+percentile over the training examples), beside the gap between training and test accuracy. The paper finds that path
+complexity and the measure of Neyshabur et al. follow the gap, and the other ones do not.
+
+    python recipes/complexity.py                            # bundled digits: 21 runs, minutes on two cores
+    python recipes/complexity.py --flags "--dataset mnist --data_path FOLDER"
+
+The folder holds a run of train.py for each setting and seed, figure.png and findings.txt.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import ClassVar, final
+
+import _study
+import matplotlib.pyplot as plt
+from _figure import COLORS
+from scipy.stats import spearmanr
+
+WIDTHS = (16, 64, 256, 1024)
+SHARES = (0.0, 0.2, 0.4, 0.6)
+PATH = "train/path_complexity"
+GROUPS = {
+    "width": {width: f"width {width}" for width in WIDTHS},
+    "share of redrawn labels": {share: f"redrawn {share:g}" if share else "width 256" for share in SHARES},
+}
+
+
+@final
+class Complexity(_study.Study):
+    """Measures of complexity against the generalisation gap."""
+
+    name = "complexity"
+    flags = "--model mlp --depth 2 --lr 0.05 --steps 20000 --stop_loss 0.01 --measure path,norms"
+    settings: ClassVar[dict[str, str]] = {
+        **{f"width {width}": f"--hidden {width}" for width in WIDTHS},
+        **{f"redrawn {share:g}": f"--hidden 256 --label_noise {share}" for share in SHARES if share},
+    }
+
+    def draw(self, runs: _study.Runs, figure: Path) -> None:
+        """See the base class."""
+        drawing, axes = plt.subplots(1, len(GROUPS), figsize=(5.5 * len(GROUPS), 3.8), layout="constrained")
+        for axis, (what, group) in zip(axes, GROUPS.items(), strict=True):
+            places = range(len(group))
+            found = {label: _study.logs(runs[label]) for label in group.values()}
+            for index, key in enumerate([None, PATH, *_norms(found)]):
+                values = [[_gap(log) if key is None else log[-1][key] for log in logs] for logs in found.values()]
+                means = [statistics.mean(of_seeds) for of_seeds in values]
+                top = max(abs(mean) for mean in means)
+                spread = [statistics.stdev(of_seeds) / top if len(of_seeds) > 1 else 0.0 for of_seeds in values]
+                color = "k" if key is None else COLORS[(index - 1) % len(COLORS)]
+                style = {
+                    "linewidth": 2.2 if index < 2 else 1,
+                    "linestyle": "-" if index < 2 + len(COLORS) - 1 else "--",
+                }
+                axis.errorbar(
+                    places, [m / top for m in means], spread, color=color, capsize=2, label=_name(key), **style
+                )
+            axis.set_xticks(places, [f"{key:g}" for key in group])
+            axis.set_xlabel(what)
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0].set_ylabel("share of the largest")
+        axes[-1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+        drawing.savefig(figure, dpi=150)
+        plt.close(drawing)
+
+    def findings(self, runs: _study.Runs) -> list[str]:
+        """See the base class."""
+        sentences = []
+        for what, group in GROUPS.items():
+            found = {label: _study.logs(runs[label]) for label in group.values()}
+            gaps = [[_gap(log) for log in logs] for logs in found.values()]
+            related = {}
+            for key in (PATH, *_norms(found)):
+                values = [[log[-1][key] for log in logs] for logs in found.values()]
+                related[_name(key)] = _study.over_seeds(
+                    [float(spearmanr(v, g).statistic) for v, g in zip(zip(*values), zip(*gaps), strict=True)]  # noqa: B905
+                )
+            shown = ", ".join(f"{name} {value}" for name, value in related.items())
+            reached = ", ".join(_study.over_seeds(of_seeds) for of_seeds in gaps)
+            sentences.append(f"Over {what} {', '.join(f'{key:g}' for key in group)} the gap is {reached}.")
+            sentences.append(f"Its rank correlation with each measure, mean ± s.d. over seeds: {shown}.")
+            slow = sum(log[-1]["train/loss"] >= 0.01 for logs in found.values() for log in logs)
+            if slow:
+                sentences.append(f"Of these runs {slow} ± 0 did not reach a cross-entropy of 0.01.")
+        return sentences
+
+
+def _gap(log: _study.Log) -> float:
+    return log[-1]["train/accuracy"] - log[-1]["test/accuracy"]
+
+
+def _norms(found: dict[str, list[_study.Log]]) -> list[str]:
+    first = next(iter(found.values()))[0][-1]
+    return [key for key in first if key.startswith("norm/")]
+
+
+def _name(key: str | None) -> str:
+    return {None: "generalisation gap", PATH: "path complexity"}.get(key, str(key).removeprefix("norm/"))
+
+
+if __name__ == "__main__":
+    _study.main(Complexity(), __doc__)

@@ -1,5 +1,6 @@
 """Metrics and losses on low-rank sketches of a network's tangent features."""
 
+from alignreg import complexity as complexity
 from alignreg import estimators as estimators
 from alignreg import functional as functional
 from alignreg import losses as losses

@@ -8,12 +8,13 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "alignreg"
 # A module may import those in rows above its own.
 ORDER = [
+    {"sharding"},
     {"batch", "targets", "distributed", "normalization", "directions", "estimators", "sketches"},
-    {"frozen", "jacobian", "moments", "functional", "progress", "plotting"},
+    {"frozen", "jacobian", "moments", "functional", "progress", "plotting", "graph", "weights"},
     {"evaluation"},
     {"kernels"},
     {"tangents"},
-    {"metrics", "losses"},
+    {"metrics", "losses", "complexity"},
 ]
 OPTIONAL = {
     "progress": {"rich"},
@@ -51,7 +52,8 @@ def test_functional_never_sees_a_model():
 
 
 def test_oracles_import_nothing_of_ours():
-    assert not any(module.startswith("alignreg") for module in imported(Path(__file__).parent / "oracles.py"))
+    for name in ("oracles.py", "complexity_oracles.py"):
+        assert not any(module.startswith("alignreg") for module in imported(Path(__file__).parent / name))
 
 
 def test_import_brings_nothing_optional():

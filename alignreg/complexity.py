@@ -280,11 +280,11 @@ def bartlett2017(model: nn.Module, initial: nn.Module | Mapping[str, Tensor], *,
 def neyshabur2018(
     model: nn.Module, initial: nn.Module | Mapping[str, Tensor], *, margin: float | None = None
 ) -> Tensor:
-    r"""‖V‖_F (‖U − U⁰‖_F + ‖U⁰‖₂) + √h, or that over γ, of a network V φ(U x) with one hidden layer of h units.
+    r"""‖V‖_F (‖U − U⁰‖_F + ‖U⁰‖₂) + √h, of a network V φ(U x) with one hidden layer of h units.
 
     The measure of Neyshabur, Li, Bhojanapalli, LeCun & Srebro ("Towards understanding the role of over-parametrization
-    in generalization of neural networks", ICLR 2019, arXiv 1805.12076), for a constant margin and number of classes.
-    In their bound the margin divides the first term and not √h; here it divides the sum. Biases are left out.
+    in generalization of neural networks", ICLR 2019, arXiv 1805.12076). A margin γ divides the first term and not √h,
+    as in their bound. Biases are left out.
 
     Args:
         model: a network of two linear layers, U then V.
@@ -322,7 +322,7 @@ def neyshabur2018(
     moved, initially, last = weights.stacked(
         [torch.linalg.vector_norm(U - start[first]), weights.spectral_norm(start[first]), torch.linalg.vector_norm(V)]
     )
-    return _over(last * (moved + initially) + math.sqrt(h), margin, 1)
+    return _over(last * (moved + initially), margin, 1) + math.sqrt(h)
 
 
 def _over(value: Tensor, margin: float | None, power: int) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -16,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from alignreg import TangentFeatures, functional
+from alignreg import TangentFeatures, complexity, functional
 from alignreg.metrics import LayerwiseAlignment, PathComplexity, TangentAlignment
 
 EIGENVALUES = 10
@@ -274,6 +277,36 @@ def _difference(model: nn.Module, x: Tensor) -> Tensor:
     return (logits[:, 1] - logits[:, 0])[:, None]
 
 
+@final
+class Norms(Exact):
+    """Norm-based measures of complexity, and those over the margin that a tenth of the training examples fall below."""
+
+    def start(self) -> None:
+        """See the base class."""
+        self.initial = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+
+    def values(self, folder: Path, step: int) -> dict[str, float]:  # noqa: ARG002
+        """See the base class."""
+        data, device = self.data, self.accelerator.device
+        with torch.no_grad():
+            outputs = torch.cat([self.model(x.to(device)).cpu() for x in data.train_x.split(500)])
+        gap = float(complexity.margin(outputs, data.train_y, 0.1))
+        measures: dict[str, Callable[..., Tensor]] = {
+            "Frobenius product": complexity.frobenius_product,
+            "spectral product": complexity.spectral_product,
+            "path norm": partial(complexity.path_norm, shape=tuple(data.train_x.shape[1:])),
+            "distance": partial(complexity.distance, initial=self.initial),
+            "Bartlett 2017": partial(complexity.bartlett2017, initial=self.initial),
+            "Neyshabur 2018": partial(complexity.neyshabur2018, initial=self.initial),
+        }
+        found = {"train/margin": gap}
+        for name, measure in measures.items():
+            found[f"norm/{name}"] = float(measure(self.model))
+            # Without a margin there is no such measure.
+            found[f"norm/{name}, margin"] = float(measure(self.model, margin=gap)) if gap > 0 else math.nan
+        return found
+
+
 QUANTITIES: dict[str, type[Measure]] = {
     "alignment": Alignment,
     "path": PathSoFar,
@@ -282,6 +315,7 @@ QUANTITIES: dict[str, type[Measure]] = {
     "layers": Layers,
     "groups": Groups,
     "plane": Plane,
+    "norms": Norms,
 }
 
 

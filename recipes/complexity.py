@@ -87,7 +87,7 @@ class Complexity(_study.Study):
             sentences.append(f"Its rank correlation with each measure, mean ± s.d. over seeds: {shown}.")
             slow = sum(log[-1]["train/loss"] >= 0.01 for logs in found.values() for log in logs)
             if slow:
-                sentences.append(f"Of these runs {slow} ± 0 did not reach a cross-entropy of 0.01.")
+                sentences.append(f"{slow} of these runs did not reach a cross-entropy of 0.01.")
         return sentences
 
 

@@ -9,7 +9,7 @@ import pytest
 from accelerate.state import AcceleratorState, PartialState
 from recipe_runs import RECIPES, TINY, read
 
-TOOLS = {"overlay"}  # read logs, train nothing
+TOOLS = {"overlay", "supernat"}  # read logs, train nothing; or no network
 NAMES = [path.stem for path in sorted(RECIPES.glob("[a-z]*.py")) if path.stem not in TOOLS]
 SMALL = {"train": "--regularizer complexity --weight 0.1"}
 

@@ -3,6 +3,7 @@
 from alignreg import complexity as complexity
 from alignreg import estimators as estimators
 from alignreg import functional as functional
+from alignreg import linear as linear
 from alignreg import losses as losses
 from alignreg import metrics as metrics
 from alignreg import moments as moments

@@ -63,14 +63,15 @@ def claim_folder(accelerator: Accelerator, wanted: str | None, default_name: str
     if accelerator.is_main_process:
         stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")
         folder = Path(wanted) if wanted else Path("runs") / f"{default_name}-{stamp}"
-        answer = [str(folder), _claim(folder)]
+        answer = [str(folder), claim(folder)]
     broadcast_object_list(answer)
     if answer[1]:
         raise ValueError(answer[1])
     return Path(answer[0])
 
 
-def _claim(folder: Path) -> str | None:
+def claim(folder: Path) -> str | None:
+    """Make a folder for one run with an empty log in it, or return why that cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):

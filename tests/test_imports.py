@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "alignreg"
 ORDER = [
     {"sharding"},
     {"batch", "targets", "distributed", "normalization", "directions", "estimators", "sketches"},
-    {"frozen", "jacobian", "moments", "functional", "progress", "plotting", "graph", "weights"},
+    {"frozen", "jacobian", "moments", "functional", "linear", "progress", "plotting", "graph", "weights"},
     {"evaluation"},
     {"kernels"},
     {"tangents"},

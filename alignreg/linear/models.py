@@ -1,0 +1,233 @@
+r"""Linear models in the eigenbasis of their kernel: what all share, gradient descent, and SuperNat."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alignreg.linear.checks import check_eps, check_matrix, check_positive, check_vector
+from alignreg.linear.metric import optimal_metric
+
+
+class _Loss(NamedTuple):
+    value: Callable[[Tensor, Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor], Tensor]  # n·∇_f L
+    curvature: float  # the largest second derivative of n·L in an output
+
+
+_LOSSES = {
+    "squared": _Loss(lambda f, y: (f - y).square().mean() / 2, lambda f, y: f - y, 1.0),
+    "logistic": _Loss(lambda f, y: F.softplus(-y * f).mean(), lambda f, y: -y * torch.sigmoid(-y * f), 0.25),
+}
+_GAUGES = ("max", "trace", "mean")
+
+
+class LinearModel(ABC):
+    r"""f = Φw from w = 0, one output an example, trained on all of them at once; see the subclasses.
+
+    Args:
+        features: Φ, ``(n, P)``. Modes with √λ_j ≤ max(n, P)·ε·√λ_max are dropped, ε that of their dtype, or of float32
+            if that is finer: below it, they are rounding errors.
+        targets: y ``(n,)``: any values for the squared loss, 0/1 or ±1 for the logistic one.
+        lr: η; n/λ_max by default, 4n/λ_max for the logistic loss: one over the largest curvature at the start.
+        loss: "squared", L = ‖f − y‖²/2n, or "logistic", L = mean log(1 + exp(−yf)).
+
+    Raises:
+        ValueError: if a shape, a value or an option is not as described, or all features are 0.
+    """
+
+    def __init__(self, features: Tensor, targets: Tensor, lr: float | None = None, loss: str = "squared") -> None:
+        check_matrix(features)
+        if targets.shape != features.shape[:1]:
+            raise ValueError(f"targets: expected ({len(features)},) as of features, got shape {tuple(targets.shape)}.")
+        check_vector("targets", targets)
+        if loss not in _LOSSES:
+            raise ValueError(f"loss: expected one of {list(_LOSSES)}, got {loss!r}.")
+        if lr is not None:
+            check_positive("lr", lr)
+        self._n, self._num_features = features.shape
+        self._loss = _LOSSES[loss]
+        self._y = targets.detach().to(features.device, torch.float64)
+        if loss == "logistic":
+            self._y = _signs(self._y)
+        U, S, Vh = torch.linalg.svd(features.detach().double(), full_matrices=False)
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        kept = S / S[0] > max(features.shape) * torch.finfo(dtype).eps  # none of NaN, where S = 0
+        if not bool(kept.any()):
+            raise ValueError("features: expected some that are not 0, got zeros: nothing can be learned from them.")
+        self._U, self._S, self._Vh = U[:, kept], S[kept], Vh[kept]
+        self.lr = float(self._n / (S[0].square() * self._loss.curvature)) if lr is None else float(lr)
+        # Logarithms: of two modes, one may be stretched by 1/eps over the other at every step.
+        self._log_eigenvalues = 2 * self._S.log()
+        # In the parametrisation of the features as given, where no reparametrisation changes them.
+        self._w = torch.zeros_like(self._S)
+        self._complexity = torch.zeros((), dtype=torch.float64, device=features.device)
+
+    @abstractmethod
+    def _reparametrise(self, log_eigenvalues: Tensor, correlations: Tensor) -> Tensor:
+        """Return log λ of the next step."""
+
+    def step(self) -> None:
+        """Take one step of gradient descent in the current parametrisation, then choose that of the next.
+
+        Raises:
+            RuntimeError: if that diverges; the model stays as it was.
+        """
+        eigenvalues = self.eigenvalues
+        change = -self.lr * eigenvalues.sqrt() * self.correlations
+        w = self._w + change * eigenvalues.sqrt() / self._S
+        complexity = self._complexity + torch.linalg.vector_norm(change) * eigenvalues.sum().sqrt() / self._n
+        correlations = self._correlations(w)
+        finite = bool(torch.isfinite(correlations).all()) and bool(torch.isfinite(complexity))
+        new = self._reparametrise(self._log_eigenvalues, correlations) if finite else self._log_eigenvalues
+        if not finite or not bool(torch.isfinite(new.exp()).all()):
+            raise RuntimeError(
+                f"step: expected finite outputs and eigenvalues, got others with lr={self.lr:g}. Lower lr; "
+                "of SuperNat's gauges only 'max' never raises the largest eigenvalue."
+            )
+        self._w, self._complexity, self._log_eigenvalues = w, complexity, new
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Return f ``(m,)`` at new points, given by their features ``(m, P)`` in the parametrisation at the start.
+
+        Raises:
+            ValueError: if they are not finite or not of that shape.
+        """
+        check_matrix(features, self._num_features)
+        f: Tensor = features.detach().to(self._w) @ self.weights
+        return f
+
+    @property
+    def weights(self) -> Tensor:
+        """Weights w ``(P,)`` for the features as given: f = Φw in the parametrisation at the start."""
+        w: Tensor = self._w @ self._Vh
+        return w
+
+    @property
+    def outputs(self) -> Tensor:
+        """Outputs f ``(n,)`` on the training examples."""
+        return self._outputs(self._w)
+
+    @property
+    def correlations(self) -> Tensor:
+        """Correlations a_j = u_jᵀ∇_f L ``(r,)`` of the modes with the gradient."""
+        return self._correlations(self._w)
+
+    @property
+    def loss_value(self) -> Tensor:
+        """Loss on the training examples, a scalar."""
+        value: Tensor = self._loss.value(self.outputs, self._y)
+        return value
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """Eigenvalues λ ``(r,)`` of the kernel in the current parametrisation, in the order of those at the start."""
+        eigenvalues: Tensor = self._log_eigenvalues.exp()
+        return eigenvalues
+
+    @property
+    def complexity(self) -> Tensor:
+        """Σ_t ‖δw_t‖ ‖Φ_t‖_F / n over the steps so far, each in its own parametrisation, a scalar."""
+        return self._complexity.clone()
+
+    def _outputs(self, w: Tensor) -> Tensor:
+        f: Tensor = self._U @ (self._S * w)
+        return f
+
+    def _correlations(self, w: Tensor) -> Tensor:
+        a: Tensor = self._U.T @ self._loss.gradient(self._outputs(w), self._y) / self._n
+        return a
+
+
+@final
+class GradientDescent(LinearModel):
+    """Plain gradient descent: the parametrisation stays; arguments and errors are those of :class:`LinearModel`.
+
+    Example:
+        >>> import torch
+        >>> from alignreg.linear import GradientDescent
+        >>> model = GradientDescent(torch.diag(torch.tensor([2.0, 1.0])), torch.tensor([1.0, 1.0]))
+        >>> model.step()
+        >>> model.outputs
+        tensor([1.0000, 0.2500], dtype=torch.float64)
+    """
+
+    def _reparametrise(self, log_eigenvalues: Tensor, correlations: Tensor) -> Tensor:  # noqa: ARG002
+        return log_eigenvalues
+
+
+@final
+class SuperNat(LinearModel):
+    r"""Gradient descent that reparametrises after each step with the metric that minimises the complexity of the next.
+
+    λ_j ← λ_j/ν_j, ν_j = κ/|a_j| at the new f (Baratin et al. 2021, the SuperNat algorithm, as we read it): modes that
+    correlate with the residual are stretched, the others shrink. f does not change, on new points neither. Among equal
+    eigenvalues the u_j are arbitrary, and so is then what SuperNat does.
+
+    Args:
+        features: see :class:`LinearModel`, as are the next three.
+        targets: y.
+        lr: η.
+        loss: L.
+        gauge: κ, which the bound leaves open and which acts as a learning rate: "max" keeps the largest eigenvalue,
+            "trace" their sum, "mean" is κ = mean |a_j|, a number is κ itself. With a number, training freezes once
+            all |a_j| are below it; else it goes on. All but "max" let eigenvalues grow: the default lr may diverge.
+        eps: see :func:`optimal_metric`.
+
+    Raises:
+        ValueError: as :class:`LinearModel`, and if ``gauge`` or ``eps`` is out of range.
+
+    Example:
+        >>> import torch
+        >>> from alignreg.linear import SuperNat
+        >>> model = SuperNat(torch.diag(torch.tensor([2.0, 1.0])), torch.tensor([1.0, 1.0]), lr=0.25)
+        >>> model.step()
+        >>> model.outputs, model.eigenvalues  # λ_j|a_j| were as 4/2 to 7/8: 4 to 7/4
+        (tensor([0.5000, 0.1250], dtype=torch.float64), tensor([4.0000, 1.7500], dtype=torch.float64))
+    """
+
+    def __init__(
+        self,
+        features: Tensor,
+        targets: Tensor,
+        lr: float | None = None,
+        loss: str = "squared",
+        gauge: str | float = "max",
+        eps: float = 1e-12,
+    ) -> None:
+        if isinstance(gauge, str) and gauge not in _GAUGES:
+            raise ValueError(f"gauge: expected one of {list(_GAUGES)} or a positive number, got {gauge!r}.")
+        if not isinstance(gauge, str):
+            check_positive("gauge", gauge)
+        check_eps(eps)
+        super().__init__(features, targets, lr, loss)
+        self._gauge, self._eps = gauge, eps
+
+    def _reparametrise(self, log_eigenvalues: Tensor, correlations: Tensor) -> Tensor:
+        if not bool(correlations.any()):
+            return log_eigenvalues
+        stretched = log_eigenvalues - optimal_metric(correlations, eps=self._eps).log()
+        return stretched - _log_kappa(log_eigenvalues, stretched, correlations, self._gauge)
+
+
+def _log_kappa(old: Tensor, new: Tensor, correlations: Tensor, gauge: str | float) -> Tensor:
+    if gauge == "max":
+        return new.max() - old.max()
+    if gauge == "trace":
+        return new.logsumexp(0) - old.logsumexp(0)
+    return correlations.abs().mean().log() if gauge == "mean" else old.new_tensor(math.log(float(gauge)))
+
+
+def _signs(y: Tensor) -> Tensor:
+    for values in ((0.0, 1.0), (-1.0, 1.0)):
+        if bool(((y == values[0]) | (y == values[1])).all()):
+            return torch.where(y == 1, 1.0, -1.0).to(y)
+    raise ValueError(
+        f"targets: expected 0 and 1, or -1 and 1, for the logistic loss, got {sorted(set(y.tolist()))[:5]}."
+    )

@@ -1,0 +1,218 @@
+r"""Does SuperNat keep linear regression from fitting noise features, where gradient descent fits them?
+
+Trains both on the same data from w = 0 and follows, at log-spaced steps, their errors and the complexity of the path.
+
+    python recipes/supernat.py
+    python recipes/supernat.py --gauge max 0.05 --noise_features 40 --output_dir runs/gauges
+
+Data, for each number k of noise features and each seed, in float64: x ~ N(0, I) with d_signal + k entries; a vector w
+of d_signal entries, uniform on the unit sphere; y = Σ_{j ≤ d_signal} w_j x_j + noise·ε, ε ~ N(0, 1). There are n
+examples to train on and n_validation, drawn alike, to validate. One generator of torch, seeded with seed, draws in this
+order: all x (the training ones first), w, ε. The validation error is the mean of (f(x) − y)², y with its noise: the
+true function has noise² on average. The loss is ‖f − y‖²/2n.
+
+The answer depends on SuperNat's gauge κ: "max" keeps the largest eigenvalue, and learning goes on; with a fixed
+κ, all eigenvalues fall once the |a_j| are below it, and learning freezes.
+
+The new folder holds config.json (flags, command, versions), metrics.jsonl (a line for each k, seed and logged step) and
+figure.png. Figure and table are made from metrics.jsonl alone; "best" is the best of the logged steps, chosen on the
+validation examples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import _figure
+import _run
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from alignreg.linear import GradientDescent, SuperNat
+
+plt = _figure.plt
+Model = GradientDescent | SuperNat
+NAMES = {"gd": "gradient descent", "truth": "true function"}
+
+
+def main() -> None:
+    """Run from the command line."""
+    config = vars(_parser().parse_args())
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")
+    folder = Path(config["output_dir"] or f"runs/supernat-{stamp}")
+    if problem := _run.claim(folder):
+        sys.exit(f"supernat.py: error: {problem}")
+    _run.save_config(folder, config)
+    start = time.perf_counter()
+    for k in config["noise_features"]:
+        for seed in range(config["seeds"]):
+            try:
+                train(folder, k, seed, config)
+            except RuntimeError as error:
+                sys.exit(f"supernat.py: error: {k} noise features, seed {seed}: {error}")
+    draw(folder)
+    print_table(folder)
+    print(f"log:    {_run.log_of(folder)}")
+    print(f"figure: {folder / 'figure.png'}  ({time.perf_counter() - start:.0f} s)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--noise_features", type=_count, nargs="+", default=[10, 40, 100], help="k; one panel of the figure each")
+    add("--seeds", type=_positive, default=10, help="data sets for each k")
+    add("--steps", type=_positive, default=1000, help="steps of gradient descent")
+    add("--n", type=_positive, default=50, help="training examples")
+    add("--n_validation", type=_positive, default=1000, help="validation examples")
+    add("--d_signal", type=_positive, default=5, help="informative features")
+    add("--lr", type=_amount, default=0.05, help="step size of both methods")
+    add("--noise", type=_amount, default=1.0, help="standard deviation of the noise of the targets")
+    add("--gauge", type=_gauge, nargs="+", default=["max"], help="of SuperNat: max, trace, mean, or a number κ > 0")
+    add("--output_dir", help="a new or empty folder; one under runs/ by default")
+    return parser
+
+
+def _count(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {text}")
+    return value
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+    return value
+
+
+def _amount(text: str) -> float:
+    if not 0 < (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
+
+
+def _gauge(text: str) -> str | float:
+    return text if text in {"max", "trace", "mean"} else _amount(text)
+
+
+def draw_data(k: int, seed: int, config: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw x, y and the true function of training and validation examples, as the header says."""
+    generator = torch.Generator().manual_seed(seed)
+    total, d = config["n"] + config["n_validation"], config["d_signal"]
+    x = torch.randn(total, d + k, generator=generator, dtype=torch.float64)
+    w = torch.randn(d, generator=generator, dtype=torch.float64)
+    truth = x[:, :d] @ (w / w.norm())
+    return x, truth + config["noise"] * torch.randn(total, generator=generator, dtype=torch.float64), truth
+
+
+def log_spaced(steps: int) -> set[int]:
+    """Return about 12 steps to each factor of ten, with 0 and the last."""
+    grown = (round(10 ** (i / 12)) for i in range(12 * len(str(steps))))
+    return {0, steps, *(step for step in grown if step < steps)}
+
+
+def train(folder: Path, k: int, seed: int, config: dict[str, Any]) -> None:
+    """Train every method on one data set and log it."""
+    x, y, truth = draw_data(k, seed, config)
+    n, lr = config["n"], config["lr"]
+    models: dict[str, Model] = {"gd": GradientDescent(x[:n], y[:n], lr=lr)}
+    models |= {f"supernat-{gauge}": SuperNat(x[:n], y[:n], lr=lr, gauge=gauge) for gauge in config["gauge"]}
+    logged = log_spaced(config["steps"])
+    for step in range(config["steps"] + 1):
+        if step:
+            for model in models.values():
+                model.step()
+        if step in logged:
+            line = {"noise_features": k, "seed": seed, "step": step}
+            line["truth/validation_error"] = float((truth[n:] - y[n:]).square().mean())
+            for name, model in models.items():
+                line[f"{name}/train_error"] = float((model.outputs - y[:n]).square().mean())
+                line[f"{name}/validation_error"] = float((model.predict(x[n:]) - y[n:]).square().mean())
+                line[f"{name}/complexity"] = float(model.complexity)
+            _run.append(folder, line)
+
+
+def curves(log: _figure.Log, k: int, key: str) -> tuple[list[int], Tensor]:
+    """Return the logged steps, and a value at them, ``(seeds, steps)``."""
+    lines = [line for line in log if line["noise_features"] == k]
+    steps = sorted({int(line["step"]) for line in lines})
+    seeds = sorted({line["seed"] for line in lines})
+    table = {(line["seed"], line["step"]): line[key] for line in lines}
+    return steps, torch.tensor([[table[seed, step] for step in steps] for seed in seeds], dtype=torch.float64)
+
+
+def methods(log: _figure.Log) -> list[str]:
+    """Return the methods of a log."""
+    return [key.split("/")[0] for key in log[0] if key.endswith("/complexity")]
+
+
+def _name(method: str) -> str:
+    return NAMES.get(method) or f"SuperNat, gauge {method.removeprefix('supernat-')}"
+
+
+def spread(values: Tensor) -> Tensor:
+    """Return the standard deviation over seeds, 0 for one seed."""
+    return values.std(0) if len(values) > 1 else torch.zeros_like(values[0])
+
+
+def draw(folder: Path) -> None:
+    """Draw the validation errors along training, a panel for each k."""
+    log = _run.read(folder)
+    panels = list(dict.fromkeys(int(line["noise_features"]) for line in log))
+    size = (3.5, 0.8 + 1.7 * len(panels))  # a column of a paper, at which the type is 8 points
+    figure, axes = plt.subplots(len(panels), 1, figsize=size, layout="constrained", sharex=True, squeeze=False)
+    for axis, k in zip(axes[:, 0], panels, strict=True):
+        for index, method in enumerate(methods(log)):
+            steps, values = curves(log, k, f"{method}/validation_error")
+            x, mean, deviation = [step + 1 for step in steps], values.mean(0), spread(values)
+            color = _figure.COLORS[index % len(_figure.COLORS)]
+            axis.plot(x, mean.tolist(), "-" if index == 0 else "--", color=color, linewidth=1.4, label=_name(method))
+            low, high = (mean - deviation).tolist(), (mean + deviation).tolist()
+            axis.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+        _, truth = curves(log, k, "truth/validation_error")
+        axis.axhline(float(truth.mean()), color="0.4", linestyle=":", linewidth=1, label=_name("truth"))
+        axis.set_xscale("log")
+        axis.set_ylim(bottom=0)
+        axis.set_title(f"{k} noise features", fontsize=8)
+        axis.set_ylabel("validation error", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].set_xlabel("steps + 1", fontsize=8)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.savefig(folder / "figure.png", dpi=200)
+    plt.close(figure)
+
+
+def print_table(folder: Path) -> None:
+    """Print the errors at the end and at the best step, mean ± s.d. over seeds."""
+    log = _run.read(folder)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    headings = ("noise\nfeatures", "method", "validation error\nat the end", "validation error\nat the best step")
+    for heading in (*headings, "best step\n(median)", "training error\nat the end", "complexity\nat the end"):
+        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+    for k in dict.fromkeys(int(line["noise_features"]) for line in log):
+        for method in methods(log):
+            steps, errors = curves(log, k, f"{method}/validation_error")
+            best = errors.min(1)
+            where = torch.tensor(steps)[best.indices].median()
+            shown = [_mean(errors[:, -1]), _mean(best.values), str(int(where))]
+            shown += [_mean(curves(log, k, f"{method}/{key}")[1][:, -1]) for key in ("train_error", "complexity")]
+            table.add_row(str(k), _name(method), *shown)
+    Console(width=max(118, Console().width)).print(table)
+
+
+def _mean(values: Tensor) -> str:
+    form = ".2f" if float(values.abs().max()) < 1e4 else ".1e"
+    return f"{float(values.mean()):{form}} ± {float(spread(values)):{form}}"
+
+
+if __name__ == "__main__":
+    main()

@@ -234,6 +234,11 @@ def counted(call):
     return sent[0], value
 
 
+def shard_at_once(model):
+    """The whole, whose parameters stay gathered after a forward pass."""
+    return fully_shard(model)
+
+
 def shard(model):
     """Every child by itself, and what is left with the whole; shared parameters must stay together."""
     children = list(model.children())
@@ -275,8 +280,8 @@ def sharded(rank):
     x, y, cuts = whole_batch("uneven", torch.float64)
     mine = x[cuts[rank]], y[cuts[rank]]
     for kind in LOSSES:
-        for order in ("before", "after", "accumulated"):
-            model = shard(replica())
+        for order in ("before", "after", "accumulated", "after, at once"):
+            model = (shard_at_once if order == "after, at once" else shard)(replica())
             reg = make(kind, model, weight=0.3, probes=8, sync=True, gradient_accumulation_steps=2)
             if order == "accumulated":
                 model.set_requires_gradient_sync(False)

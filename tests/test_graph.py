@@ -100,6 +100,32 @@ def test_weights_used_in_all_ways(use, reused):
     assert set(products) == {"first.weight", "last.weight"} | ({"weight"} if use in ONCE else set())
 
 
+class Stop(torch.autograd.Function):
+    """The first of two tensors, without a gradient for it."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        return x + y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, gradient
+
+
+def test_a_product_that_no_gradient_reaches():
+    torch.manual_seed(0)
+    first, second, x = nn.Linear(5, 3), nn.Linear(5, 3), torch.randn(4, 5)
+    model = nn.ModuleDict({"first": first, "second": second})
+    features = TangentFeatures(model, forward_fn=lambda m, x: Stop.apply(m["first"](x), m["second"](x)))
+    omega = torch.randn(6, 4, 3)
+    found = features.grams(x, omega)
+    back = {name: value.flatten(1) for name, value in features.pullback(x, omega).items()}
+    for name, gram in found.items():
+        torch.testing.assert_close(gram, back[name] @ back[name].T)
+    assert not found["first.weight"].any()
+    assert found["second.weight"].all()
+
+
 def test_the_shorter_way():
     """Through few vectors by their products, through many by the gradients of the weight."""
     weight = nn.Parameter(torch.randn(50, 60))

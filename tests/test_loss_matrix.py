@@ -106,7 +106,7 @@ def test_bare_model_among_several_processes_warns_once(two_ranks):
 @pytest.mark.parametrize("kind", LOSSES)
 def test_sharded_models_have_the_gradient_of_the_whole_batch(two_ranks, kind):
     x, y, _ = whole_batch("uneven", torch.float64)
-    for times, orders in ((1, ("before", "after")), (2, ("accumulated",))):
+    for times, orders in ((1, ("before", "after", "after, at once")), (2, ("accumulated",))):
         model = replica()
         reg = make(kind, model, weight=0.3, probes=8)
         sum(reg(x, y) for _ in range(times)).backward()

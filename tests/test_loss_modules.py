@@ -187,16 +187,16 @@ def test_training_with_it_moves_what_it_says(kind):
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_defaults(kind):
-    """A quarter of the steps, 32 examples or fewer, weight of its own."""
+    """A third of the steps, 32 examples or fewer, weight of its own."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     x, y = torch.randn(40, 4, dtype=torch.float64), torch.arange(40) % 3
     reg = LOSSES[kind](model)
     assert reg.weight == {"alignment": 0.1, "complexity": 0.01, "participation ratio": 0.1, "kare": 1.0}[kind]
     values = [float(reg(x, y).detach()) for _ in range(5)]
-    assert [value != 0 for value in values] == [True, False, False, False, True]
+    assert [value != 0 for value in values] == [True, False, False, True, False]
     examples = 16 if kind == "kare" else 32
-    same = make(kind, model, weight=4 * reg.weight, examples=examples)
+    same = make(kind, model, weight=3 * reg.weight, examples=examples)
     assert values[0] == pytest.approx(float(same(x, y).detach()), rel=1e-12)
 
 

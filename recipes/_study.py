@@ -48,25 +48,31 @@ class Study(ABC):
 
 def main(study: Study, doc: str | None) -> None:
     """Run a study from the command line: the runs that are not there yet, then figure and findings."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="all other flags go to train.py, for every run",
+        allow_abbrev=False,
+    )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each setting (default: 3)")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time (default: 2)")
-    parser.add_argument("--flags", default="", help="of train.py, for all runs; they come last")
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--output_dir", type=Path, help="the study's folder; a new one under runs/ by default")
     place.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with a study where it was left")
-    arguments = parser.parse_args()
+    arguments, further = parser.parse_known_args()
     if arguments.seeds < 1 or arguments.jobs < 1:
         parser.error("--seeds, --jobs: expected at least 1 of each.")
+    if "--seed" in further:
+        parser.error("--seed: the seeds of a study are 0, 1, ...; choose how many with --seeds.")
     started = time.monotonic()
-    plan = {"study": study.name, "flags": f"{study.flags} {arguments.flags}".strip(), "settings": study.settings}
+    plan = {"study": study.name, "flags": study.flags, "further": further, "settings": study.settings}
     try:
         folder, seeds = _open(plan, arguments)
     except (OSError, ValueError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     runs = {label: [folder / _slug(label) / f"seed-{seed}" for seed in range(seeds)] for label in study.settings}
     jobs = [
-        (run, f"{plan['flags']} {study.settings[label]} --seed {seed}")
+        (run, [*shlex.split(f"{study.flags} {study.settings[label]}"), *further, "--seed", str(seed)])
         for label, of_label in runs.items()
         for seed, run in enumerate(of_label)
     ]
@@ -106,13 +112,13 @@ def _open(plan: dict[str, Any], arguments: argparse.Namespace) -> tuple[Path, in
     return folder, arguments.seeds
 
 
-def _train(folder: Path, flags: str, threads: int) -> str | None:
+def _train(folder: Path, flags: list[str], threads: int) -> str | None:
     """Run train.py, from the newest checkpoint if there is one; return what it said if it failed."""
     if (folder / "checkpoints").is_dir():
         command = ["--resume_from_checkpoint", str(folder)]
     else:
         shutil.rmtree(folder, ignore_errors=True)  # begun by this study, and not far
-        command = [*shlex.split(flags), "--output_dir", str(folder)]
+        command = [*flags, "--output_dir", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     result = subprocess.run(  # noqa: S603 - our own recipe
         [sys.executable, str(TRAIN), *command], capture_output=True, text=True, check=False, env=environment

@@ -4,7 +4,7 @@ Alignment with the labels along training, on training and test examples, of an M
 of each layer's own kernel. The paper finds that it rises on both, and is highest in hidden layers.
 
     python recipes/alignment.py                             # bundled digits: six runs, minutes on two cores
-    python recipes/alignment.py --flags "--config recipes/configs/paper/mnist-mlp.yaml --data_path FOLDER"
+    python recipes/alignment.py --config recipes/configs/paper/mnist-mlp.yaml --data_path FOLDER
 
 The folder holds a run of train.py for each setting and seed, figure.png and findings.txt.
 """

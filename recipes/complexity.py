@@ -6,7 +6,7 @@ percentile over the training examples), beside the gap between training and test
 complexity and the measure of Neyshabur et al. follow the gap, and the other ones do not.
 
     python recipes/complexity.py                            # bundled digits: 21 runs, minutes on two cores
-    python recipes/complexity.py --flags "--dataset mnist --data_path FOLDER"
+    python recipes/complexity.py --dataset mnist --data_path FOLDER
 
 The folder holds a run of train.py for each setting and seed, figure.png and findings.txt.
 """

@@ -6,7 +6,7 @@ features, over the plane; and how the 20th eigenvalue falls behind the first. Th
 leading eigenfunctions.
 
     python recipes/disk_eigenfunctions.py                   # three runs, minutes on two cores
-    python recipes/disk_eigenfunctions.py --flags "--dataset yin_yang"
+    python recipes/disk_eigenfunctions.py --dataset yin_yang
 
 The folder holds a run of train.py for each seed, with plane-STEP.safetensors, figure.png and findings.txt.
 """

@@ -5,7 +5,7 @@ examples with a redrawn label, or digits turned by a quarter that are mixed in. 
 faster and higher, and the more so the deeper the network.
 
     python recipes/hierarchy.py                             # bundled digits: eighteen runs, minutes on two cores
-    python recipes/hierarchy.py --flags "--config recipes/configs/paper/mnist-kmnist-mlp.yaml --data_path FOLDER ..."
+    python recipes/hierarchy.py --config recipes/configs/paper/mnist-kmnist-mlp.yaml --data_path FOLDER ...
 
 The folder holds a run of train.py for each setting and seed, figure.png and findings.txt.
 """

@@ -5,7 +5,7 @@ training, with 0, 20 and 50 % of the labels redrawn. The paper finds that the ra
 rises again while test accuracy falls.
 
     python recipes/spectrum.py                              # bundled digits, MLP: nine runs, minutes on two cores
-    python recipes/spectrum.py --flags "--config recipes/configs/paper/cifar10-vgg19.yaml --data_path FOLDER"
+    python recipes/spectrum.py --config recipes/configs/paper/cifar10-vgg19.yaml --data_path FOLDER
 
 The folder holds a run of train.py for each setting and seed, figure.png and findings.txt.
 """

@@ -68,7 +68,7 @@ def test_figure_and_findings_from_logs_alone(name, one_run_of_each, tmp_path, mo
 
 def test_a_study_from_its_command_and_on(tmp_path):
     folder = tmp_path / "study"
-    command = [sys.executable, str(RECIPES / "spectrum.py"), "--seeds", "1", "--flags", f"{TINY} --hidden 8"]
+    command = [sys.executable, str(RECIPES / "spectrum.py"), "--seeds", "1", *TINY.split(), "--hidden", "8"]
     result = subprocess.run([*command, "--output_dir", folder], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "3 of 3 runs to do" in result.stdout
@@ -96,10 +96,10 @@ def test_a_study_from_its_command_and_on(tmp_path):
         result = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
         assert result.returncode == 1
         assert message in result.stderr
-    other = [*command[:-1], f"{TINY} --hidden 9", "--resume", folder]
+    other = [*command[:-1], "9", "--resume", folder]
     result = subprocess.run(other, capture_output=True, text=True, check=False)
-    assert "has other flags" in result.stderr
-    bad = [*command[:-1], "--hidden x", "--output_dir", tmp_path / "bad"]
+    assert "has other further" in result.stderr
+    bad = [*command[:-1], "x", "--output_dir", tmp_path / "bad"]
     result = subprocess.run(bad, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "invalid int value: 'x'" in result.stderr

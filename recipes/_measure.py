@@ -266,8 +266,11 @@ class Plane(Exact):
         save_file(
             {key: value.contiguous().cpu() for key, value in arrays.items()}, folder / f"plane-{step}.safetensors"
         )
+        centred = functional.spectrum(functional.center(kernel.reshape(n, 1, n, 1)))
+        last = min(19, n - 1)
         return {
-            "plane/ratio_20": float(eigenvalues[min(19, n - 1)] / eigenvalues[0]),
+            "plane/ratio_20": float(eigenvalues[last] / eigenvalues[0]),
+            "plane/ratio_20_centered": float(centred[last] / centred[0]),
             "plane/alignment": float(functional.alignment(kernel.reshape(n, 1, n, 1), 2.0 * y[:, None].double() - 1)),
         }
 

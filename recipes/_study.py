@@ -32,10 +32,20 @@ class Study(ABC):
     """What is varied, and what is made of it."""
 
     name: str
-    flags: str
-    """Of train.py, for all runs."""
+    always: str
+    """Flags of train.py for all runs."""
+    bundled: str
+    """Further ones where the user gives no --config: data and network that take minutes."""
     settings: ClassVar[dict[str, str]]
-    """Further flags by label."""
+    """Further ones by label."""
+    configured: ClassVar[dict[str, str] | None] = None
+    """Those with the user's --config, where they are others."""
+
+    def flags_by_label(self, *, configured: bool) -> dict[str, str]:
+        """Return the flags of each setting, in order, with or without a configuration of the user's."""
+        settings = self.configured if configured and self.configured is not None else self.settings
+        common = self.always if configured else f"{self.always} {self.bundled}"
+        return {label: f"{common} {flags}".strip() for label, flags in settings.items()}
 
     @abstractmethod
     def draw(self, runs: Runs, figure: Path) -> None:
@@ -65,14 +75,15 @@ def main(study: Study, doc: str | None) -> None:
     if "--seed" in further:
         parser.error("--seed: the seeds of a study are 0, 1, ...; choose how many with --seeds.")
     started = time.monotonic()
-    plan = {"study": study.name, "flags": study.flags, "further": further, "settings": study.settings}
+    settings = study.flags_by_label(configured="--config" in further)
+    plan = {"study": study.name, "settings": settings, "further": further}
     try:
         folder, seeds = _open(plan, arguments)
     except (OSError, ValueError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
-    runs = {label: [folder / _slug(label) / f"seed-{seed}" for seed in range(seeds)] for label in study.settings}
+    runs = {label: [folder / _slug(label) / f"seed-{seed}" for seed in range(seeds)] for label in settings}
     jobs = [
-        (run, [*shlex.split(f"{study.flags} {study.settings[label]}"), *further, "--seed", str(seed)])
+        (run, [*shlex.split(settings[label]), *further, "--seed", str(seed)])
         for label, of_label in runs.items()
         for seed, run in enumerate(of_label)
     ]

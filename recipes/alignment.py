@@ -26,11 +26,13 @@ class Alignment(_study.Study):
     """Alignment along training and depth."""
 
     name = "alignment"
-    flags = "--init kaiming --steps 1500 --measure alignment,layers"
+    always = "--measure alignment,layers"
+    bundled = "--init kaiming --steps 1500"
     settings: ClassVar[dict[str, str]] = {
         "MLP, 8 layers": "--model mlp --depth 8 --hidden 80 --lr 0.02",
         "CNN, 5 layers": "--model cnn --depth 5 --hidden 16 --lr 0.02",
     }
+    configured: ClassVar[dict[str, str] | None] = {"as configured": ""}
 
     def draw(self, runs: _study.Runs, figure: Path) -> None:
         """See the base class."""

@@ -36,7 +36,8 @@ class Complexity(_study.Study):
     """Measures of complexity against the generalisation gap."""
 
     name = "complexity"
-    flags = "--model mlp --depth 2 --lr 0.05 --steps 20000 --stop_loss 0.01 --measure path,norms"
+    always = "--model mlp --depth 2 --stop_loss 0.01 --measure path,norms"
+    bundled = "--lr 0.05 --steps 20000"
     settings: ClassVar[dict[str, str]] = {
         **{f"width {width}": f"--hidden {width}" for width in WIDTHS},
         **{f"redrawn {share:g}": f"--hidden 256 --label_noise {share}" for share in SHARES if share},

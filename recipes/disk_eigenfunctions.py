@@ -29,8 +29,11 @@ class DiskEigenfunctions(_study.Study):
     """The plane as the tangent kernel sees it."""
 
     name = "disk_eigenfunctions"
-    flags = "--dataset disk --model mlp --depth 6 --hidden 256 --init kaiming --measure plane --kernel_size 100"
-    settings: ClassVar[dict[str, str]] = {"disk": "--batch_size 100 --steps 2000 --momentum 0 --lr 0.05"}
+    always = "--measure plane --kernel_size 100"
+    bundled = (
+        "--dataset disk --depth 6 --hidden 256 --init kaiming --batch_size 100 --steps 2000 --momentum 0 --lr 0.05"
+    )
+    settings: ClassVar[dict[str, str]] = {"plane": ""}
 
     def draw(self, runs: _study.Runs, figure: Path) -> None:
         """See the base class."""

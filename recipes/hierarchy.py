@@ -5,7 +5,7 @@ examples with a redrawn label, or digits turned by a quarter that are mixed in. 
 faster and higher, and the more so the deeper the network.
 
     python recipes/hierarchy.py                             # bundled digits: eighteen runs, minutes on two cores
-    python recipes/hierarchy.py --config recipes/configs/paper/mnist-kmnist-mlp.yaml --data_path FOLDER ...
+    python recipes/hierarchy.py --config recipes/configs/paper/mnist-kmnist-mlp.yaml
 
 The folder holds a run of train.py for each setting and seed, figure.png and findings.txt.
 """
@@ -32,15 +32,18 @@ class Hierarchy(_study.Study):
     """Easy against difficult examples, over depth."""
 
     name = "hierarchy"
-    flags = "--model mlp --hidden 60 --init kaiming --lr 0.01 --batch_size 100 --steps 3000 --measure groups"
+    always = "--model mlp --measure groups"
+    bundled = "--hidden 60 --init kaiming --lr 0.01 --batch_size 100 --steps 3000"
     settings: ClassVar[dict[str, str]] = {
         f"{kind}, {d} layers": f"{flags} --depth {d}" for kind, flags in KINDS.items() for d in DEPTHS
     }
+    configured: ClassVar[dict[str, str] | None] = {f"as configured, {d} layers": f"--depth {d}" for d in DEPTHS}
 
     def draw(self, runs: _study.Runs, figure: Path) -> None:
         """See the base class."""
-        drawing, axes = plt.subplots(1, 1 + len(KINDS), figsize=(4.2 * (1 + len(KINDS)), 3.4), layout="constrained")
-        for kind, axis, mark in zip(KINDS, axes, "os", strict=False):
+        kinds = list(dict.fromkeys(label.rpartition(",")[0] for label in runs))
+        drawing, axes = plt.subplots(1, 1 + len(kinds), figsize=(4.2 * (1 + len(kinds)), 3.4), layout="constrained")
+        for kind, axis, mark in zip(kinds, axes, "os", strict=False):
             ratios = []
             for depth, color in zip(DEPTHS, COLORS, strict=False):
                 found = _study.logs(runs[f"{kind}, {depth} layers"])

@@ -29,7 +29,8 @@ class Spectrum(_study.Study):
     """Label noise against the spectrum."""
 
     name = "spectrum"
-    flags = "--model mlp --depth 6 --hidden 80 --init kaiming --steps 3000 --measure spectrum"
+    always = "--measure spectrum"
+    bundled = "--model mlp --depth 6 --hidden 80 --init kaiming --steps 3000"
     settings: ClassVar[dict[str, str]] = {
         "no random labels": "--label_noise 0",
         "20 % random labels": "--label_noise 0.2",

@@ -32,7 +32,7 @@ def one_run_of_each(tmp_path_factory):
     for name in STUDIES:
         study = study_of(name)
         folder = tmp_path_factory.mktemp(name) / "run"
-        flags = [*study.flags.split(), *next(iter(study.settings.values())).split(), *TINY.split()]
+        flags = [*next(iter(study.flags_by_label(configured=False).values())).split(), *TINY.split()]
         # Data as the setting wants them.
         del flags[flags.index("--train_size", len(flags) - TINY.count(" ") - 1) :][:2]
         result = run(*flags, "--train_size", 900, "--output_dir", folder)
@@ -64,6 +64,16 @@ def test_figure_and_findings_from_logs_alone(name, one_run_of_each, tmp_path, mo
     assert all(sentence.endswith(".") for sentence in sentences)
     assert "±" in sentences[0]
     assert "nan" not in " ".join(sentences)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_configuration_takes_the_place_of_bundled_flags(name):
+    study = study_of(name)
+    own = {label: set(flags.split()) for label, flags in study.flags_by_label(configured=True).items()}
+    assert own
+    for flags in own.values():
+        assert set(study.always.split()) <= flags
+        assert not {flag for flag in study.bundled.split() if flag.startswith("--")} & flags - {"--depth", "--hidden"}
 
 
 def test_a_study_from_its_command_and_on(tmp_path):

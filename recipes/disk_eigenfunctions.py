@@ -30,7 +30,7 @@ class DiskEigenfunctions(_study.Study):
 
     name = "disk_eigenfunctions"
     always = "--measure plane --kernel_size 100"
-    bundled = (
+    bundled = "--dataset disk --depth 6 --hidden 256 --init kaiming --batch_size 100 --momentum 0 --steps 2000"
         "--dataset disk --depth 6 --hidden 256 --init kaiming --batch_size 100 --steps 2000 --momentum 0 --lr 0.05"
     )
     settings: ClassVar[dict[str, str]] = {"plane": ""}
@@ -68,8 +68,10 @@ class DiskEigenfunctions(_study.Study):
                 if column == 0:
                     axis.set_ylabel(f"step {step}", fontsize=9)
         axis = drawing.add_subplot(grid[:, -2:])
-        _study.band(axis, found, "plane/ratio_20", color=COLORS[0])
-        _study.finish(axis, "20th eigenvalue / 1st", legend=False)
+        _study.band(axis, found, "plane/ratio_20", color=COLORS[0], label="kernel as it is")
+        _study.band(axis, found, "plane/ratio_20_centered", color=COLORS[1], label="centred")
+        _study.finish(axis, "20th eigenvalue / 1st")
+        drawing.suptitle("seed 0; the line is where f = 0", fontsize=9)
         drawing.savefig(figure, dpi=150)
         plt.close(drawing)
 
@@ -77,7 +79,11 @@ class DiskEigenfunctions(_study.Study):
         """See the base class."""
         found = _study.logs(next(iter(runs.values())))
         parts = []
-        for key, name in (("plane/ratio_20", "20th eigenvalue over the 1st"), ("plane/alignment", "alignment")):
+        for key, name in (
+            ("plane/ratio_20", "20th eigenvalue over the 1st"),
+            ("plane/ratio_20_centered", "of the centred kernel"),
+            ("plane/alignment", "alignment"),
+        ):
             first, last = ([log[i][key] for log in found] for i in (0, -1))
             parts.append(f"{name} {_study.over_seeds(first)} at the start and {_study.over_seeds(last)} at the end")
         return [f"{'; '.join(parts)}; test accuracy {_study.over_seeds([log[-1]['test/accuracy'] for log in found])}."]

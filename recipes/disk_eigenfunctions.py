@@ -31,8 +31,6 @@ class DiskEigenfunctions(_study.Study):
     name = "disk_eigenfunctions"
     always = "--measure plane --kernel_size 100"
     bundled = "--dataset disk --depth 6 --hidden 256 --init kaiming --batch_size 100 --momentum 0 --steps 2000"
-        "--dataset disk --depth 6 --hidden 256 --init kaiming --batch_size 100 --steps 2000 --momentum 0 --lr 0.05"
-    )
     settings: ClassVar[dict[str, str]] = {"plane": ""}
 
     def draw(self, runs: _study.Runs, figure: Path) -> None:

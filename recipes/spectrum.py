@@ -21,6 +21,8 @@ import matplotlib.pyplot as plt
 from _figure import COLORS
 from scipy.stats import spearmanr
 
+MEASUREMENTS = 5
+"""How many a rank correlation takes at least."""
 RANK, RATIO = "train/effective_rank", "train/trace_ratio_40"
 
 
@@ -45,12 +47,12 @@ class Spectrum(_study.Study):
             _study.band(axes[0], found, "test/accuracy", color=color, label=label)
             _study.band(axes[1], found, RANK, color=color, label=label)
             _study.band(axes[2], found, RATIO, color=color, label=label)
-            for j in (1, 2, 5, 10):
+            for j in (1, 10):
                 name = label if j == 1 else None
                 _study.band(axes[3], found, f"train/eigenvalue_{j}", color=color, label=name)
         for axis, title, bottom in zip(
             axes,
-            ("test accuracy", "effective rank", "share of the 40 largest eigenvalues", "eigenvalues 1, 2, 5, 10"),
+            ("test accuracy", "effective rank", "share of the 40 largest eigenvalues", "largest eigenvalue, and 10th"),
             (0, 0, None, None),
             strict=True,
         ):
@@ -71,12 +73,17 @@ class Spectrum(_study.Study):
                 least.append(ranks[low])
                 last.append(ranks[-1])
                 at.append(log[low]["step"])
-                related.append(float(spearmanr(ranks[1:], [line["test/accuracy"] for line in log][1:]).statistic))
-            sentences.append(
+                accuracy = [line["test/accuracy"] for line in log]
+                top = max(range(len(log)), key=accuracy.__getitem__)
+                if len(log) - top >= MEASUREMENTS:
+                    related.append(float(spearmanr(ranks[top:], accuracy[top:]).statistic))
+            sentence = (
                 f"{label}: effective rank {_study.over_seeds(first)} at the start, at its lowest "
-                f"{_study.over_seeds(least)} (step {statistics.median(at):g}), {_study.over_seeds(last)} at the end; "
-                f"rank correlation with test accuracy after the start {_study.over_seeds(related)}."
+                f"{_study.over_seeds(least)} (step {statistics.median(at):g}), {_study.over_seeds(last)} at the end"
             )
+            if related:
+                sentence += f"; from the best test accuracy on, rank correlation with it {_study.over_seeds(related)}"
+            sentences.append(f"{sentence}.")
         return sentences
 
 

@@ -9,7 +9,8 @@ from loss_cases import LOSSES, NETS, OPTIONS, formula, make, problem, slopes_of
 from torch import nn
 
 from alignreg import TangentFeatures, estimators, functional, sketches
-from alignreg.losses import AlignmentLoss, ComplexityPenalty
+from alignreg.losses import AlignmentLoss, ComplexityPenalty, ParticipationRatioLoss
+from alignreg.losses.probes import Probed
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -105,3 +106,10 @@ def test_a_loss_of_ones_own():
     jac = oracles.matrix(oracles.jacobian(model, x)).reshape(7, 3, -1)
     torch.testing.assert_close(loss().detach(), jac[y == 0, 0].sum(0).square().sum())
     assert torch.autograd.gradcheck(lambda *_: loss(), tuple(model.parameters()))
+
+
+def test_participation_ratio_is_at_least_one():
+    """Of few probes, one far larger than the others, both estimates are small, and the bound of the norm is not."""
+    reg = ParticipationRatioLoss(nn.Linear(2, 1), probes=4)
+    gram = torch.diag(torch.tensor([100.0, 0.01, 0.01, 0.01]))
+    assert reg._of_kernel(Probed(gram, None, n=2, c=1, drawn_from=2)) == 0

@@ -25,6 +25,7 @@ from scipy.stats import spearmanr
 WIDTHS = (16, 64, 256, 1024)
 SHARES = (0.0, 0.2, 0.4, 0.6)
 PATH = "train/path_complexity"
+MARGIN = ", margin"
 GROUPS = {
     "width": {width: f"width {width}" for width in WIDTHS},
     "share of redrawn labels": {share: f"redrawn {share:g}" if share else "width 256" for share in SHARES},
@@ -49,19 +50,15 @@ class Complexity(_study.Study):
         for axis, (what, group) in zip(axes, GROUPS.items(), strict=True):
             places = range(len(group))
             found = {label: _study.logs(runs[label]) for label in group.values()}
-            for index, key in enumerate([None, PATH, *_norms(found)]):
+            for key in (None, PATH, *_norms(found)):
                 values = [[_gap(log) if key is None else log[-1][key] for log in logs] for logs in found.values()]
                 means = [statistics.mean(of_seeds) for of_seeds in values]
                 top = max(abs(mean) for mean in means)
                 spread = [statistics.stdev(of_seeds) / top if len(of_seeds) > 1 else 0.0 for of_seeds in values]
-                color = "k" if key is None else COLORS[(index - 1) % len(COLORS)]
-                style = {
-                    "linewidth": 2.2 if index < 2 else 1,
-                    "linestyle": "-" if index < 2 + len(COLORS) - 1 else "--",
-                }
-                axis.errorbar(
-                    places, [m / top for m in means], spread, color=color, capsize=2, label=_name(key), **style
-                )
+                thick = key in (None, PATH)
+                style = {"linewidth": 2.2 if thick else 1, "linestyle": ":" if _name(key).endswith(MARGIN) else "-"}
+                bars = {"yerr": spread, "capsize": 2, "color": _color(key), "label": _name(key)}
+                axis.errorbar(places, [m / top for m in means], **bars, **style)
             axis.set_xticks(places, [f"{key:g}" for key in group])
             axis.set_xlabel(what)
             axis.spines[["top", "right"]].set_visible(False)
@@ -99,6 +96,13 @@ def _gap(log: _study.Log) -> float:
 def _norms(found: dict[str, list[_study.Log]]) -> list[str]:
     first = next(iter(found.values()))[0][-1]
     return [key for key in first if key.startswith("norm/")]
+
+
+def _color(key: str | None) -> str:
+    own = {None: "k", PATH: COLORS[5]}
+    bases = ("Frobenius product", "spectral product", "path norm", "distance", "Bartlett 2017", "Neyshabur 2018")
+    others = (*COLORS[:5], "0.5")
+    return own[key] if key in own else others[bases.index(_name(key).removesuffix(MARGIN))]
 
 
 def _name(key: str | None) -> str:

@@ -75,7 +75,7 @@ class Spectrum(_study.Study):
                 at.append(log[low]["step"])
                 accuracy = [line["test/accuracy"] for line in log]
                 top = max(range(len(log)), key=accuracy.__getitem__)
-                if len(log) - top >= MEASUREMENTS:
+                if len(log) - top >= MEASUREMENTS and len(set(accuracy[top:])) > 1:
                     related.append(float(spearmanr(ranks[top:], accuracy[top:]).statistic))
             sentence = (
                 f"{label}: effective rank {_study.over_seeds(first)} at the start, at its lowest "

@@ -168,13 +168,23 @@ def test_yaml_does_not_run_code(tmp_path, capsys):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("regularizer", ["alignment", "complexity"])
-@pytest.mark.parametrize("model", ["vgg11", "resnet18 --batch_norm"])
-def test_convolutional_networks_on_two_processes(model, regularizer, tmp_path):
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+
+
+@pytest.mark.parametrize(
+    ("model", "regularizer", "two"),
+    [
+        ("vgg11", "alignment", SPAWN),
+        ("vgg11", "complexity", ACCELERATE),
+        ("resnet18 --batch_norm", "alignment", ACCELERATE),
+        ("resnet18 --batch_norm", "complexity", SPAWN),
+    ],
+)
+def test_convolutional_networks_on_two_processes(model, regularizer, two, tmp_path):
     flags = f"--model {model} --hidden 8 --regularizer {regularizer} --weight 0.01 --steps 4 --train_size 128 --cpu"
     flags += " --sketch_dim 4 --probe_size 110 --kernel_size 10 --batch_size 16 --reg_examples 8"
     logs = []
-    for launcher in (SPAWN, [sys.executable]):
+    for launcher in (two, [sys.executable]):
         folder = tmp_path / str(len(logs))
         result = finish(start(*flags.split(), "--output_dir", folder, launcher=launcher))
         assert result.returncode == 0, result.stderr

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from fnmatch import fnmatchcase
 from typing import Any, Literal, final, overload
 
 import torch
@@ -22,6 +21,7 @@ from alignreg.kernels.exact import diagonals, kernels
 from alignreg.kernels.gradients import blocks, norms
 from alignreg.normalization import PrimitiveNormalization
 from alignreg.progress import bar
+from alignreg.selection import select
 from alignreg.sharding import is_sharded
 
 
@@ -78,7 +78,7 @@ class TangentFeatures:
             raise ValueError(f"chunk_size: expected a positive integer or None, got {chunk_size!r}.")
         bare = unwrap(model)
         patterns = (params,) if isinstance(params, str) else tuple(params) if params is not None else None
-        self._shapes = {name: p.shape for name, p in _select(bare, patterns).items()}
+        self._shapes = {name: p.shape for name, p in select(bare, patterns).items()}
         self._patterns = patterns
         self._forward_fn = forward_fn
         self._chunk_size = chunk_size
@@ -124,7 +124,7 @@ class TangentFeatures:
             ValueError: if its parameters differ in name or shape.
         """
         bare = unwrap(model)
-        shapes = {name: p.shape for name, p in _select(bare, self._patterns).items()}
+        shapes = {name: p.shape for name, p in select(bare, self._patterns).items()}
         if shapes != self._shapes:
             odd = sorted(name for name in shapes.keys() | self._shapes if shapes.get(name) != self._shapes.get(name))
             raise ValueError(f"model: its selected parameters differ from those bound before: {odd}.")
@@ -463,23 +463,3 @@ class TangentFeatures:
                 create_graph=create_graph,
                 keep_graph=backward_only,
             )
-
-
-def _select(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Parameter]:
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    lazy = [name for name, p in trainable.items() if nn.parameter.is_lazy(p)]
-    if lazy:
-        raise ValueError(f"model: parameters {lazy} have no shape yet. Run one forward pass first.")
-    if not trainable:
-        raise ValueError("model: expected a trainable parameter, got none with requires_grad=True.")
-    if patterns is None:
-        return trainable
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in trainable):
-            raise ValueError(
-                f"params: the pattern {pattern!r} matches no trainable parameter. There are: {', '.join(trainable)}."
-            )
-    chosen = {name: p for name, p in trainable.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
-    if not chosen:
-        raise ValueError("params: expected at least one pattern, got none.")
-    return chosen

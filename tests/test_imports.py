@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "alignreg"
 # A module may import those in rows above its own.
 ORDER = [
     {"sharding"},
-    {"batch", "targets", "distributed", "normalization", "directions", "estimators", "sketches"},
+    {"batch", "targets", "selection", "distributed", "normalization", "directions", "estimators", "sketches"},
     {"frozen", "jacobian", "moments", "functional", "linear", "progress", "plotting", "graph", "weights"},
     {"evaluation"},
     {"kernels"},

@@ -13,6 +13,7 @@ The folder holds a run of train.py for each setting and seed, figure.png and fin
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import ClassVar, final
@@ -83,6 +84,8 @@ class Complexity(_study.Study):
             reached = ", ".join(_study.over_seeds(of_seeds) for of_seeds in gaps)
             sentences.append(f"Over {what} {', '.join(f'{key:g}' for key in group)} the gap is {reached}.")
             sentences.append(f"Its rank correlation with each measure, mean ± s.d. over seeds: {shown}.")
+            if not any(name.endswith(MARGIN) for name in related):
+                sentences.append("Some of these runs have no margin, and no measure with it.")
             slow = sum(log[-1]["train/loss"] >= 0.01 for logs in found.values() for log in logs)
             if slow:
                 sentences.append(f"{slow} of these runs did not reach a cross-entropy of 0.01.")
@@ -94,8 +97,9 @@ def _gap(log: _study.Log) -> float:
 
 
 def _norms(found: dict[str, list[_study.Log]]) -> list[str]:
-    first = next(iter(found.values()))[0][-1]
-    return [key for key in first if key.startswith("norm/")]
+    """Return the measures that are defined in all runs: those with the margin need one."""
+    last = [log[-1] for logs in found.values() for log in logs]
+    return [key for key in last[0] if key.startswith("norm/") and all(math.isfinite(line[key]) for line in last)]
 
 
 def _color(key: str | None) -> str:

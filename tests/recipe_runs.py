@@ -14,8 +14,8 @@ TINY = "--steps 6 --train_size 128 --hidden 16 --sketch_dim 4 --probe_size 110 -
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(RECIPES / "configs/single.yaml")]
 SPAWN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 KEYS = ["step"]
-for _part in ("train", "test"):
-    KEYS += [f"{_part}/{key}" for key in ("loss", "accuracy", "alignment", "alignment_std_error")]
+for _quantities in (("loss", "accuracy"), ("alignment", "alignment_std_error")):
+    KEYS += [f"{part}/{key}" for part in ("train", "test") for key in _quantities]
 KEYS += ["train/path_complexity", "train/effective_rank", "train/participation_ratio"]
 
 

@@ -52,7 +52,7 @@ def test_figure_and_findings_from_logs_alone(name, one_run_of_each, tmp_path, mo
             log = folder / "metrics.jsonl"
             lines = [json.loads(line) for line in log.read_text().splitlines()]
             for line in lines:  # seeds differ
-                line.update({key: value * (1 + 0.1 * seed) for key, value in line.items() if key != "step"})
+                line.update({key: v * (1 + 0.1 * seed) for key, v in line.items() if key != "step" and v is not None})
             log.write_text("".join(json.dumps(line) + "\n" for line in lines))
             runs[label].append(folder)
     figure = tmp_path / "figure.png"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import shutil
@@ -171,6 +172,9 @@ def finish(axis: Any, title: str, *, bottom: float | None = 0, legend: bool = Tr
 
 
 def over_seeds(values: list[float]) -> str:
-    """Return mean and standard deviation in words."""
+    """Return mean and standard deviation in words, of what is defined."""
+    values = [value for value in values if math.isfinite(value)]
+    if not values:
+        return "undefined"
     spread = f" ± {statistics.stdev(values):.3g}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3g}{spread}"

@@ -39,8 +39,8 @@ def pull(y: Tensor, params: Mapping[str, Tensor], cotangents: Tensor, *, create_
     Raises:
         ValueError: if the cotangents do not fit the outputs.
     """
-    shapes = [p.shape for p in params.values()]
-    columns = _pull(y, list(params.values()), shapes, cotangents, create_graph=create_graph)
+    own = list(params.values())
+    columns = _pull(y, own, own, cotangents, create_graph=create_graph)
     return dict(zip(params, columns, strict=True))
 
 
@@ -63,8 +63,8 @@ def grams(y: Tensor, params: Mapping[str, Tensor], cotangents: Tensor, *, create
     others = [name for name in params if name not in products]
     sources: list[Tensor | GradientEdge] = [params[name] for name in others]
     sources += [one.output for one in products.values()]
-    shapes = [*(params[name].shape for name in others), *(one.output_shape for one in products.values())]
-    columns = _pull(y, sources, shapes, cotangents, create_graph=create_graph)
+    like = [*(params[name] for name in others), *(one.inputs.new_empty(one.output_shape) for one in products.values())]
+    columns = _pull(y, sources, like, cotangents, create_graph=create_graph)
     found = {name: estimators.gram({name: column}) for name, column in zip(others, columns, strict=False)}
     for (name, one), d in zip(products.items(), columns[len(others) :], strict=True):
         found[name] = one.gram(d)
@@ -74,7 +74,7 @@ def grams(y: Tensor, params: Mapping[str, Tensor], cotangents: Tensor, *, create
 def _pull(
     y: Tensor,
     sources: Sequence[Tensor | GradientEdge],
-    shapes: Sequence[torch.Size],
+    like: Sequence[Tensor],
     cotangents: Tensor,
     *,
     create_graph: bool,
@@ -96,11 +96,11 @@ def _pull(
         for cotangent in cotangents
     ]
     if not passes:
-        return [y.new_empty(0, *shape) for shape in shapes]
+        return [tensor.new_empty(0, *tensor.shape) for tensor in like]
     columns = zip(*passes, strict=True)
     return [
-        torch.stack([y.new_zeros(shape) if g is None else g for g in column])
-        for column, shape in zip(columns, shapes, strict=True)
+        torch.stack([torch.zeros_like(tensor) if g is None else g for g in column])
+        for column, tensor in zip(columns, like, strict=True)
     ]
 
 

@@ -123,6 +123,10 @@ def test_a_product_that_no_gradient_reaches():
     for name, gram in found.items():
         torch.testing.assert_close(gram, back[name] @ back[name].T)
     assert not found["first.weight"].any()
+    half = model.bfloat16()
+    outputs = Stop.apply(half["first"](x.bfloat16()), half["second"](x.bfloat16())).float()
+    back = TangentFeatures(half).pullback(x, omega, outputs=outputs)
+    assert {value.dtype for value in back.values()} == {torch.bfloat16}
     assert found["second.weight"].all()
 
 

@@ -104,7 +104,12 @@ class Common:
 
 def parse(kind: type[C], doc: str | None, arguments: list[str] | None = None) -> tuple[C, Path | None]:
     """Read flags: with those of a file as defaults, or all of a run's own and the checkpoint to go on from."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags]; --help lists them",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--config", help="yaml file of flags, or an earlier run's config.json: the defaults then")
     source.add_argument(_checkpoint.FLAG, help="a checkpoint, or a run's folder for its newest, to go on from")

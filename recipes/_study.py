@@ -8,6 +8,7 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -17,8 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
+import _flags
 import _run
 import matplotlib as mpl
+import train
 from rich.progress import track
 
 mpl.use("Agg")
@@ -26,7 +29,6 @@ mpl.use("Agg")
 Log = list[dict[str, float]]
 Runs = dict[str, list[Path]]
 """Folders of the runs of each setting, one a seed."""
-TRAIN = Path(__file__).parent / "train.py"
 
 
 class Study(ABC):
@@ -65,38 +67,27 @@ def main(study: Study, doc: str | None) -> None:
         epilog="all other flags go to train.py, for every run",
         allow_abbrev=False,
     )
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each setting (default: 3)")
+    parser.add_argument("--seeds", type=int, help="runs of each setting (default: 3, or as many as there were)")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time (default: 2)")
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--output_dir", type=Path, help="the study's folder; a new one under runs/ by default")
     place.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with a study where it was left")
     arguments, further = parser.parse_known_args()
-    if arguments.seeds < 1 or arguments.jobs < 1:
+    if arguments.jobs < 1 or (arguments.seeds is not None and arguments.seeds < 1):
         parser.error("--seeds, --jobs: expected at least 1 of each.")
     if "--seed" in further:
         parser.error("--seed: the seeds of a study are 0, 1, ...; choose how many with --seeds.")
     started = time.monotonic()
-    settings = study.flags_by_label(configured="--config" in further)
-    plan = {"study": study.name, "settings": settings, "further": further}
     try:
-        folder, seeds = _open(plan, arguments)
+        plan = _known(study, arguments, further) if arguments.resume else _new(study, arguments, further)
+        jobs = _jobs(plan)  # refuses wrong flags before there is a folder
+        folder = arguments.resume or _claim(study, arguments)
+        (folder / "study.json").write_text(json.dumps(plan, indent=1) + "\n")
     except (OSError, ValueError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
-    runs = {label: [folder / _slug(label) / f"seed-{seed}" for seed in range(seeds)] for label in settings}
-    jobs = [
-        (run, [*shlex.split(settings[label]), *further, "--seed", str(seed)])
-        for label, of_label in runs.items()
-        for seed, run in enumerate(of_label)
-    ]
-    missing = [job for job in jobs if not (job[0] / "figure.png").exists()]
-    threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
-    print(f"{len(missing)} of {len(jobs)} runs to do, {arguments.jobs} at a time", flush=True)
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        for failure in track(pool.map(lambda job: _train(*job, threads), missing), "runs", len(missing)):
-            if failure:
-                pool.shutdown(cancel_futures=True)
-                sys.exit(f"{failure}\ngo on with --resume {folder}")
+    _run_all([(folder / run, flags) for run, flags in jobs], arguments.jobs, folder)
     figure = folder / "figure.png"
+    runs = {label: [folder / _slug(label) / f"seed-{s}" for s in range(plan["seeds"])] for label in plan["settings"]}
     study.draw(runs, figure)
     findings = study.findings(runs)
     (folder / "findings.txt").write_text("\n".join(findings) + "\n")
@@ -104,38 +95,88 @@ def main(study: Study, doc: str | None) -> None:
     print(f"figure: {figure}\n{(time.monotonic() - started) / 60:.1f} minutes")
 
 
-def _open(plan: dict[str, Any], arguments: argparse.Namespace) -> tuple[Path, int]:
-    if arguments.resume is not None:
-        file = arguments.resume / "study.json"
-        if not file.is_file():
-            raise ValueError(f"--resume: expected the folder of a study, but there is no {file}.")
-        known = json.loads(file.read_text())
-        seeds = known.pop("seeds")
-        if known != plan:
-            odd = ", ".join(key for key in plan if known.get(key) != plan[key])
-            raise ValueError(f"--resume: expected a study like this one, but {file} has other {odd}.")
-        return arguments.resume, seeds
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = arguments.output_dir or Path("runs") / f"{plan['study']}-{stamp}"
+def _new(study: Study, arguments: argparse.Namespace, further: list[str]) -> dict[str, Any]:
+    settings = study.flags_by_label(configured="--config" in further)
+    return {"study": study.name, "settings": settings, "further": further, "seeds": arguments.seeds or 3}
+
+
+def _known(study: Study, arguments: argparse.Namespace, further: list[str]) -> dict[str, Any]:
+    """Return the plan of a study that goes on, with more seeds if the user wants them."""
+    file = arguments.resume / "study.json"
+    if not file.is_file():
+        raise ValueError(f"--resume: expected the folder of a study, but there is no {file}.")
+    plan: dict[str, Any] = json.loads(file.read_text())
+    if plan["study"] != study.name:
+        raise ValueError(f"--resume: expected a study of {study.name}, but {file} is one of {plan['study']}.")
+    if further and further != plan["further"]:
+        was = " ".join(plan["further"]) or "none"
+        raise ValueError(
+            f"--resume: expected the further flags of the study that goes on, {was}, got {' '.join(further)}. "
+            "Leave them out, or start a new study."
+        )
+    if arguments.seeds is not None and arguments.seeds < plan["seeds"]:
+        raise ValueError(f"--seeds: expected at least the {plan['seeds']} of the study, got {arguments.seeds}.")
+    return {**plan, "seeds": arguments.seeds or plan["seeds"]}
+
+
+def _claim(study: Study, arguments: argparse.Namespace) -> Path:
+    folder = arguments.output_dir or Path("runs") / f"{study.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise ValueError(f"--output_dir: expected a new or empty folder, but {folder} holds something. Try --resume.")
-    (folder / "study.json").write_text(json.dumps({**plan, "seeds": arguments.seeds}, indent=1) + "\n")
-    return folder, arguments.seeds
+    return Path(folder)
 
 
-def _train(folder: Path, flags: list[str], threads: int) -> str | None:
+def _jobs(plan: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """Return the folder of each run, and its flags."""
+    jobs = []
+    for label, flags in plan["settings"].items():
+        own = [*shlex.split(flags), *plan["further"]]
+        _flags.parse(train.Config, None, own)
+        jobs += [(f"{_slug(label)}/seed-{seed}", [*own, "--seed", str(seed)]) for seed in range(plan["seeds"])]
+    return jobs
+
+
+def _run_all(jobs: list[tuple[Path, list[str]]], at_once: int, folder: Path) -> None:
+    """Run what is not done; on a signal stop the runs, which write a checkpoint first, and say how to go on."""
+    missing = [job for job in jobs if not (job[0] / "figure.png").exists()]
+    threads = max(1, (os.cpu_count() or 1) // at_once)
+    running: set[subprocess.Popen[str]] = set()
+    print(f"{len(missing)} of {len(jobs)} runs to do, {at_once} at a time", flush=True)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    pool = ThreadPoolExecutor(at_once)
+    try:
+        results = pool.map(lambda job: _train(*job, threads, running), missing)
+        failure = next((said for said in track(results, "runs", len(missing)) if said), None)
+    except KeyboardInterrupt:
+        failure = "stopped"
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in list(running):
+        process.terminate()
+    pool.shutdown()
+    signal.signal(signal.SIGTERM, before)
+    if failure:
+        sys.exit(f"{failure}\ngo on with --resume {folder}")
+
+
+def _train(folder: Path, flags: list[str], threads: int, running: set[subprocess.Popen[str]]) -> str | None:
     """Run train.py, from the newest checkpoint if there is one; return what it said if it failed."""
-    if (folder / "checkpoints").is_dir():
+    if list(folder.glob("checkpoints/step_*")):
         command = ["--resume_from_checkpoint", str(folder)]
     else:
         shutil.rmtree(folder, ignore_errors=True)  # begun by this study, and not far
         command = [*flags, "--output_dir", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    result = subprocess.run(  # noqa: S603 - our own recipe
-        [sys.executable, str(TRAIN), *command], capture_output=True, text=True, check=False, env=environment
+    process = subprocess.Popen(  # noqa: S603 - our own recipe
+        [sys.executable, train.__file__, *command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
     )
-    return None if result.returncode == 0 else f"{folder}: train.py failed\n{result.stderr[-2000:]}"
+    running.add(process)
+    said = process.communicate()[1]
+    running.discard(process)
+    return None if process.returncode == 0 else f"{folder}: train.py failed\n{said[-2000:]}"
 
 
 def _slug(label: str) -> str:

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 from itertools import pairwise
 
 import oracles
@@ -253,3 +254,14 @@ def test_nothing_changes_on_bad_input():
         PathComplexity(run.model).compute()
     with pytest.raises(ValueError, match="'paper' or 'official'"):
         PathComplexity(run.model, convention="mine")
+
+
+def test_a_step_before_the_first_update_warns():
+    net = torch.nn.Linear(2, 1)
+    path = PathComplexity(net)
+    with pytest.warns(UserWarning, match="the path begins with the first update"):
+        path.step()
+    path.update(torch.ones(3, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        path.step()

@@ -5,7 +5,9 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 from recipe_runs import RECIPES, TINY, read, run
@@ -108,12 +110,35 @@ def test_a_study_from_its_command_and_on(tmp_path):
         assert message in result.stderr
     other = [*command[:-1], "9", "--resume", folder]
     result = subprocess.run(other, capture_output=True, text=True, check=False)
-    assert "has other further" in result.stderr
+    assert "expected the further flags of the study that goes on" in result.stderr
     bad = [*command[:-1], "x", "--output_dir", tmp_path / "bad"]
     result = subprocess.run(bad, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "invalid int value: 'x'" in result.stderr
-    assert "go on with --resume" in result.stderr
+    assert not (tmp_path / "bad").exists()
+
+
+def test_a_study_that_is_stopped(tmp_path):
+    """Its runs stop with it, and it goes on by its folder alone."""
+    folder = tmp_path / "study"
+    flags = [*TINY.split(), "--steps", "400", "--checkpointing_steps", "5"]
+    command = [sys.executable, str(RECIPES / "spectrum.py"), "--seeds", "1", "--output_dir", str(folder), *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(folder.glob("*/seed-0/checkpoints/step_*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"stopped\ngo on with --resume {folder}" in said
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    seen = {path: path.read_text() for path in folder.rglob("metrics.jsonl")}
+    command = [sys.executable, str(RECIPES / "spectrum.py"), "--resume", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    for path, log in seen.items():
+        assert path.read_text().startswith(log)
 
 
 def test_quantities_are_what_they_say(tmp_path):

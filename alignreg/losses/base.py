@@ -298,5 +298,6 @@ def check_count(name: str, value: int, least: int) -> None:
 def _check_weight(weight: Any, step: int | None = None) -> float:
     if not (isinstance(weight, int | float) and math.isfinite(weight) and weight >= 0):
         source = "or a function of the step" if step is None else f"from the schedule at step {step}"
-        raise ValueError(f"weight: expected a finite number of at least 0, {source}, got {weight!r}.")
+        hint = " Convert it with float()." if isinstance(weight, Tensor) else ""
+        raise ValueError(f"weight: expected a finite number of at least 0, {source}, got {weight!r}.{hint}")
     return weight

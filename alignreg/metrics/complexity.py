@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
+from torchmetrics.utilities import rank_zero_warn
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
@@ -141,10 +142,12 @@ class PathComplexity(TangentMetric):
         """Add the way since the last call, or the last update, to the interval: after each optimiser step.
 
         It costs a copy of the weights and no pass of the model. Before the first update, where no path has begun, it
-        does nothing.
+        does nothing but warn.
         """
         if self._is_synced:
             raise RuntimeError("step: the metric is synced over ranks. Call unsync() first.")
+        if not getattr(self, self._name("weights")).numel():
+            rank_zero_warn("step: the path begins with the first update(), which has not come: this step is lost.")
         self._follow()
         self._computed = None
 

@@ -9,14 +9,12 @@ defaults keep is a ratio of mean gains, with the 95 % interval of a bootstrap ov
 an earlier run's json and trains nothing.
 """
 
-import argparse
 import json
 import statistics
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
-from regularizers import SETTINGS, accuracies
+from regularizers import SETTINGS, accuracies, arguments
 from rich.progress import track
 from torch import nn
 
@@ -73,12 +71,7 @@ def report(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
-    parser.add_argument("--report", action="store_true")
-    args = parser.parse_args()
+    args = arguments(__doc__, __file__, seeds=10)
     if args.report:
         report(json.loads(args.json.read_text())["rows"])
         return

@@ -69,13 +69,17 @@ def report(rows):
                 print(f"{setting:32} {' - '.join(names):40} {mean:+.3f} ± {sd:.3f}")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
+def arguments(doc, file, seeds):
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--json", type=Path, default=Path(file).with_suffix(".json"))
     parser.add_argument("--report", action="store_true")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = arguments(__doc__, __file__, seeds=5)
     if args.report:
         report(json.loads(args.json.read_text())["rows"])
         return

@@ -26,7 +26,10 @@ def draw(runs: dict[str, Log], title: str, path: Path) -> None:
     for axis, panel in zip(axes[0], panels, strict=True):
         for index, log in enumerate(runs.values()):
             panel(axis, log, [line["step"] + 1 for line in log], COLORS[index % len(COLORS)])
-        _finish(axis, *TITLES[panel])
+        title, *names = TITLES[panel]
+        for style, name in zip("-:", names, strict=False):
+            axis.plot([], [], style, color="0.3", label=name)
+        finish(axis, title, legend=bool(names))
     figure.suptitle(title, fontsize=11)
     if len(runs) > 1:
         handles = [plt.Line2D([], [], color=COLORS[index % len(COLORS)]) for index in range(len(runs))]
@@ -42,11 +45,8 @@ def _accuracy(axis: Any, log: Log, steps: list[float], color: str) -> None:
 
 def _alignment(axis: Any, log: Log, steps: list[float], color: str) -> None:
     for part, style in (("test", "-"), ("train", ":")):
-        value, error = _series(log, f"{part}/alignment"), _series(log, f"{part}/alignment_std_error")
-        axis.plot(steps, value, style, color=color)
-        low = [v - 2 * e for v, e in zip(value, error, strict=True)]
-        high = [v + 2 * e for v, e in zip(value, error, strict=True)]
-        axis.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+        error = [2 * value for value in _series(log, f"{part}/alignment_std_error")]
+        shade(axis, steps, _series(log, f"{part}/alignment"), error, style, color=color)
 
 
 def _ranks(axis: Any, log: Log, steps: list[float], color: str) -> None:
@@ -115,13 +115,20 @@ def _series(log: Log, key: str) -> list[float]:
     return [line[key] for line in log]
 
 
-def _finish(axis: Any, title: str, *styles: str) -> None:
-    for style, name in zip("-:", styles, strict=False):
-        axis.plot([], [], style, color="0.3", label=name)
+def shade(axis: Any, x: list[float], middle: list[float], spread: list[float], style: str = "-", **line: Any) -> None:
+    """Draw a line, and a band of the given half width around it."""
+    axis.plot(x, middle, style, **line)
+    low, high = ([m + sign * s for m, s in zip(middle, spread, strict=True)] for sign in (-1, 1))
+    axis.fill_between(x, low, high, color=line["color"], alpha=0.15, linewidth=0)
+
+
+def finish(axis: Any, title: str, *, bottom: float | None = 0, legend: bool = True) -> None:
+    """Label an axis of optimizer steps."""
     axis.set_xscale("log")
-    axis.set_ylim(bottom=0)
+    if bottom is not None:
+        axis.set_ylim(bottom=bottom)
     axis.set_xlabel("optimizer steps + 1")
     axis.set_title(title, fontsize=10)
-    if styles:
+    if legend:
         axis.legend(frameon=False, fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)

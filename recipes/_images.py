@@ -20,6 +20,7 @@ class Source(NamedTuple):
     label: str
     mode: str
     """Of the images: "L" for one channel, "RGB" for three."""
+    classes: int = 10
 
 
 SOURCES = {
@@ -27,9 +28,8 @@ SOURCES = {
     "kmnist": Source("tanganke/kmnist", "image", "label", "L"),
     "fashion_mnist": Source("zalando-datasets/fashion_mnist", "image", "label", "L"),
     "cifar10": Source("uoft-cs/cifar10", "img", "label", "RGB"),
-    "cifar100": Source("uoft-cs/cifar100", "img", "fine_label", "RGB"),
+    "cifar100": Source("uoft-cs/cifar100", "img", "fine_label", "RGB", classes=100),
 }
-CLASSES = dict.fromkeys(SOURCES, 10) | {"cifar100": 100}
 SPLITS = ("train", "test")
 
 
@@ -52,7 +52,7 @@ def load(name: str, data_path: str | None) -> Split:
         if split not in parts:
             raise ValueError(f"--dataset {name}: expected the splits train and test, got {', '.join(parts)}.")
         tensors += _tensors(name, parts[split], f"the {split} split")
-    return Split(*tensors, num_classes=CLASSES[name])
+    return Split(*tensors, num_classes=SOURCES[name].classes)
 
 
 def _from_hub(name: str) -> Any:
@@ -111,7 +111,7 @@ def _tensors(name: str, part: Any, where: str) -> tuple[Tensor, Tensor]:
     x = torch.from_numpy(np.stack(pictures))
     x = x[:, None] if source.mode == "L" else x.permute(0, 3, 1, 2).contiguous()
     y = torch.tensor(part[label])
-    if int(y.min()) < 0 or int(y.max()) >= CLASSES[name]:
+    if int(y.min()) < 0 or int(y.max()) >= source.classes:
         have = f"{int(y.min())} to {int(y.max())}"
-        raise ValueError(f"--dataset {name}: expected labels from 0 to {CLASSES[name] - 1} in {where}, got {have}.")
+        raise ValueError(f"--dataset {name}: expected labels from 0 to {source.classes - 1} in {where}, got {have}.")
     return x, y

@@ -135,6 +135,10 @@ class PathSoFar(Measure):
 class Exact(Measure):
     """From exact kernels of a few examples, on the main process alone: no collective inside."""
 
+    def start(self) -> None:
+        """See the base class."""
+        self.features = TangentFeatures(self.model)
+
     @final
     def __call__(self, folder: Path, step: int) -> dict[str, float]:
         """See the base class."""
@@ -149,18 +153,18 @@ class Exact(Measure):
         size, device = self.config.kernel_size, self.accelerator.device
         return self.data.train_x[:size].to(device), self.data.train_y[:size].to(device)
 
+    def centred(self) -> Tensor:
+        """Return their kernel, centred."""
+        return functional.center(self.features.kernel(self.few()[0])).double()
+
 
 @final
 class Ranks(Exact):
     """Effective rank and participation ratio of the centred kernel of ``kernel_size`` training examples."""
 
-    def start(self) -> None:
-        """See the base class."""
-        self.features = TangentFeatures(self.model)
-
     def values(self, folder: Path, step: int) -> dict[str, float]:  # noqa: ARG002
         """See the base class."""
-        kernel = functional.center(self.features.kernel(self.few()[0])).double()
+        kernel = self.centred()
         return {
             "train/effective_rank": float(functional.effective_rank(kernel)),
             "train/participation_ratio": float(functional.participation_ratio(kernel)),
@@ -171,14 +175,9 @@ class Ranks(Exact):
 class Spectrum(Exact):
     """Trace ratios and the largest eigenvalues of the same kernel."""
 
-    def start(self) -> None:
-        """See the base class."""
-        self.features = TangentFeatures(self.model)
-
     def values(self, folder: Path, step: int) -> dict[str, float]:  # noqa: ARG002
         """See the base class."""
-        kernel = functional.center(self.features.kernel(self.few()[0])).double()
-        eigenvalues = functional.spectrum(kernel)
+        eigenvalues = functional.spectrum(self.centred())
         found = {f"train/{key}": float(value) for key, value in functional.summary(eigenvalues, RATIOS).items()}
         largest = {f"train/eigenvalue_{j + 1}": float(value) for j, value in enumerate(eigenvalues[:EIGENVALUES])}
         return {**found, **largest}
@@ -207,7 +206,7 @@ class Groups(Exact):
 
     def start(self) -> None:
         """See the base class."""
-        self.features = TangentFeatures(self.model)
+        super().start()
         size = self.config.kernel_size
         marks = {"easy": ~self.data.difficult, "difficult": self.data.difficult}
         self.rows = {name: mark.nonzero()[:size, 0] for name, mark in marks.items()}

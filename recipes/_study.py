@@ -18,15 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
+import _figure
 import _flags
 import _run
-import matplotlib as mpl
 import train
+from _figure import Log
 from rich.progress import track
 
-mpl.use("Agg")
-
-Log = list[dict[str, float]]
 Runs = dict[str, list[Path]]
 """Folders of the runs of each setting, one a seed."""
 
@@ -194,22 +192,7 @@ def band(axis: Any, of_seeds: list[Log], key: str, *, color: str, label: str | N
     values = [[line[key] for line in log if line["step"] in steps] for log in of_seeds]
     means = [statistics.mean(column) for column in zip(*values, strict=True)]
     spread = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in zip(*values, strict=True)]
-    x = [step + 1 for step in steps]
-    axis.plot(x, means, style, color=color, label=label)
-    low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
-    axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-
-
-def finish(axis: Any, title: str, *, bottom: float | None = 0, legend: bool = True) -> None:
-    """Label an axis of optimizer steps."""
-    axis.set_xscale("log")
-    if bottom is not None:
-        axis.set_ylim(bottom=bottom)
-    axis.set_xlabel("optimizer steps + 1")
-    axis.set_title(title, fontsize=10)
-    if legend:
-        axis.legend(frameon=False, fontsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
+    _figure.shade(axis, [step + 1 for step in steps], means, spread, style, color=color, label=label)
 
 
 def over_seeds(values: list[float]) -> str:

@@ -18,7 +18,7 @@ from typing import ClassVar, final
 
 import _study
 import matplotlib.pyplot as plt
-from _figure import COLORS
+from _figure import COLORS, finish
 
 
 @final
@@ -52,7 +52,7 @@ class Alignment(_study.Study):
             axis.set_ylabel("layer, from the input")
             axis.set_title(f"{label}: alignment of each layer", fontsize=10)
             drawing.colorbar(mesh, ax=axis)
-        _study.finish(axes[0], "alignment with the labels")
+        finish(axes[0], "alignment with the labels")
         drawing.savefig(figure, dpi=150)
         plt.close(drawing)
 

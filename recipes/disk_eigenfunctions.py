@@ -18,7 +18,7 @@ from typing import ClassVar, final
 
 import _study
 import matplotlib.pyplot as plt
-from _figure import COLORS
+from _figure import COLORS, finish
 from safetensors.torch import load_file
 
 FUNCTIONS = 4
@@ -68,7 +68,7 @@ class DiskEigenfunctions(_study.Study):
         axis = drawing.add_subplot(grid[:, -2:])
         _study.band(axis, found, "plane/ratio_20", color=COLORS[0], label="kernel as it is")
         _study.band(axis, found, "plane/ratio_20_centered", color=COLORS[1], label="centred")
-        _study.finish(axis, "20th eigenvalue / 1st")
+        finish(axis, "20th eigenvalue / 1st")
         drawing.suptitle("seed 0; the line is where f = 0", fontsize=9)
         drawing.savefig(figure, dpi=150)
         plt.close(drawing)

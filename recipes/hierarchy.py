@@ -18,7 +18,7 @@ from typing import ClassVar, final
 
 import _study
 import matplotlib.pyplot as plt
-from _figure import COLORS
+from _figure import COLORS, finish
 
 DEPTHS = (3, 6, 9)
 KINDS = {
@@ -50,7 +50,7 @@ class Hierarchy(_study.Study):
                 _study.band(axis, found, "easy/alignment", color=color, label=f"easy, {depth} layers")
                 _study.band(axis, found, "difficult/alignment", color=color, label="difficult", style=":")
                 ratios.append([_ratio(log) for log in found])
-            _study.finish(axis, f"{kind}: alignment within a group")
+            finish(axis, f"{kind}: alignment within a group")
             middle = [statistics.mean(values) for values in ratios]
             spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in ratios]
             axes[-1].errorbar(DEPTHS, middle, spread, fmt=f"{mark}-", capsize=3, label=kind)

@@ -18,7 +18,7 @@ from typing import ClassVar, final
 
 import _study
 import matplotlib.pyplot as plt
-from _figure import COLORS
+from _figure import COLORS, finish
 from scipy.stats import spearmanr
 
 MEASUREMENTS = 5
@@ -56,7 +56,7 @@ class Spectrum(_study.Study):
             (0, 0, None, None),
             strict=True,
         ):
-            _study.finish(axis, title, bottom=bottom, legend=axis is axes[0])
+            finish(axis, title, bottom=bottom, legend=axis is axes[0])
         axes[3].set_yscale("log")
         drawing.savefig(figure, dpi=150)
         plt.close(drawing)

@@ -171,11 +171,9 @@ def draw(folder: Path) -> None:
     for axis, k in zip(axes[:, 0], panels, strict=True):
         for index, method in enumerate(methods(log)):
             steps, values = curves(log, k, f"{method}/validation_error")
-            x, mean, deviation = [step + 1 for step in steps], values.mean(0), spread(values)
-            color = _figure.COLORS[index % len(_figure.COLORS)]
-            axis.plot(x, mean.tolist(), "-" if index == 0 else "--", color=color, linewidth=1.4, label=_name(method))
-            low, high = (mean - deviation).tolist(), (mean + deviation).tolist()
-            axis.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+            line = {"color": _figure.COLORS[index % len(_figure.COLORS)], "linewidth": 1.4, "label": _name(method)}
+            x, style = [step + 1 for step in steps], "-" if index == 0 else "--"
+            _figure.shade(axis, x, values.mean(0).tolist(), spread(values).tolist(), style, **line)
         _, truth = curves(log, k, "truth/validation_error")
         axis.axhline(float(truth.mean()), color="0.4", linestyle=":", linewidth=1, label=_name("truth"))
         axis.set_xscale("log")

@@ -30,6 +30,19 @@ def flat(tensors):
     return torch.cat([t.detach().flatten() for t in tensors])
 
 
+def trained(model, kind, rank, steps):
+    """Train with a loss, gradients clipped, and return the loss."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9)
+    reg = make(kind, model, weight=0.1, examples=8, every_n_steps=2)
+    for step in range(steps):
+        x, y = batch(rank, step)
+        optimizer.zero_grad()
+        (cross_entropy(model(x), y) + reg(x, y)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return reg
+
+
 def losses(rank):
     found = {}
     x, y = batch(rank, 0, n=12 + 3 * rank)
@@ -46,16 +59,9 @@ def losses(rank):
             key = f"{kind}/gradient/{'sub-batch' if options else 'plain'}"
             found[key] = float((got - (grads[0] + grads[1]) / 2).norm() / got.norm())
             found[f"{key}/ranks"] = float((grads[0] - grads[1]).norm() / got.norm())
-        model = replica()
-        ddp = nn.parallel.DistributedDataParallel(model)
-        optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9)
-        reg = make(kind, ddp, weight=0.1, examples=8, every_n_steps=2)
-        for step in range(20):
-            x, y = batch(rank, step)
-            optimizer.zero_grad()
-            (cross_entropy(ddp(x), y) + reg(x, y)).backward()
-            optimizer.step()
-        weights = gathered(flat(model.parameters()))
+        ddp = nn.parallel.DistributedDataParallel(replica())
+        reg = trained(ddp, kind, rank, steps=20)
+        weights = gathered(flat(ddp.parameters()))
         found[f"{kind}/replicas"] = [bool(torch.equal(*weights)), int(reg.step)]
         found[f"{kind}/ways"] = {name: outcome(way, kind, rank) for name, way in WAYS.items()}
     x, _ = batch(0, 7)  # the same examples on both ranks: probes and choice of examples are each rank's own
@@ -298,14 +304,7 @@ def sharded(rank):
         weights = {}
         for name, wrap in WRAPPERS.items():
             model = wrap(replica())
-            optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9)
-            reg = make(kind, model, weight=0.1, examples=8, every_n_steps=2)
-            for step in range(10):
-                x, y = batch(rank, step)
-                optimizer.zero_grad()
-                (cross_entropy(model(x), y) + reg(x, y)).backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
+            trained(model, kind, rank, steps=10)
             weights[name] = flat(p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters())
         found[f"sharded/{kind}/trained"] = float(
             (weights["DDP"] - weights["fully_shard"]).norm() / weights["DDP"].norm()

@@ -1,18 +1,23 @@
 """Studies: several runs of train.py, their figure, and what their numbers say."""
 
+import copy
 import importlib
 import json
+import math
 import shutil
 import subprocess
 import sys
 import time
+import types
 
+import oracles
 import psutil
 import pytest
 import torch
-from recipe_runs import RECIPES, TINY, read, run
+from recipe_runs import RECIPES, TINY, run
 from safetensors.torch import load_file
 from test_recipes_alike import STUDIES
+from torch import nn
 
 
 @pytest.fixture(autouse=True)
@@ -141,24 +146,69 @@ def test_a_study_that_is_stopped(tmp_path):
         assert path.read_text().startswith(log)
 
 
+def quantity(name, data, model, kernel_size):
+    """One of the quantities, outside a run."""
+    module = importlib.import_module("_measure")
+    accelerator = types.SimpleNamespace(is_main_process=True, device=torch.device("cpu"))
+    return module.QUANTITIES[name](accelerator, model, data, types.SimpleNamespace(kernel_size=kernel_size))
+
+
 def test_quantities_are_what_they_say(tmp_path):
-    """Eigenfunctions continue the eigenvectors, layers sum to the kernel's rank measures, groups have their own."""
-    names = "plane,layers,spectrum,groups,ranks"
-    flags = f"--dataset disk --label_noise 0.3 --measure {names} --kernel_size 20"
-    result = run("--output_dir", tmp_path / "run", *flags.split())
-    assert result.returncode == 0, result.stderr
-    log = read(tmp_path / "run")
-    for line in log:
-        assert line["train/largest_eigenvalue"] == pytest.approx(line["train/eigenvalue_1"])
-        assert line["train/trace_ratio_1"] < line["train/trace_ratio_10"] <= line["train/trace_ratio_40"] <= 1 + 1e-12
-        assert {key for key in line if key.startswith("layer/")} == {"layer/1", "layer/3", "layer/5"}
-        plane = load_file(tmp_path / "run" / f"plane-{line['step']}.safetensors")
-        assert plane["eigenfunctions"].shape == (41 * 41, 10)
-        assert (plane["eigenvalues"][:-1] >= plane["eigenvalues"][1:]).all()
-        assert plane["input_gradient"].shape == plane["tangent_norm"].shape == (41 * 41,)
-        ratio = plane["eigenvalues"][19] / plane["eigenvalues"][0]
-        assert line["plane/ratio_20"] == pytest.approx(float(ratio))
-    assert log[0]["easy/alignment"] != log[0]["difficult/alignment"]
+    """Against the kernel from rows of the Jacobian."""
+    data = importlib.import_module("_data").load("disk", train_size=120, label_noise=0.4, seed=0)
+    torch.manual_seed(0)
+    model, n = nn.Sequential(nn.Linear(2, 12), nn.Tanh(), nn.Linear(12, 2)), 30
+    found = {
+        name: quantity(name, data, model, n)(tmp_path, 7) for name in ("ranks", "spectrum", "layers", "groups", "norms")
+    }
+    x, y = data.train_x[:n], data.train_y[:n]
+    double = copy.deepcopy(model).double()
+    K = oracles.kernel(oracles.centred_features(oracles.jacobian(double, x.double())))
+    eigenvalues = oracles.eigenvalues(K)
+    for name in ("ranks", "spectrum"):
+        assert found[name]["train/effective_rank"] == pytest.approx(oracles.effective_rank(K), rel=1e-3)
+    ratio = eigenvalues[:10].sum() / eigenvalues.sum()
+    assert found["spectrum"]["train/trace_ratio_10"] == pytest.approx(ratio, rel=1e-4)
+    assert found["spectrum"]["train/eigenvalue_3"] == pytest.approx(eigenvalues[2], rel=1e-3)
+    for layer in ("0", "2"):
+        jac = {k: v for k, v in oracles.jacobian(double, x.double()).items() if k.startswith(layer)}
+        expected = oracles.alignment(jac, oracles.one_hot(y, 2))
+        assert found["layers"][f"layer/{layer}"] == pytest.approx(float(expected), rel=1e-4)
+    for name, mark in (("easy", ~data.difficult), ("difficult", data.difficult)):
+        rows = mark.nonzero()[:n, 0]
+        jac = oracles.jacobian(double, data.train_x[rows].double())
+        expected = oracles.alignment(jac, oracles.one_hot(data.train_y[rows], 2))
+        assert found["groups"][f"{name}/alignment"] == pytest.approx(float(expected), rel=1e-4)
+    assert found["norms"]["norm/distance"] == 0
+    assert found["norms"]["norm/Frobenius product"] == pytest.approx(
+        math.prod(float(p.square().sum()) for p in model.parameters() if p.ndim == 2), rel=1e-6
+    )
+
+
+def test_eigenfunctions_continue_the_eigenvectors(tmp_path):
+    data = importlib.import_module("_data").load("disk", train_size=40, seed=0)
+    torch.manual_seed(0)
+    model, n = nn.Sequential(nn.Linear(2, 12), nn.Tanh(), nn.Linear(12, 2)), 15
+    plane = quantity("plane", data, model, n)
+    assert plane.grid.shape == (41 * 41, 2)
+    plane.grid = data.train_x[:n]
+    values = plane(tmp_path, 3)
+    arrays = load_file(tmp_path / "plane-3.safetensors")
+
+    def difference(model, x):
+        logits = model(x)
+        return (logits[:, 1] - logits[:, 0])[:, None]
+
+    x = data.train_x[:n].double()
+    K = oracles.kernel(oracles.jacobian(copy.deepcopy(model).double(), x, difference)).reshape(n, n)
+    u, eigenvalues = arrays["eigenfunctions"].double(), arrays["eigenvalues"]
+    torch.testing.assert_close(K @ u[:, :4], eigenvalues[:4] * u[:, :4], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(u[:, :4].T @ u[:, :4] / n, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-3)
+    torch.testing.assert_close(arrays["tangent_norm"].double(), K.diagonal().sqrt(), rtol=1e-4, atol=1e-5)
+    assert values["plane/ratio_20"] == pytest.approx(float(eigenvalues[-1] / eigenvalues[0]))
+    inputs = x.clone().requires_grad_()
+    slopes = torch.autograd.grad(difference(copy.deepcopy(model).double(), inputs).sum(), inputs)[0].norm(dim=1)
+    torch.testing.assert_close(arrays["input_gradient"].double(), slopes, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

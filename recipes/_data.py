@@ -27,12 +27,17 @@ class Data(NamedTuple):
     """Which training examples have a redrawn label (be it the same), or are from the data set mixed in."""
     rows: Tensor
     """Their numbers in the training split of the data set that they are from."""
+    val_x: Tensor
+    """Held out of the training split, to choose by."""
+    val_y: Tensor
+    """Redrawn like those to train on."""
 
 
 def load(
     name: str,
     *,
     train_size: int = 0,
+    val_size: int = 0,
     label_noise: float = 0.0,
     mix: str | None = None,
     mix_size: int = 0,
@@ -42,13 +47,14 @@ def load(
 ) -> Data:
     """Load a data set, keep some training examples, redraw the labels of a share, and add some of another data set.
 
-    Redrawn labels are uniform over all classes, so that about 1/num_classes of them stay right. Test labels are clean,
-    and of the first data set. Images are normalised by mean and standard deviation of each channel over the training
-    split; digits and points stay as they are.
+    Redrawn labels are uniform over all classes, so that about 1/num_classes of them stay right; as many of those held
+    out for validation are redrawn. Test labels are clean, and of the first data set. Images are normalised by mean and
+    standard deviation of each channel over the training split; digits and points stay as they are.
 
     Args:
         name: of the data set.
-        train_size: how many training examples to draw; 0 for all.
+        train_size: how many training examples to draw; 0 for all that are not held out.
+        val_size: how many others of the training split to hold out.
         label_noise: the share of them whose labels are redrawn.
         mix: name of the data set to add examples of.
         mix_size: how many.
@@ -61,19 +67,39 @@ def load(
     """
     split = _load(name, data_path)
     generator = torch.Generator().manual_seed(seed)
-    count = len(split.train_x)
-    if train_size > count:
-        raise ValueError(f"--train_size: expected at most the {count} training examples of {name}, got {train_size}.")
-    rows = torch.randperm(count, generator=generator)[: train_size or count]
-    labels = split.train_y[rows].clone()
-    redrawn = torch.randperm(len(rows), generator=generator)[: round(label_noise * len(rows))]
-    labels[redrawn] = torch.randint(split.num_classes, (len(redrawn),), generator=generator)
-    difficult = torch.zeros(len(rows), dtype=torch.bool)
-    difficult[redrawn] = True
+    count = len(split.train_x) - val_size
+    if count < 1 or train_size > count:
+        flags, expected = ("--train_size", count) if count > 0 else ("--val_size", len(split.train_x) - 1)
+        held_out = f", {val_size} held out" if val_size and count > 0 else ""
+        got = train_size if count > 0 else val_size
+        raise ValueError(f"{flags}: expected at most the {expected} training examples of {name}{held_out}, got {got}.")
+    kept = train_size or count
+    order = torch.randperm(len(split.train_x), generator=generator)
+    rows, held_out_rows = order[:kept], order[kept : kept + val_size]
+    labels, difficult = _redrawn(split.train_y[rows], label_noise, split.num_classes, generator)
+    val_labels, _ = _redrawn(split.train_y[held_out_rows], label_noise, split.num_classes, generator)
     data = Data(
-        split.train_x[rows], labels, split.test_x, split.test_y, split.num_classes, difficult=difficult, rows=rows
+        split.train_x[rows],
+        labels,
+        split.test_x,
+        split.test_y,
+        split.num_classes,
+        difficult=difficult,
+        rows=rows,
+        val_x=split.train_x[held_out_rows],
+        val_y=val_labels,
     )
     return data if mix is None else _mixed(data, mix, _load(mix, mix_path), mix_size, generator)
+
+
+def _redrawn(labels: Tensor, share: float, num_classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return labels of which a share is redrawn, and which ones are."""
+    chosen = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
+    labels = labels.clone()
+    labels[chosen] = torch.randint(num_classes, (len(chosen),), generator=generator)
+    redrawn = torch.zeros(len(labels), dtype=torch.bool)
+    redrawn[chosen] = True
+    return labels, redrawn
 
 
 def save(data: Data, path: Path) -> None:

@@ -41,7 +41,8 @@ class Common:
 
     dataset: str = flag("digits", "what to train on", choices=_data.DATASETS)
     data_path: str | None = flag(None, "folder of the image data set; the Hub is asked by default")
-    train_size: int = flag(0, "training examples; 0 for all", least=0)
+    train_size: int = flag(0, "training examples; 0 for all that are not held out", least=0)
+    val_size: int = flag(0, "others of the training split, held out to choose by", least=0)
     label_noise: float = flag(0.0, "share of the training labels that are redrawn uniformly", least=0, most=1)
     mix: str | None = flag(None, "data set to add training examples of", choices=_data.DATASETS)
     mix_size: int = flag(0, "how many", least=0)

@@ -104,22 +104,9 @@ def main(kind: type[Recipe[C]], doc: str | None) -> None:
 
 def run(recipe: Recipe[C], resume: Path | None = None) -> Path:
     """Train, log and draw; return the run's folder. ``resume`` is a checkpoint of the run to go on with."""
-    config = recipe.config
-    accelerator = Accelerator(
-        cpu=config.cpu,
-        mixed_precision=config.mixed_precision,
-        log_with="wandb" if config.with_tracking else None,
-        # Probe loaders must not repeat examples to fill the last batch: metrics would count them twice.
-        dataloader_config=DataLoaderConfiguration(even_batches=False, use_seedable_sampler=True),
-    )
-    _run.refuse_split_launch(accelerator.num_processes)
-    set_seed(config.seed)
-    with accelerator.main_process_first():  # it fetches, the others find
-        data = _load(config)
-    _refuse_empty_shares(config, len(data.train_x), accelerator.num_processes)
-    setup = _set_up(accelerator, config, data)
-    recipe.start(setup)
-    folder, start = _open(accelerator, recipe, resume, data)
+    setup = prepare(recipe)
+    accelerator, config = setup.accelerator, recipe.config
+    folder, start = _open(accelerator, recipe, resume, setup.data)
     _tracking.start(accelerator, config, folder)
     if resume is not None:
         _checkpoint.load(accelerator, resume, recipe.parts)
@@ -135,10 +122,41 @@ def run(recipe: Recipe[C], resume: Path | None = None) -> Path:
     return folder
 
 
+def prepare(recipe: Recipe[C]) -> Setup:
+    """Load and make what the recipe trains on and with; nothing is written."""
+    config = recipe.config
+    accelerator = Accelerator(
+        cpu=config.cpu,
+        mixed_precision=config.mixed_precision,
+        log_with="wandb" if config.with_tracking else None,
+        # Probe loaders must not repeat examples to fill the last batch: metrics would count them twice.
+        dataloader_config=DataLoaderConfiguration(even_batches=False, use_seedable_sampler=True),
+    )
+    _run.refuse_split_launch(accelerator.num_processes)
+    set_seed(config.seed)
+    with accelerator.main_process_first():  # it fetches, the others find
+        data = _load(config)
+    _refuse_empty_shares(config, len(data.train_x), accelerator.num_processes)
+    setup = _set_up(accelerator, config, data)
+    recipe.start(setup)
+    return setup
+
+
+def advance(setup: Setup, recipe: Recipe[C], step: int, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Take the given optimizer step, on a batch."""
+    accelerator, config = setup.accelerator, recipe.config
+    inputs = _augmented(x, config.seed, step, accelerator.process_index) if config.augment else x
+    setup.optimizer.zero_grad()
+    accelerator.backward(recipe.loss(setup.model(inputs), inputs, y))
+    setup.optimizer.step()
+    recipe.after_step()
+
+
 def _load(config: _flags.Common) -> _data.Data:
     return _data.load(
         config.dataset,
         train_size=config.train_size,
+        val_size=config.val_size,
         label_noise=config.label_noise,
         mix=config.mix,
         mix_size=config.mix_size,
@@ -197,11 +215,7 @@ def _train(setup: Setup, recipe: Recipe[C], folder: Path, start: int) -> None:
     with _progress(accelerator) as progress:
         bar = progress.add_task("training", total=config.last_step, completed=start)
         for step, (x, y) in _run.batches(setup.loader, start, config.last_step):
-            inputs = _augmented(x, config.seed, step, accelerator.process_index) if config.augment else x
-            setup.optimizer.zero_grad()
-            accelerator.backward(recipe.loss(setup.model(inputs), inputs, y))
-            setup.optimizer.step()
-            recipe.after_step()
+            advance(setup, recipe, step, x, y)
             progress.update(bar, completed=step)
             if step in logged and _log(setup, recipe, folder, step):
                 return

@@ -53,15 +53,16 @@ class Measure(ABC):
         """Return the first training and test examples, in shares of the processes."""
         data = self.data
         parts = {"train": (data.train_x, data.train_y), "test": (data.test_x, data.test_y)}
-        return {
-            part: self.accelerator.prepare(DataLoader(TensorDataset(x[:size], y[:size]), 100))
-            for part, (x, y) in parts.items()
-        }
+        return {part: self.loader(x[:size], y[:size]) for part, (x, y) in parts.items()}
+
+    def loader(self, x: Tensor, y: Tensor) -> Any:
+        """Return examples in shares of the processes."""
+        return self.accelerator.prepare(DataLoader(TensorDataset(x, y), 100))
 
 
 @final
 class Accuracy(Measure):
-    """Loss and accuracy over all training and test examples."""
+    """Loss and accuracy over all training and test examples, and those held out for validation."""
 
     def start(self) -> None:
         """See the base class."""
@@ -69,6 +70,8 @@ class Accuracy(Measure):
         self.accuracy = MulticlassAccuracy(self.data.num_classes, average="micro").to(device)
         self.loss = MeanMetric().to(device)
         self.examples = self.loaders(None)
+        if len(self.data.val_x):
+            self.examples["val"] = self.loader(self.data.val_x, self.data.val_y)
 
     def __call__(self, folder: Path, step: int) -> dict[str, float]:  # noqa: ARG002
         """See the base class."""
@@ -156,6 +159,20 @@ class Exact(Measure):
     def centred(self) -> Tensor:
         """Return their kernel, centred."""
         return functional.center(self.features.kernel(self.few()[0])).double()
+
+
+@final
+class HeldOut(Exact):
+    """Alignment of the kernels of ``kernel_size`` training and as many test examples, each with their labels."""
+
+    def values(self, folder: Path, step: int) -> dict[str, float]:  # noqa: ARG002
+        """See the base class."""
+        size, device = self.config.kernel_size, self.accelerator.device
+        test = self.data.test_x[:size].to(device), self.data.test_y[:size].to(device)
+        return {
+            f"{part}/kernel_alignment": float(functional.alignment(self.features.kernel(x).double(), y))
+            for part, (x, y) in {"train": self.few(), "test": test}.items()
+        }
 
 
 @final
@@ -311,6 +328,7 @@ class Norms(Exact):
 
 QUANTITIES: dict[str, type[Measure]] = {
     "alignment": Alignment,
+    "held_out": HeldOut,
     "path": PathSoFar,
     "ranks": Ranks,
     "spectrum": Spectrum,

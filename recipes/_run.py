@@ -99,15 +99,19 @@ def batches(loader: Any, step: int, last: int) -> Iterator[tuple[int, Any]]:
 
 def save_config(folder: Path, config: dict[str, Any]) -> None:
     """Write the flags, the command, and the versions that made the run."""
-    versions = {"alignreg": alignreg.__version__, "torch": torch.__version__, "python": platform.python_version()}
     made = {
         "config": config,
         "command": sys.argv,
         "made": datetime.now(timezone.utc).isoformat(),
         "git": _git(),
-        "versions": versions,
+        "versions": versions(),
     }
     (folder / "config.json").write_text(json.dumps(made, indent=1) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Return what makes the numbers."""
+    return {"alignreg": alignreg.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def config_of(folder: Path) -> dict[str, Any]:

@@ -7,23 +7,19 @@ import json
 import math
 import os
 import shlex
-import shutil
-import signal
 import statistics
-import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
 import _figure
 import _flags
+import _jobs
 import _run
 import train
 from _figure import Log
-from rich.progress import track
 
 Runs = dict[str, list[Path]]
 """Folders of the runs of each setting, one a seed."""
@@ -78,14 +74,15 @@ def main(study: Study, doc: str | None) -> None:
     started = time.monotonic()
     try:
         plan = _known(study, arguments, further) if arguments.resume else _new(study, arguments, further)
-        jobs = _jobs(plan)  # refuses wrong flags before there is a folder
+        jobs = _runs(plan)  # refuses wrong flags before there is a folder
         folder = arguments.resume or _claim(study, arguments)
         (folder / "study.json").write_text(json.dumps(plan, indent=1) + "\n")
     except (OSError, ValueError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
-    _run_all([(folder / run, flags) for run, flags in jobs], arguments.jobs, folder)
+    _jobs.run_all([(folder / run, flags) for run, flags in jobs], arguments.jobs, folder)
     figure = folder / "figure.png"
-    runs = {label: [folder / _slug(label) / f"seed-{s}" for s in range(plan["seeds"])] for label in plan["settings"]}
+    seeds = range(plan["seeds"])
+    runs = {label: [folder / _jobs.slug(label) / f"seed-{seed}" for seed in seeds] for label in plan["settings"]}
     study.draw(runs, figure)
     findings = study.findings(runs)
     (folder / "findings.txt").write_text("\n".join(findings) + "\n")
@@ -125,60 +122,14 @@ def _claim(study: Study, arguments: argparse.Namespace) -> Path:
     return Path(folder)
 
 
-def _jobs(plan: dict[str, Any]) -> list[tuple[str, list[str]]]:
+def _runs(plan: dict[str, Any]) -> list[tuple[str, list[str]]]:
     """Return the folder of each run, and its flags."""
     jobs = []
     for label, flags in plan["settings"].items():
         own = [*shlex.split(flags), *plan["further"]]
         _flags.parse(train.Config, None, own)
-        jobs += [(f"{_slug(label)}/seed-{seed}", [*own, "--seed", str(seed)]) for seed in range(plan["seeds"])]
+        jobs += [(f"{_jobs.slug(label)}/seed-{seed}", [*own, "--seed", str(seed)]) for seed in range(plan["seeds"])]
     return jobs
-
-
-def _run_all(jobs: list[tuple[Path, list[str]]], at_once: int, folder: Path) -> None:
-    """Run what is not done; on a signal stop the runs, which write a checkpoint first, and say how to go on."""
-    missing = [job for job in jobs if not (job[0] / "figure.png").exists()]
-    threads = max(1, (os.cpu_count() or 1) // at_once)
-    running: set[subprocess.Popen[str]] = set()
-    print(f"{len(missing)} of {len(jobs)} runs to do, {at_once} at a time", flush=True)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    pool = ThreadPoolExecutor(at_once)
-    try:
-        results = pool.map(lambda job: _train(*job, threads, running), missing)
-        failure = next((said for said in track(results, "runs", len(missing)) if said), None)
-    except KeyboardInterrupt:
-        failure = "stopped"
-    pool.shutdown(wait=False, cancel_futures=True)
-    for process in list(running):
-        process.terminate()
-    pool.shutdown()
-    signal.signal(signal.SIGTERM, before)
-    if failure:
-        sys.exit(f"{failure}\ngo on with --resume {folder}")
-
-
-def _train(folder: Path, flags: list[str], threads: int, running: set[subprocess.Popen[str]]) -> str | None:
-    """Run train.py, from the newest checkpoint if there is one; return what it said if it failed."""
-    if list(folder.glob("checkpoints/step_*")):
-        command = ["--resume_from_checkpoint", str(folder)]
-    else:
-        shutil.rmtree(folder, ignore_errors=True)  # begun by this study, and not far
-        command = [*flags, "--output_dir", str(folder)]
-    process = subprocess.Popen(  # noqa: S603 - our own recipe
-        [sys.executable, train.__file__, *command],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-    )
-    running.add(process)
-    said = process.communicate()[1]
-    running.discard(process)
-    return None if process.returncode == 0 else f"{folder}: train.py failed\n{said[-2000:]}"
-
-
-def _slug(label: str) -> str:
-    return "".join(character if character.isalnum() else "-" for character in label).strip("-")
 
 
 def logs(folders: list[Path]) -> list[Log]:

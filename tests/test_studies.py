@@ -101,7 +101,7 @@ def test_a_study_from_its_command_and_on(tmp_path):
     logs = {path: path.read_bytes() for path in folder.rglob("metrics.jsonl")}
     assert len(logs) == 3
     # A run that was killed before it was done.
-    (folder / "no-random-labels" / "seed-0" / "figure.png").unlink()
+    (folder / "no-random-labels" / "seed-0" / "done").unlink()
     result = subprocess.run([*command, "--resume", folder], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "1 of 3 runs to do" in result.stdout

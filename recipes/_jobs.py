@@ -1,0 +1,105 @@
+"""Many runs of train.py, several at a time, and only those that are not done."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import _checkpoint
+import _flags
+import _loop
+import torch
+import train
+from rich.progress import track
+
+Job = tuple[Path, list[str]]
+"""The folder of a run, and its flags."""
+DONE = "done"
+"""A file that marks the runs which came to their end."""
+
+
+def run_all(jobs: Sequence[Job], at_once: int, study: Path, what: str = "runs") -> None:
+    """Run what is not done; on a signal stop the runs, which write a checkpoint first, and say how to go on.
+
+    The runs share as many processes as run at once, each with its share of the processors.
+    """
+    missing = [job for job in jobs if not done(job[0])]
+    print(f"{len(missing)} of {len(jobs)} {what} to do, {at_once} at a time", flush=True)
+    if not missing:
+        return
+    threads = max(1, (os.cpu_count() or 1) // at_once)
+    failure = None
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A process that torch already computes in is not to be forked.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(at_once, len(missing)), context, _begin, (threads,))
+    try:
+        futures = [pool.submit(_train, *job) for job in missing]
+        for future in track(as_completed(futures), what, len(futures)):
+            failure = _said(future)
+            if failure:
+                break
+    except KeyboardInterrupt:
+        failure = "stopped"
+    pool.shutdown(wait=False, cancel_futures=True)
+    if failure:
+        for child in multiprocessing.active_children():
+            child.terminate()
+    pool.shutdown()
+    signal.signal(signal.SIGTERM, before)
+    if failure:
+        sys.exit(f"{failure}\ngo on with --resume {study}")
+
+
+def done(folder: Path) -> bool:
+    """Say whether a run came to its end."""
+    return (folder / DONE).exists()
+
+
+def slug(label: str) -> str:
+    """Return a name of a folder."""
+    return "".join(character if character.isalnum() or character in ".+" else "-" for character in label).strip("-")
+
+
+def _said(future: Future[str | None]) -> str | None:
+    try:
+        return future.result()
+    except BrokenExecutor:
+        return "a process of the study ended before its run"
+
+
+def _begin(threads: int) -> None:
+    torch.set_num_threads(threads)
+
+
+def _train(folder: Path, flags: list[str]) -> str | None:
+    """Run train.py in this process, from the newest checkpoint if there is one; return what it said if it failed."""
+    if list(folder.glob("checkpoints/step_*")):
+        arguments = [_checkpoint.FLAG, str(folder)]
+    else:
+        shutil.rmtree(folder, ignore_errors=True)  # begun by this study, and not far
+        arguments = [*flags, "--output_dir", str(folder)]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            config, resume = _flags.parse(train.Config, None, arguments)
+            _loop.run(train.Train(config), resume)
+        (folder / DONE).touch()
+    except SystemExit as stop:
+        if stop.code == 128 + signal.SIGTERM:
+            os._exit(stop.code)  # nothing of the queue is to begin
+        return f"{folder}: train.py failed\n{said.getvalue()[-2000:]}"
+    except Exception:  # noqa: BLE001 - the study says it
+        return f"{folder}: train.py failed\n{traceback.format_exc()[-2000:]}"
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the run's own handler waits for its next step
+    return None

@@ -7,14 +7,16 @@ STAMP := .venv/installed
 
 .PHONY: demo test check format clean
 
-# Two runs under label noise, without and with a regularizer, in one new folder; then both in one figure.
+# Two runs under label noise, without and with a regularizer, in one new folder, and both in one figure; then a few
+# more, each method tuned, and a table.
 RECIPE := $(BIN)/accelerate launch --config_file recipes/configs/single.yaml recipes/train.py --label_noise 0.4
 
 demo: $(STAMP)
 	@set -e; export OMP_NUM_THREADS=$$(nproc 2>/dev/null || echo 2); folder=runs/demo-$$(date +%Y%m%d-%H%M%S); \
-	echo "1/2: no regularizer"; $(RECIPE) --output_dir $$folder/none; \
-	echo "2/2: complexity penalty"; $(RECIPE) --regularizer complexity --weight 0.016 --output_dir $$folder/complexity; \
-	$(BIN)/python recipes/overlay.py $$folder/none $$folder/complexity --output_dir $$folder
+	echo "1/3: no regularizer"; $(RECIPE) --output_dir $$folder/none; \
+	echo "2/3: complexity penalty"; $(RECIPE) --regularizer complexity --weight 0.016 --output_dir $$folder/complexity; \
+	$(BIN)/python recipes/overlay.py $$folder/none $$folder/complexity --output_dir $$folder; \
+	echo "3/3: a small comparison with weight decay"; $(BIN)/python recipes/compare.py --short --output_dir $$folder/comparison
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

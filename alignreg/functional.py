@@ -249,7 +249,7 @@ def kare(K: Tensor, y: Tensor, ridge: float) -> Tensor:
 
     Raises:
         TypeError: if y is no real tensor.
-        ValueError: if the shapes do not fit, or ``ridge`` is not positive.
+        ValueError: if the shapes do not fit, ``ridge`` is not positive, or K has an eigenvalue of −N·ρ or below.
 
     Example:
         >>> import torch
@@ -265,7 +265,13 @@ def kare(K: Tensor, y: Tensor, ridge: float) -> Tensor:
     targets = (targets - targets.mean(0)).flatten().to(K)
     N = n * c
     regularised = K.reshape(N, N) / N + ridge * torch.eye(N, dtype=K.dtype, device=K.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(regularised))
+    factor, info = torch.linalg.cholesky_ex(regularised)
+    if int(info):
+        raise ValueError(
+            f"K: expected a positive semi-definite kernel, up to errors below ridge = {ridge:g} in K/{N}, got one that "
+            "is not. Where rounding of a large kernel is to blame, raise ridge or compute the kernel in float64."
+        )
+    inverse = torch.cholesky_inverse(factor)
     return (inverse @ targets).square().sum() / N / (inverse.diagonal().sum() / N).square()
 
 

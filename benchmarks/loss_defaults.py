@@ -9,18 +9,25 @@ defaults keep is a ratio of mean gains, with the 95 % interval of a bootstrap ov
 an earlier run's json and trains nothing.
 """
 
+import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
-from regularizers import SETTINGS, accuracies, arguments
 from rich.progress import track
 from torch import nn
 
 from alignreg.losses import AlignmentLoss, ComplexityPenalty, ParticipationRatioLoss
 
-NOISY, FEW = SETTINGS
+TRAIN = Path(__file__).parent.parent / "recipes" / "train.py"
+NOISY, FEW = "40 % label noise, 1000 examples", "100 clean examples"
+SETTINGS = {NOISY: "--label_noise 0.4", FEW: "--train_size 100"}
 LOSSES = {
     "complexity": ComplexityPenalty,
     "alignment": AlignmentLoss,
@@ -37,13 +44,17 @@ ROWS = {
 
 
 def last_accuracy(setting, loss, version, seed):
-    flags, _ = SETTINGS[setting]
-    if loss == "none":
-        return accuracies(flags, "none", 0, seed)["last"]
-    reg = LOSSES[loss](nn.Linear(1, 1))
-    examples, every = (reg.examples, reg.every_n_steps) if version == "defaults" else (64, 1)
-    flags = f"{flags} --reg_examples {examples} --reg_every {every}"
-    return accuracies(flags, loss, reg.weight, seed)["last"]
+    flags = f"--cpu --measure= --no-figure {SETTINGS[setting]} --seed {seed}"
+    if loss != "none":
+        reg = LOSSES[loss](nn.Linear(1, 1))
+        examples, every = (reg.examples, reg.every_n_steps) if version == "defaults" else (64, 1)
+        flags += f" --regularizer {loss} --weight {reg.weight} --reg_examples {examples} --reg_every {every}"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(TRAIN), *flags.split(), "--output_dir", folder]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, check=True, capture_output=True, env=environment)  # noqa: S603 - our own recipe
+        log = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return json.loads(log[-1])["test/accuracy"]
 
 
 def interval(gains, whole, draws=10_000):
@@ -70,8 +81,17 @@ def report(rows):
         print("  ".join(shown))
 
 
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--report", action="store_true")
+    return parser.parse_args()
+
+
 def main():
-    args = arguments(__doc__, __file__, seeds=10)
+    args = arguments()
     if args.report:
         report(json.loads(args.json.read_text())["rows"])
         return

@@ -1,14 +1,20 @@
-"""What a comparison found, in tables, sentences and figures, from its json and logs alone."""
+"""What a comparison found, in tables and sentences, from its json alone."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
+import _comparison_figures
+import _jobs
+import _run
 from _figure import Log
+from _methods import DECAY, NONE, base, words
 from scipy.stats import t as student
 
 REACHED = {
@@ -18,23 +24,13 @@ REACHED = {
     "effective_rank": "train/effective_rank",
     "path_complexity": "train/path_complexity",
 }
-COLUMNS = (
-    "weight",
-    "test accuracy, 95 %",
-    "− none",
-    "− weight decay",
-    "early stopped",
-    "training accuracy",
-    "cost of a step",
-    "held-out alignment",
-    "effective rank",
-    "path complexity",
-)
-NONE, DECAY = "none", "weight_decay"
+"""What is kept of the last line of a log."""
+Values = list[float | None]
+"""One a seed; ``None`` where undefined."""
 
 
 @final
-class Difference(NamedTuple):
+class Estimate(NamedTuple):
     """A mean over seeds and its interval."""
 
     mean: float
@@ -42,216 +38,270 @@ class Difference(NamedTuple):
     high: float
 
     @property
-    def settled(self) -> int:
-        """The sign, if the interval excludes zero; else 0."""
+    def sign(self) -> int:
+        """Of the mean, if the interval excludes zero; else 0."""
         return (self.low > 0) - (self.high < 0)
 
     def __str__(self) -> str:
-        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]".replace("-", "−")
 
 
-def interval(values: list[float], comparisons: int = 1) -> Difference:
-    """Return the mean and its 95 % interval (Student's t), for all of several comparisons together (Bonferroni)."""
+def interval(values: list[float], comparisons: int = 1) -> Estimate:
+    """Return the mean and its 95 % interval (Student's t), for several comparisons at once (Bonferroni)."""
     mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
     half = float(student.ppf(1 - 0.025 / comparisons, len(values) - 1)) * error
-    return Difference(mean, mean - half, mean + half)
+    return Estimate(mean, mean - half, mean + half)
 
 
-def reached(logs: list[Log], without: list[Log]) -> dict[str, list[float | None]]:
-    """Return what runs came to, one a seed.
+def log_of(run: Path) -> Log:
+    """Return a run's log; one that broke off ends with accuracies of zero, and nothing else that is defined."""
+    log = _run.read(run)
+    if _jobs.broken_off(run):
+        last = {key: 0.0 if key.endswith("/accuracy") else math.nan for key in log[-1]}
+        log.append({**last, "step": log[-1]["step"] + 1})
+    return log
 
-    Beside what is measured at the end: the test accuracy where validation accuracy was best (``early_stopped``), and
-    effective rank and path complexity where held-out alignment first came up to the highest that the run of the same
-    seed without a regularizer had (``rank_at_peak``, ``path_at_peak``; ``None`` if it never did).
+
+def reached(logs: list[Log], without: list[Log]) -> dict[str, Values]:
+    """Return what the runs of a method came to, one value a seed.
+
+    Beside the last line: the test accuracy where validation accuracy was best (``early_stopped``), and effective rank
+    and path complexity where held-out alignment first comes up to the highest that the run of the same seed without a
+    regularizer has (``rank_at_peak``, ``path_at_peak``; ``None`` if it never does).
     """
-    values: dict[str, list[float | None]] = {
-        name: [_finite(log[-1][key]) for log in logs] for name, key in REACHED.items()
-    }
+    values = {name: [log[-1][key] for log in logs] for name, key in REACHED.items()}
     best = [max(log, key=lambda line: line["val/accuracy"]) for log in logs]
     values["early_stopped"] = [line["test/accuracy"] for line in best]
     key = REACHED["alignment"]
-    peaks = [max(line[key] for line in log) for log in without]
-    for name, other in (("rank_at_peak", "effective_rank"), ("path_at_peak", "path_complexity")):
-        values[name] = [crossing(log, key, peak, REACHED[other]) for log, peak in zip(logs, peaks, strict=True)]
-    return values
+    peaks = [max((line[key] for line in log if math.isfinite(line[key])), default=math.inf) for log in without]
+    at_peak = {"rank_at_peak": "effective_rank", "path_at_peak": "path_complexity"}
+    crossed: dict[str, Values] = {
+        name: [crossing(log, key, peak, REACHED[other]) for log, peak in zip(logs, peaks, strict=True)]
+        for name, other in at_peak.items()
+    }
+    return {name: [_short(value) for value in of_seeds] for name, of_seeds in {**values, **crossed}.items()}
 
 
 def crossing(log: Log, key: str, level: float, other: str) -> float | None:
     """Return one value where another first comes up to a level, linearly between the lines of a log."""
-    before: dict[str, float] | None = None
-    for line in log:
+    for before, line in zip([None, *log], log, strict=False):
         if line[key] >= level:
-            if before is None:
-                return line[other]
-            share = (level - before[key]) / (line[key] - before[key])
-            return before[other] + share * (line[other] - before[other])
-        before = line
+            share = 1.0 if before is None else (level - before[key]) / (line[key] - before[key])
+            return line[other] if before is None else before[other] + share * (line[other] - before[other])
     return None
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _short(value: float | None) -> float | None:
+    return float(f"{value:.5g}") if value is not None and math.isfinite(value) else None
 
 
-def report(folder: Path) -> None:
-    """Write table, findings and figures of a comparison, and print the first two."""
-    import _comparison_figures  # matplotlib only where it draws
+def report(place: Path, files: list[Path]) -> None:
+    """Print what a comparison found and put it into files; of a folder draw the figures as well.
 
-    found = json.loads((folder / "comparison.json").read_text())
-    table, findings = full_table(found), "\n".join(f"- {sentence}" for sentence in sentences(found)) + "\n"
-    (folder / "table.md").write_text(table)
-    (folder / "findings.md").write_text(findings)
-    figures = _comparison_figures.draw(folder, found)
-    print(f"{table}\n{findings}")
-    print("\n".join(f"figure: {figure}" for figure in figures))
-    print(f"{found['runs']} runs, {found['minutes']:.0f} minutes; {folder / 'comparison.json'}")
+    Args:
+        place: the comparison's folder, or its json alone.
+        files: texts with marks, ``<!-- comparison: BLOCK -->`` and ``<!-- end -->``, to put a block between.
+
+    Raises:
+        ValueError: if there is no comparison, or a mark names no block.
+    """
+    source = place / "comparison.json" if place.is_dir() else place
+    try:
+        found = json.loads(source.read_text())
+        settings = found["settings"]
+    except (OSError, ValueError, KeyError):
+        raise ValueError(
+            f"--report: expected the folder of a comparison that is done, or its json, got {place}."
+        ) from None
+    texts = {file: filled(file.read_text(), found) for file in files}
+    for file, text in texts.items():
+        file.write_text(text)
+    shown = {"table": full_table(found), "findings": findings(found)}
+    print("\n".join(shown.values()))
+    if place.is_dir():
+        for name, text in shown.items():
+            (place / f"{name}.md").write_text(text)
+        for figure in _comparison_figures.draw(place, settings, found["seeds"]):
+            print(f"figure: {figure}")
+    print(f"{found['runs']} runs, {found['minutes']:.0f} minutes: {source}")
 
 
-def name_of(row: dict[str, Any]) -> str:
-    """Name a row in words."""
-    words = str(row["method"]).replace("_", " ").replace(":", ": ")
-    words = {"kare": "KARE", "fisher": "Fisher trace"}.get(words, words)
-    return f"{words} + weight decay" if row["on_top"] else words
+def filled(text: str, found: dict[str, Any]) -> str:
+    """Return a text with its blocks made anew."""
+
+    def block(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in BLOCKS:
+            raise ValueError(f"--into: expected a mark of one of {', '.join(BLOCKS)}, got {name}.")
+        return f"{match['mark']}\n{BLOCKS[name](found)}{match['end']}"
+
+    return re.sub(
+        r"(?P<mark><!-- comparison: (?P<name>[\w ]+) -->)\n.*?(?P<end><!-- end -->)", block, text, flags=re.DOTALL
+    )
 
 
-def against(setting: dict[str, Any], row: dict[str, Any], baseline: str, key: str = "test") -> Difference | None:
-    """Return a row's paired difference to a baseline of its setting; all such differences of a setting hold at once."""
+def against(setting: dict[str, Any], row: dict[str, Any], baseline: str | None) -> Estimate | None:
+    """Return a row's paired difference in test accuracy to a method of its setting, or ``None`` to itself.
+
+    The intervals of all rows of a setting hold together with 95 %.
+    """
     rows = setting["rows"]
-    other = next(r for r in rows if r["method"] == baseline and not r["on_top"])
+    other = next((r for r in rows if r["method"] == baseline and not r["on_top"]), row)
     if row is other:
         return None
-    pairs = zip(row["values"][key], other["values"][key], strict=True)
+    pairs = zip(row["values"]["test"], other["values"]["test"], strict=True)
     return interval([a - b for a, b in pairs], comparisons=len(rows) - 1)
 
 
 def full_table(found: dict[str, Any]) -> str:
-    """Return everything, a table for each setting."""
+    """Return everything, a table a setting."""
+    baselines: dict[str, Callable[[str], str | None]] = {"− none": lambda _: NONE, "− weight decay": lambda _: DECAY}
+    if any(base(row["method"]) for row in found["settings"][0]["rows"]):
+        baselines["− its default"] = base
     parts = []
     for setting in found["settings"]:
-        lines = [
-            f"### {setting['setting']}\n",
-            f"| | {' | '.join(COLUMNS)} |",
-            "|---" * (len(COLUMNS) + 1) + "|",
-        ]
+        titles = ["", "weight", "test accuracy", *baselines, "early stopped", "on training set", "step"]
+        titles += ["alignment", "effective rank", "path complexity"]
+        lines = [f"**{setting['setting']}** (`{setting['flags']}`)\n", _line(titles), "|---" * len(titles) + "|"]
         for row in setting["rows"]:
             values = row["values"]
-            cells = [name_of(row), _weight(row), _accuracy(values["test"])]
-            for baseline in (NONE, DECAY):
-                difference = against(setting, row, baseline)
-                cells.append("" if difference is None else _bold(str(difference), difference.settled))
-            cells += [f"{statistics.mean(values['early_stopped']):.3f}", f"{statistics.mean(values['train']):.3f}"]
-            cells += [f"{row['cost']:.1f}x"]
+            own = interval(values["test"])
+            cells = [_name(row), _weight(row), f"{own.mean:.3f} ± {own.high - own.mean:.3f}"]
+            cells += [_told(against(setting, row, of(row["method"]))) for of in baselines.values()]
+            cells += [_mean(values["early_stopped"], 3), _mean(values["train"], 3), f"{row['cost']:.1f}x"]
             cells += [
-                _mean(values[key], digits)
-                for key, digits in (("alignment", 3), ("effective_rank", 0), ("path_complexity", 0))
+                _mean(values["alignment"], 3),
+                _mean(values["effective_rank"], 0),
+                _mean(values["path_complexity"], 0),
             ]
-            lines.append("| " + " | ".join(cells) + " |")
+            lines.append(_line(cells))
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
 
 def short_table(found: dict[str, Any]) -> str:
-    """Return the mean test accuracy of each method in each setting.
-
-    Bold where the difference to tuned weight decay is settled to be positive, with a star where that to none is.
-    """
+    """Return the mean test accuracies: bold if settled above tuned weight decay, * if above none, † if below none."""
     settings = found["settings"]
-    head = [setting["setting"] for setting in settings]
-    lines = [f"| | {' | '.join(head)} | step |", "|---|" + "---|" * (len(head) + 1)]
-    for index, row in enumerate(settings[0]["rows"]):
+    titles = ["", *(setting["setting"].replace("-", " ") for setting in settings), "step"]
+    lines = [_line(titles), "|---" * len(titles) + "|"]
+    for rows in zip(*(setting["rows"] for setting in settings), strict=True):
         cells = []
-        for setting in settings:
-            own = setting["rows"][index]
-            text = f"{statistics.mean(own['values']['test']):.3f}".removeprefix("0")
-            decay, none = (against(setting, own, baseline) for baseline in (DECAY, NONE))
-            text = _bold(text, decay.settled if decay else 0)
-            mark = {1: "*", -1: "−"}.get(none.settled, "") if none else ""
-            cells.append(text + mark.replace("*", r"\*"))
-        costs = statistics.mean(setting["rows"][index]["cost"] for setting in settings)
-        lines.append(f"| {name_of(row)} | {' | '.join(cells)} | {costs:.1f}x |")
+        for setting, row in zip(settings, rows, strict=True):
+            decay, none = (against(setting, row, baseline) for baseline in (DECAY, NONE))
+            text = f"{statistics.mean(row['values']['test']):.3f}".removeprefix("0")
+            text = f"**{text}**" if decay and decay.sign > 0 else text
+            cells.append(text + ({1: r"\*", -1: "†"}.get(none.sign, "") if none else ""))
+        cost = statistics.mean(row["cost"] for row in rows)
+        lines.append(_line([_name(rows[0]), *cells, f"{cost:.1f}x"]))
     return "\n".join(lines) + "\n"
 
 
-def sentences(found: dict[str, Any]) -> list[str]:
-    """Return what the numbers say, a sentence each."""
+def findings(found: dict[str, Any]) -> str:
+    """Return what the numbers say, one item a method, and whether explicit alignment is like the implicit one."""
     settings = found["settings"]
     said = []
-    for index, row in enumerate(settings[0]["rows"]):
-        parts = []
-        for baseline in (NONE, DECAY):
-            rows = [(setting["setting"], against(setting, setting["rows"][index], baseline)) for setting in settings]
-            differences = {label: difference for label, difference in rows if difference is not None}
-            if not differences:
-                continue
-            counts = []
-            for sign, words in ((1, "above"), (-1, "below")):
-                labels = [f"{label} {d}" for label, d in differences.items() if d.settled == sign]
-                if labels:
-                    counts.append(
-                        f"{words} {baseline.replace('_', ' ')} in {len(labels)} of {len(differences)} settings: {'; '.join(labels)}"
-                    )
-            open_ = sum(d.settled == 0 for d in differences.values())
-            if open_:
-                counts.append(f"not settled against {baseline.replace('_', ' ')} in {open_} of {len(differences)}")
-            parts += counts
-        if parts:
-            said.append(f"**{name_of(row)}**: {'; '.join(parts)}.")
-    for setting in settings:
-        edges = [
-            f"{name_of(row)} {row['weight']:g}"
-            for row in setting["rows"]
-            if row["validation"] and f"{row['weight']:g}" in (list(row["validation"])[0], list(row["validation"])[-1])
+    for rows in zip(*(setting["rows"] for setting in settings), strict=True):
+        row = rows[0]
+        baselines = {NONE: "none", DECAY: "tuned weight decay", base(row["method"]): "its default"}
+        parts = [
+            _counted({s["setting"]: against(s, r, baseline) for s, r in zip(settings, rows, strict=True)}, name)
+            for baseline, name in baselines.items()
+            if baseline is not None and row["method"] != NONE and not (row["on_top"] and baseline == NONE)
         ]
-        if edges:
-            said.append(f"{setting['setting']}: chosen at the edge of their grids: {', '.join(edges)}.")
-    return said + _alike(found)
+        parts = [part for part in parts if part]
+        if parts:
+            said.append(f"**{_name(row)}**: {'; '.join(parts)}.")
+    edges = [f"{s['setting']} {_name(r)} {_weight(r)}" for s in settings for r in s["rows"] if _at_edge(r)]
+    if edges:
+        said.append(f"Chosen at the edge of the grid, so that a better weight may lie beyond: {', '.join(edges)}.")
+    broken = [f"{s['setting']} {_name(r)} {r['broken_off']}" for s in settings for r in s["rows"] if r["broken_off"]]
+    if broken:
+        said.append(f"Runs that diverged and broke off, counted with an accuracy of zero: {', '.join(broken)}.")
+    return "".join(f"- {sentence}\n" for sentence in said)
 
 
-def _alike(found: dict[str, Any]) -> list[str]:
-    """Say whether explicit alignment comes with what implicit alignment comes with."""
-    said = []
+def alike(found: dict[str, Any]) -> str:
+    """Return a table of ratios to no regularizer, of what explicit alignment should share with the implicit one."""
+    titles = ["alignment loss / none", "held-out alignment", "effective rank", "path complexity"]
+    titles += ["seeds that come up to none's highest alignment", "effective rank there", "path complexity there"]
+    lines = [_line(titles), "|---" * len(titles) + "|"]
     for setting in found["settings"]:
-        none = next(r for r in setting["rows"] if r["method"] == NONE)
-        for row in setting["rows"]:
-            if row["method"] != "alignment" or row["on_top"]:
-                continue
-            ratios = {
-                key: ratio(row["values"][key], none["values"][key])
-                for key in ("alignment", "effective_rank", "path_complexity", "rank_at_peak", "path_at_peak")
-            }
-            reach = sum(value is not None for value in row["values"]["rank_at_peak"])
-            said.append(
-                f"{setting['setting']}: at the end, alignment loss over none: held-out alignment {ratios['alignment']}, "
-                f"effective rank {ratios['effective_rank']}, path complexity {ratios['path_complexity']}; where held-out "
-                f"alignment comes up to the highest without a regularizer ({reach} of {len(none['values']['test'])} "
-                f"seeds): effective rank {ratios['rank_at_peak']}, path complexity {ratios['path_at_peak']}."
-            )
-    return said
+        rows = {row["method"]: row["values"] for row in setting["rows"] if not row["on_top"]}
+        if "alignment" in rows:
+            own, none = rows["alignment"], rows[NONE]
+            there = sum(value is not None for value in own["rank_at_peak"])
+            cells = [ratio(own[key], none[key]) for key in ("alignment", "effective_rank", "path_complexity")]
+            cells += [f"{there} of {found['seeds']}"]
+            cells += [ratio(own[key], none[key]) for key in ("rank_at_peak", "path_at_peak")]
+            lines.append(_line([setting["setting"], *cells]))
+    return "\n".join(lines) + "\n"
 
 
-def ratio(values: list[float | None], others: list[float | None]) -> str:
-    """Return the geometric mean of paired ratios with its 95 % interval, of those that are defined."""
+def ratio(values: Values, others: Values) -> str:
+    """Return the geometric mean of paired ratios and its 95 % interval, over the seeds where both are defined."""
     logs = [math.log(a / b) for a, b in zip(values, others, strict=True) if a and b]
     if len(logs) < 2:
         return "undefined"
-    found = interval(logs)
-    mean, low, high = (math.exp(value) for value in found)
-    return f"x{mean:.2f} [{low:.2f}, {high:.2f}]"
+    mean, low, high = (math.exp(value) for value in interval(logs))
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def run(found: dict[str, Any]) -> str:
+    """Return how the numbers came about."""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return (
+        f"`{found['command']}`: {found['runs']} runs, {found['seeds']} seeds that count, {found['minutes'] / 60:.1f} "
+        f"hours on {found['machine']}; {versions}.\n"
+    )
+
+
+BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "short table": short_table,
+    "full table": full_table,
+    "findings": findings,
+    "alike": alike,
+    "run": run,
+}
+
+
+def _counted(differences: dict[str, Estimate | None], name: str) -> str:
+    known = {label: difference for label, difference in differences.items() if difference is not None}
+    if not known:
+        return ""
+    parts = []
+    for sign, side in ((1, "above"), (-1, "below")):
+        labels = [f"{label} {difference}" for label, difference in known.items() if difference.sign == sign]
+        if labels:
+            parts.append(f"{side} {name} in {len(labels)} of {len(known)} ({'; '.join(labels)})")
+    left = sum(difference.sign == 0 for difference in known.values())
+    if left:
+        parts.append(f"not settled against {name} in {left} of {len(known)}")
+    return ", ".join(parts)
+
+
+def _at_edge(row: dict[str, Any]) -> bool:
+    weights = list(row["validation"])
+    return bool(weights) and _weight(row) in (weights[0], weights[-1])
+
+
+def _name(row: dict[str, Any]) -> str:
+    return words(row["method"], on_top=row["on_top"])
 
 
 def _weight(row: dict[str, Any]) -> str:
     return "" if row["weight"] is None else f"{row['weight']:g}"
 
 
-def _accuracy(values: list[float]) -> str:
-    found = interval(values)
-    return f"{found.mean:.3f} ± {found.high - found.mean:.3f}"
+def _told(difference: Estimate | None) -> str:
+    if difference is None:
+        return ""
+    return f"**{difference}**" if difference.sign > 0 else str(difference)
 
 
-def _mean(values: list[float | None], digits: int) -> str:
+def _mean(values: Values, digits: int) -> str:
     defined = [value for value in values if value is not None]
     return f"{statistics.mean(defined):.{digits}f}" if defined else "undefined"
 
 
-def _bold(text: str, sign: int) -> str:
-    return f"**{text}**" if sign > 0 else text
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,119 +1,94 @@
-"""Figures of a comparison: differences, paths, and explicit beside implicit alignment."""
+"""Figures of a comparison: the paths of its runs, and explicit beside implicit alignment."""
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
-import _comparison
 import _figure
+import _jobs
 import _study
 import matplotlib.pyplot as plt
-from _comparison import DECAY, NONE, REACHED
+from _figure import COLORS, Log
+from _methods import DECAY, NONE, words
 
+ALIGNMENT, RANK, PATH = "test/kernel_alignment", "train/effective_rank", "train/path_complexity"
 PANELS = {
     "test accuracy": "test/accuracy",
-    "held-out alignment": REACHED["alignment"],
-    "effective rank": REACHED["effective_rank"],
-    "path complexity": REACHED["path_complexity"],
+    "held-out alignment": ALIGNMENT,
+    "effective rank": RANK,
+    "path complexity": PATH,
 }
+FIXED = {NONE: "k", DECAY: "0.55", "label_smoothing": "#c9b458", "fisher": COLORS[4]}
+FREE = (*COLORS[:4], COLORS[5])
 
 
-def draw(folder: Path, found: dict[str, Any]) -> list[Path]:
-    """Draw all figures into the comparison's folder."""
-    figures = {"differences": _differences, "paths": _paths, "explicit": _explicit}
+def draw(folder: Path, settings: list[dict[str, Any]], seeds: int) -> list[Path]:
+    """Draw the figures into the comparison's folder."""
+    names = [row["method"] for row in settings[0]["rows"] if not row["on_top"]]
+    logs: dict[str, dict[str, list[Log]]] = {}
+    for setting in settings:
+        place = folder / setting["setting"] / "final"
+        runs = {name: [place / name.replace(":", "-") / f"seed-{seed}" for seed in range(seeds)] for name in names}
+        whole = {name: [run for run in of_method if not _jobs.broken_off(run)] for name, of_method in runs.items()}
+        logs[setting["setting"]] = {name: _study.logs(of_method) for name, of_method in whole.items() if of_method}
     drawn = []
-    for name, make in figures.items():
-        figure = make(folder, found)
+    for name, make in (("paths", _paths), ("explicit", _explicit)):
+        figure = make(logs, _styles(names))
         drawn.append(folder / f"{name}.png")
         figure.savefig(drawn[-1], dpi=130)
         plt.close(figure)
     return drawn
 
 
-def _differences(folder: Path, found: dict[str, Any]) -> Any:  # noqa: ARG001
-    settings = found["settings"]
-    columns = min(4, len(settings))
-    lines = -(-len(settings) // columns)
-    rows = len(settings[0]["rows"])
-    size = (2 + 2.6 * columns, lines * (0.9 + 0.24 * rows))
-    figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", sharey=True, squeeze=False)
-    for axis, setting in zip(axes.flat, settings, strict=False):
-        for place, row in enumerate(reversed(setting["rows"])):
-            difference = _comparison.against(setting, row, DECAY)
-            if difference is None:
-                continue
-            color = {1: _figure.COLORS[2], -1: _figure.COLORS[5]}.get(difference.settled, "0.45")
-            axis.plot([difference.low, difference.high], [place, place], color=color, linewidth=1.6)
-            axis.plot([difference.mean], [place], "o", color=color, markersize=4)
-        axis.axvline(0, color="0.7", linewidth=0.8)
-        axis.set_yticks(range(rows), [_comparison.name_of(row) for row in reversed(setting["rows"])], fontsize=8)
-        axis.set_title(setting["setting"], fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
-        if setting["setting"].startswith("few"):
-            axis.set_xlim(left=max(axis.get_xlim()[0], -0.08))
-    for axis in list(axes.flat)[len(settings) :]:
-        axis.set_visible(False)
-    figure.suptitle("test accuracy minus that of tuned weight decay, corrected 95 % intervals", fontsize=11)
-    return figure
-
-
-def _paths(folder: Path, found: dict[str, Any]) -> Any:
-    settings = found["settings"]
-    shape = (len(settings), len(PANELS))
+def _paths(logs: dict[str, dict[str, list[Log]]], styles: dict[str, dict[str, Any]]) -> Any:
+    """Along training, a line of panels a setting."""
+    shape = (len(logs), len(PANELS))
     size = (3.4 * shape[1], 2.5 * shape[0] + 0.6)
     figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
-    names = [row["method"] for row in settings[0]["rows"] if not row["on_top"]]
-    for line, setting in zip(axes, settings, strict=True):
+    for line, (setting, of_methods) in zip(axes, logs.items(), strict=True):
         for axis, (title, key) in zip(line, PANELS.items(), strict=True):
-            for name in names:
-                _study.band(axis, _logs(folder, setting, name, found["seeds"]), key, **_style(names, name))
-            _figure.finish(axis, f"{setting['setting']}: {title}", legend=False)
-            if key == PANELS["path complexity"]:
+            for name, of_seeds in of_methods.items():
+                _study.band(axis, of_seeds, key, **styles[name])
+            _figure.finish(axis, f"{setting}: {title}", legend=False)
+            if key == PATH:
                 axis.set_yscale("symlog", linthresh=100)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(8, len(names)), frameon=False, fontsize=9)
-    return figure
+    return _with_legend(figure, axes)
 
 
-def _explicit(folder: Path, found: dict[str, Any]) -> Any:
-    """Effective rank and path complexity over held-out alignment: where explicit and implicit alignment go."""
-    settings = found["settings"]
-    others = ("effective rank", "path complexity")
-    size = (2.9 * len(settings), 5.4)
-    figure, axes = plt.subplots(len(others), len(settings), figsize=size, layout="constrained", squeeze=False)
-    names = [row["method"] for row in settings[0]["rows"] if not row["on_top"]]
-    for column, setting in zip(axes.T, settings, strict=True):
-        for axis, other in zip(column, others, strict=True):
-            for name in names:
-                logs = _logs(folder, setting, name, found["seeds"])
-                points = [
-                    [sum(log[i][key] for log in logs) / len(logs) for i in range(min(map(len, logs)))]
-                    for key in (REACHED["alignment"], PANELS[other])
-                ]
-                style = _style(names, name)
-                axis.plot(*points, "-o", markersize=2.5, linewidth=1, color=style["color"], label=style["label"])
-                axis.plot(points[0][-1], points[1][-1], "s", markersize=5.5, color=style["color"])
+def _explicit(logs: dict[str, dict[str, list[Log]]], styles: dict[str, dict[str, Any]]) -> Any:
+    """Effective rank and path complexity over held-out alignment, from the start to a square at the end."""
+    others = {"effective rank": RANK, "path complexity": PATH}
+    size = (2.9 * len(logs), 5.4)
+    figure, axes = plt.subplots(len(others), len(logs), figsize=size, layout="constrained", squeeze=False)
+    for column, (setting, of_methods) in zip(axes.T, logs.items(), strict=True):
+        for axis, (title, key) in zip(column, others.items(), strict=True):
+            for name, of_seeds in of_methods.items():
+                x, y = (_means(of_seeds, part) for part in (ALIGNMENT, key))
+                axis.plot(x, y, "-o", markersize=2.5, linewidth=1, **styles[name])
+                axis.plot(x[-1], y[-1], "s", markersize=5.5, color=styles[name]["color"])
             axis.set_xlabel("held-out alignment")
-            axis.set_ylabel(other)
-            axis.set_title(setting["setting"], fontsize=10)
+            axis.set_ylabel(title)
+            axis.set_title(setting, fontsize=10)
             axis.spines[["top", "right"]].set_visible(False)
-            if other == "path complexity":
+            if key == PATH:
                 axis.set_yscale("symlog", linthresh=100)
+    return _with_legend(figure, axes)
+
+
+def _means(of_seeds: list[Log], key: str) -> list[float]:
+    return [statistics.mean(values) for values in zip(*([line[key] for line in log] for log in of_seeds), strict=True)]
+
+
+def _with_legend(figure: Any, axes: Any) -> Any:
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(8, len(names)), frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(8, len(labels)), frameon=False, fontsize=9)
     return figure
 
 
-def _logs(folder: Path, setting: dict[str, Any], name: str, seeds: int) -> list[_figure.Log]:
-    place = folder / setting["setting"] / "final" / name.replace(":", "-")
-    return _study.logs([place / f"seed-{seed}" for seed in range(seeds)])
-
-
-def _style(names: list[str], name: str) -> dict[str, Any]:
-    colors = {NONE: "k", DECAY: "0.55", "label_smoothing": "#b8a25e", "fisher": _figure.COLORS[4]}
-    further = [other for other in names if other not in colors]
-    palette = (*_figure.COLORS[:4], _figure.COLORS[5])
-    index = further.index(name) if name in further else 0
-    color = colors.get(name) or (palette[index] if len(further) <= len(palette) else plt.cm.turbo(index / len(further)))
-    return {"color": color, "label": _comparison.name_of({"method": name, "on_top": False})}
+def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
+    further = [name for name in names if name not in FIXED]
+    few = len(further) <= len(FREE)
+    colors = {name: FREE[i] if few else plt.get_cmap("turbo")(i / len(further)) for i, name in enumerate(further)}
+    return {name: {"color": {**FIXED, **colors}[name], "label": words(name)} for name in names}

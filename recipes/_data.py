@@ -31,6 +31,7 @@ class Data(NamedTuple):
     """Held out of the training split, to choose by."""
     val_y: Tensor
     """Redrawn like those to train on."""
+    val_rows: Tensor
 
 
 def load(
@@ -88,6 +89,7 @@ def load(
         rows=rows,
         val_x=split.train_x[held_out_rows],
         val_y=val_labels,
+        val_rows=held_out_rows,
     )
     return data if mix is None else _mixed(data, mix, _load(mix, mix_path), mix_size, generator)
 
@@ -103,8 +105,11 @@ def _redrawn(labels: Tensor, share: float, num_classes: int, generator: torch.Ge
 
 
 def save(data: Data, path: Path) -> None:
-    """Write which examples a run trains on, with what labels, and which of them are difficult."""
-    save_file({"rows": data.rows, "labels": data.train_y, "difficult": data.difficult}, path)
+    """Write which examples a run trains on, with what labels, which of them are difficult, and which are held out."""
+    saved = {"rows": data.rows, "labels": data.train_y, "difficult": data.difficult}
+    if len(data.val_rows):
+        saved |= {"val_rows": data.val_rows, "val_labels": data.val_y}
+    save_file(saved, path)
 
 
 def _mixed(data: Data, name: str, other: _sets.Split, size: int, generator: torch.Generator) -> Data:

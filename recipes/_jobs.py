@@ -17,20 +17,23 @@ from pathlib import Path
 import _checkpoint
 import _flags
 import _loop
+import _run
 import torch
 import train
 from rich.progress import track
 
 Job = tuple[Path, list[str]]
 """The folder of a run, and its flags."""
-DONE = "done"
-"""A file that marks the runs which came to their end."""
+DONE, BROKEN_OFF = "done", "broken_off"
+"""Files that mark runs which came to their end, and to which one: the second says why."""
 
 
-def run_all(jobs: Sequence[Job], at_once: int, study: Path, what: str = "runs") -> None:
+def run_all(jobs: Sequence[Job], at_once: int, study: Path, what: str = "runs", *, may_break_off: bool = False) -> None:
     """Run what is not done; on a signal stop the runs, which write a checkpoint first, and say how to go on.
 
-    The runs share as many processes as run at once, each with its share of the processors.
+    The runs share as many processes as run at once, each with its share of the processors. One that fails stops all;
+    if runs ``may_break_off``, one that has diverged, so that values are no longer what a loss or metric takes, ends
+    there.
     """
     missing = [job for job in jobs if not done(job[0])]
     print(f"{len(missing)} of {len(jobs)} {what} to do, {at_once} at a time", flush=True)
@@ -42,19 +45,21 @@ def run_all(jobs: Sequence[Job], at_once: int, study: Path, what: str = "runs") 
     # A process that torch already computes in is not to be forked.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(at_once, len(missing)), context, _begin, (threads,))
+    futures: list[Future[str | None]] = []
     try:
-        futures = [pool.submit(_train, *job) for job in missing]
+        futures += [pool.submit(_train, *job, may_break_off) for job in missing]
         for future in track(as_completed(futures), what, len(futures)):
             failure = _said(future)
             if failure:
                 break
     except KeyboardInterrupt:
         failure = "stopped"
-    pool.shutdown(wait=False, cancel_futures=True)
     if failure:
+        for waiting in futures:
+            waiting.cancel()
         for child in multiprocessing.active_children():
             child.terminate()
-    pool.shutdown()
+    pool.shutdown(cancel_futures=True)
     signal.signal(signal.SIGTERM, before)
     if failure:
         sys.exit(f"{failure}\ngo on with --resume {study}")
@@ -63,6 +68,11 @@ def run_all(jobs: Sequence[Job], at_once: int, study: Path, what: str = "runs") 
 def done(folder: Path) -> bool:
     """Say whether a run came to its end."""
     return (folder / DONE).exists()
+
+
+def broken_off(folder: Path) -> bool:
+    """Say whether a run's end was one before its time."""
+    return (folder / BROKEN_OFF).exists()
 
 
 def slug(label: str) -> str:
@@ -81,7 +91,7 @@ def _begin(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _train(folder: Path, flags: list[str]) -> str | None:
+def _train(folder: Path, flags: list[str], may_break_off: bool = False) -> str | None:
     """Run train.py in this process, from the newest checkpoint if there is one; return what it said if it failed."""
     if list(folder.glob("checkpoints/step_*")):
         arguments = [_checkpoint.FLAG, str(folder)]
@@ -98,7 +108,11 @@ def _train(folder: Path, flags: list[str]) -> str | None:
         if stop.code == 128 + signal.SIGTERM:
             os._exit(stop.code)  # nothing of the queue is to begin
         return f"{folder}: train.py failed\n{said.getvalue()[-2000:]}"
-    except Exception:  # noqa: BLE001 - the study says it
+    except Exception as error:  # noqa: BLE001 - the study says it
+        if may_break_off and isinstance(error, ValueError) and _run.log_of(folder).is_file():
+            (folder / BROKEN_OFF).write_text(f"{error}\n")
+            (folder / DONE).touch()
+            return None
         return f"{folder}: train.py failed\n{traceback.format_exc()[-2000:]}"
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the run's own handler waits for its next step

@@ -115,6 +115,9 @@ CASES = {
         lambda *_: functional.alignment(torch.ones(2, 3, 2, 3), torch.zeros(4, 3)), "one row for each of the 2"
     ),
     "trace ratio of none": Bad(lambda *_: functional.trace_ratio(torch.ones(1, 1, 1, 1), 0), "positive number"),
+    "kare of a negative kernel": Bad(
+        lambda *_: functional.kare(-torch.ones(2, 1, 2, 1), torch.tensor([0.0, 1.0]), 0.5), "positive semi-definite"
+    ),
     "ridge": Bad(lambda *_: functional.kare(torch.ones(2, 1, 2, 1), torch.tensor([0, 1]), 0.0), "positive"),
     "targets by another name": Bad(lambda *_: encode(torch.zeros(3, 2, 2), 2), r"expected values \(n, 2\)"),
     "one column": Bad(lambda *_: moments.frobenius2(moments.of(torch.ones(3, 1, 1), torch.ones(3, 1))), "at least 2"),

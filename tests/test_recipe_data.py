@@ -182,6 +182,36 @@ def test_mixture_and_difficult_examples():
     assert all(torch.equal(a, b) for a, b in zip(mixed, again, strict=True) if isinstance(a, torch.Tensor))
 
 
+def test_examples_held_out(tmp_path):
+    load_set = load("_data").load
+    whole = load_set("digits", seed=3)
+    for size in (0, 600):
+        held = load_set("digits", train_size=size, val_size=300, label_noise=0.4, seed=3)
+        assert (len(held.train_x), len(held.val_x)) == (size or 700, 300)
+        assert not set(held.rows.tolist()) & set(held.val_rows.tolist())
+        clean = dict(zip(whole.rows.tolist(), whole.train_y.tolist(), strict=True))
+        for rows, labels in ((held.rows, held.train_y), (held.val_rows, held.val_y)):
+            wrong = sum(clean[row] != label for row, label in zip(rows.tolist(), labels.tolist(), strict=True))
+            assert wrong / len(rows) == pytest.approx(0.36, abs=0.06)
+        images = dict(zip(whole.rows.tolist(), whole.train_x, strict=True))
+        assert all(torch.equal(images[row], x) for row, x in zip(held.val_rows.tolist(), held.val_x, strict=True))
+        assert torch.equal(held.test_y, whole.test_y)
+    # Of the same seed the same examples, held out or not.
+    assert torch.equal(held.rows, load_set("digits", train_size=600, seed=3).rows)
+    for sizes, message in (
+        ((900, 101), "--train_size: expected at most the 899 training examples of digits, 101 held out, got 900"),
+        ((0, 1000), "--val_size: expected at most the 999 training examples of digits, got 1000"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_set("digits", train_size=sizes[0], val_size=sizes[1], seed=3)
+    result = run("--val_size", 90, "--measure", "held_out", "--output_dir", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    assert {"val/loss", "val/accuracy", "train/kernel_alignment", "test/kernel_alignment"} < set(
+        read(tmp_path / "run")[0]
+    )
+    assert len(load_file(tmp_path / "run" / "examples.safetensors")["val_rows"]) == 90
+
+
 def test_shapes_in_the_plane():
     sets = load("_sets")
     found = {name: sets.BUNDLED[name]() for name in sets.POINTS}

@@ -12,7 +12,7 @@ from recipe_runs import RECIPES, TINY, read
 FILES = sorted(RECIPES.glob("[a-z]*.py"))
 NAMES = [path.stem for path in FILES if "_loop.main(" in path.read_text()]
 STUDIES = [path.stem for path in FILES if "_study.main(" in path.read_text()]  # run those in NAMES
-OTHERS = {"overlay", "supernat"}  # train no network
+OTHERS = {"overlay", "supernat", "compare"}  # train no network, or have a test of their own
 SMALL = {"train": "--regularizer complexity --weight 0.1"}
 
 

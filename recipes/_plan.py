@@ -1,0 +1,138 @@
+"""What a comparison is to run: every run's folder and flags follow from the plan, and, once chosen, the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import _flags
+import train
+from _jobs import Job
+from _methods import BUNDLED, DECAY, FINAL, FIRST_SEED, KNOWN, NETWORKS, NONE, TASKS, TUNING
+
+
+@final
+class Row(NamedTuple):
+    """A method, alone or on top of the weight decay that was chosen."""
+
+    method: str
+    on_top: bool = False
+
+    @property
+    def slug(self) -> str:
+        """Its folder."""
+        return self.method.replace(":", "-") + ("+weight_decay" if self.on_top else "")
+
+
+Weights = dict[Row, float]
+"""The chosen weight of each row with a choice."""
+
+
+@final
+@dataclass
+class Plan:
+    """A comparison; kept as plan.json in its folder."""
+
+    command: str
+    tasks: list[str]
+    networks: list[str]
+    """None with a configuration, which has its own."""
+    methods: list[str]
+    further: list[str]
+    """Flags of train.py for every run."""
+    versions: dict[str, str]
+    seeds: int = 10
+    tuning_seeds: int = 2
+    on_top: bool = True
+    weights: int | None = None
+    """Take only so many of each method's weights, from the middle up."""
+    costs: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    """Seconds of a step, a measurement and the start, by setting and method."""
+    minutes: float = 0.0
+    """That the comparison has taken so far."""
+
+    @classmethod
+    def load(cls, folder: Path) -> Plan:
+        """Read it back.
+
+        Raises:
+            ValueError: if the folder holds none.
+        """
+        file = folder / "plan.json"
+        try:
+            values: dict[str, Any] = json.loads(file.read_text())
+            return cls(**{name: values[name] for name in (f.name for f in dataclasses.fields(cls)) if name in values})
+        except (OSError, ValueError, TypeError):
+            raise ValueError(f"--resume: expected the folder of a comparison, but there is no {file}.") from None
+
+    def save(self, folder: Path) -> None:
+        """Write it."""
+        (folder / "plan.json").write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The flags of each task on each network."""
+        if not self.networks:
+            return {task: TASKS[task] for task in self.tasks}
+        return {
+            f"{task}-{network}": f"{BUNDLED} {TASKS[task]} {NETWORKS[network]}"
+            for task in self.tasks
+            for network in self.networks
+        }
+
+    @property
+    def rows(self) -> list[Row]:
+        """The methods, those alone first."""
+        alone = [Row(name) for name in self.methods]
+        return alone + [Row(name, on_top=True) for name in self.methods if self.on_top and name not in (NONE, DECAY)]
+
+    def grid(self, row: Row) -> tuple[float, ...]:
+        """Return the weights that a row's is chosen from."""
+        grid = KNOWN[row.method].weights
+        return grid if self.weights is None else grid[-self.weights - 1 : -1]
+
+    def config(self, setting: str, row: Row) -> train.Config:
+        """Return a run's configuration with a weight from the middle of the grid: what a step costs shows there."""
+        grid = self.grid(row)
+        flags = self._flags(setting, row, {row: grid[len(grid) // 2]} if grid else {}, FINAL)
+        return _flags.parse(train.Config, None, flags)[0]
+
+    def tuning(self, folder: Path, setting: str, row: Row, weight: float, chosen: Weights) -> list[Job]:
+        """Return the runs that say how good a weight is."""
+        flags = self._flags(setting, row, {**chosen, row: weight}, TUNING)
+        place = folder / setting / "tune" / row.slug / f"{weight:g}"
+        return [(place / f"seed-{seed}", [*flags, "--seed", str(seed)]) for seed in range(self.tuning_seeds)]
+
+    def final(self, folder: Path, setting: str, row: Row, chosen: Weights) -> list[Job]:
+        """Return the runs that count."""
+        flags = self._flags(setting, row, chosen, FINAL)
+        place = folder / setting / "final" / row.slug
+        return [(place / f"seed-{seed}", [*flags, "--seed", str(FIRST_SEED + seed)]) for seed in range(self.seeds)]
+
+    @property
+    def runs(self) -> int:
+        """How many there are."""
+        return len(self.settings) * sum(self._runs(row) for row in self.rows)
+
+    def estimated_minutes(self, jobs: int) -> float:
+        """Return about how long all runs take, so many at a time."""
+        seconds = 0.0
+        for setting, costs in self.costs.items():
+            config = self.config(setting, Row(NONE))
+            measured = len(train.Train(config).logged()) * self.seeds
+            for row in self.rows:
+                cost = costs[row.method]
+                seconds += self._runs(row) * (config.steps * cost["step"] + cost["start"]) + measured * cost["measure"]
+        return seconds / 60 / jobs
+
+    def _runs(self, row: Row) -> int:
+        return len(self.grid(row)) * self.tuning_seeds + self.seeds
+
+    def _flags(self, setting: str, row: Row, weights: Weights, stage: str) -> list[str]:
+        own = KNOWN[row.method].flags.format(weights.get(row))
+        decay = KNOWN[DECAY].flags.format(weights[Row(DECAY)]) if row.on_top else ""
+        return [*shlex.split(f"{self.settings[setting]} {decay} {own} {stage}"), *self.further]

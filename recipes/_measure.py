@@ -68,7 +68,7 @@ class Accuracy(Measure):
         """See the base class."""
         device = self.accelerator.device
         self.accuracy = MulticlassAccuracy(self.data.num_classes, average="micro").to(device)
-        self.loss = MeanMetric().to(device)
+        self.loss = MeanMetric(nan_strategy="disable").to(device)  # a loss that is no number is logged as such
         self.examples = self.loaders(None)
         if len(self.data.val_x):
             self.examples["val"] = self.loader(self.data.val_x, self.data.val_y)

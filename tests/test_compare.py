@@ -116,7 +116,7 @@ def test_weights_follow_from_validation_alone(tmp_path, monkeypatch):
     best = {"weight_decay": 0.01, "alignment": 0.2, "alignment+weight_decay": 0.4}
     order = []
 
-    def run_all(jobs, *_):
+    def run_all(jobs, *_, **__):
         for folder, flags in jobs:
             _, _, name, weight, seed = folder.relative_to(tmp_path).parts
             order.append((name, flags))
@@ -400,11 +400,11 @@ def test_a_comparison_from_its_command_and_on(tmp_path, monkeypatch, capsys):
 
     def call(*flags):
         """As from the command line; what it prints, or says where it refuses."""
-        monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, flags), "--jobs", "1"])
+        monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, flags), "--jobs", "2"])
         try:
             compare.main()
         except SystemExit as stop:
-            return str(stop.value)
+            return str(stop.code)
         return capsys.readouterr().out
 
     flags = [*TINY.split(), "--methods", "none,weight_decay,alignment"]
@@ -436,7 +436,12 @@ def test_a_comparison_from_its_command_and_on(tmp_path, monkeypatch, capsys):
     # A run in a process that had others before is the one of a process of its own.
     own, again = folder / "few100-mlp" / "final" / "alignment" / "seed-1", tmp_path / "again"
     one = [sys.executable, RECIPES / "train.py", "--config", own / "config.json", "--output_dir", again]
-    subprocess.run(one, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())})
+    subprocess.run(
+        one,
+        check=True,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2))},
+    )
     assert (again / "metrics.jsonl").read_bytes() == (own / "metrics.jsonl").read_bytes()
 
     # A run that was killed before it was done, and one seed more.
@@ -509,6 +514,33 @@ def test_failures_are_said(tmp_path, monkeypatch):
     assert not jobs.done(tmp_path / "run")
     said = jobs._train(tmp_path / "run", ["--cpu", "--depth", "1"])
     assert "expected at least 2 layers" in said
+
+
+def test_runs_that_diverge_end_by_themselves(tmp_path, monkeypatch):
+    """With a learning rate far too large, the tangent features of the measurements are no numbers."""
+    jobs, comparison, folder = module("_jobs"), module("_comparison"), tmp_path / "run"
+    text = "--cpu --lr 1e30 --steps 30 --hidden 8 --val_size 100 --measure held_out --kernel_size 10"
+    flags = text.split()
+    assert "train.py failed" in jobs._train(folder, flags)
+    assert not jobs.done(folder)
+    assert jobs._train(folder, flags, may_break_off=True) is None
+    assert jobs.done(folder)
+    assert jobs.broken_off(folder)
+    assert "contain NaN" in (folder / jobs.BROKEN_OFF).read_text()
+    log = comparison.log_of(folder)
+    assert log[:-1] == read(folder)
+    assert log[-1]["val/accuracy"] == log[-1]["test/accuracy"] == 0
+    assert math.isnan(log[-1]["test/kernel_alignment"])
+    # Wrong flags, and what is no divergence, still stop a study.
+    assert "invalid float value" in jobs._train(tmp_path / "other", [*flags, "--lr", "x"], may_break_off=True)
+    monkeypatch.setattr(jobs._loop, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("out of luck")))
+    assert "out of luck" in jobs._train(tmp_path / "other", flags, may_break_off=True)
+
+    same = [0.5, 0.52, 0.51]
+    a = found({"none": same, "weight_decay": same, "alignment": same})
+    assert "broke off" not in comparison.findings(a)
+    a["settings"][0]["rows"][2] |= {"broken_off": 2}
+    assert "counted with an accuracy of zero: few100-mlp alignment 2." in comparison.findings(a)
 
 
 def test_no_process_is_left_by_failures(tmp_path, capsys):

@@ -242,6 +242,19 @@ def test_costs_are_those_of_steps(monkeypatch):
     assert torch.get_num_threads() == threads
     assert 2 * costs["none"]["step"] < costs["much"]["step"] < 1
     assert all(value >= 0 for cost in costs.values() for value in cost.values())
+    # Of a clock by which everything takes three seconds: a step is a sixth of a round.
+    monkeypatch.setattr(module("_cost"), "_seconds", lambda work: work() or 3.0)
+    monkeypatch.setattr(module("_cost").train.Train, "measure", lambda *_: None)
+    costs = module("_cost").of(configs, jobs=2)
+    assert {(cost["step"], cost["measure"]) for cost in costs.values()} == {(0.5, 3.0)}
+
+
+def test_a_short_look_takes_weights_from_the_middle_up():
+    a = plan(weights=2)
+    assert a.grid(row("weight_decay")) == (0.01, 0.02)
+    assert a.grid(row("complexity")) == (0.016, 0.032)
+    assert a.grid(row("none")) == ()
+    assert dataclasses.replace(a, **module("compare").SHORT).runs == 2 * 2 + 3 * 3
 
 
 # What the numbers are made into.

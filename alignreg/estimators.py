@@ -93,8 +93,46 @@ def frobenius2(G: Tensor) -> Tensor:
         >>> estimators.frobenius2(torch.tensor([[2.0, 1.0], [1.0, 4.0]]))
         tensor(1.)
     """
+    return off_diagonal_mean(G.square())
+
+
+def off_diagonal_mean(G: Tensor) -> Tensor:
+    """Return the mean over pairs of different columns, of a symmetric statistic of two columns.
+
+    Args:
+        G: the statistic of each pair, ``(m, m)``.
+
+    Raises:
+        ValueError: if G is not a square matrix of at least two columns.
+
+    Example:
+        >>> import torch
+        >>> from alignreg import estimators
+        >>> estimators.off_diagonal_mean(torch.tensor([[9.0, 1.0], [1.0, 9.0]]))
+        tensor(1.)
+    """
     m = _columns(G, at_least=2)
-    return (G.square().sum() - G.diagonal().square().sum()) / (m * (m - 1))
+    return (G.sum() - G.diagonal().sum()) / (m * (m - 1))
+
+
+def off_diagonal_mean_without(G: Tensor) -> Tensor:
+    """Return :func:`off_diagonal_mean` with each column left out in turn, ``(m,)``.
+
+    Args:
+        G: the statistic of each pair, ``(m, m)``.
+
+    Raises:
+        ValueError: if G is not a square matrix of at least three columns.
+
+    Example:
+        >>> import torch
+        >>> from alignreg import estimators
+        >>> estimators.off_diagonal_mean_without(torch.tensor([[9.0, 1.0, 2.0], [1.0, 9.0, 3.0], [2.0, 3.0, 9.0]]))
+        tensor([3., 2., 1.])
+    """
+    m = _columns(G, at_least=3)
+    off = G - G.diagonal().diag()
+    return (off.sum() - 2 * off.sum(0)) / ((m - 1) * (m - 2))
 
 
 def trace2(G: Tensor) -> Tensor:
@@ -177,9 +215,7 @@ def frobenius2_without(G: Tensor) -> Tensor:
         >>> estimators.frobenius2_without(G)
         tensor([9., 0., 1.])
     """
-    m = _columns(G, at_least=3)
-    off = G.square() - G.square().diagonal().diag()
-    return (off.sum() - 2 * off.sum(0)) / ((m - 1) * (m - 2))
+    return off_diagonal_mean_without(G.square())
 
 
 def trace_without(G: Tensor) -> Tensor:

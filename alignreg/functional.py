@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from alignreg import hsic
 from alignreg.targets import ConstantTargetError, encode
 
 
@@ -37,7 +38,7 @@ def center(K: Tensor) -> Tensor:
     return K - K.mean(2, keepdim=True)
 
 
-def alignment(K: Tensor, y: Tensor, centered: bool = True) -> Tensor:
+def alignment(K: Tensor, y: Tensor, centered: bool = True, *, unbiased: bool = False) -> Tensor:
     r"""Alignment of a kernel with the targets, A = yᵀK_c y / (‖K_c‖_F ‖y‖²), in [0, 1].
 
     It is the centred kernel alignment CKA(K, yyᵀ) (Baratin et al. 2021, section 3.3; Cortes et al. 2012). y is
@@ -48,14 +49,17 @@ def alignment(K: Tensor, y: Tensor, centered: bool = True) -> Tensor:
         K: kernel ``(n, c, n, c)``.
         y: class indices ``(n,)`` or values ``(n, c)``; see :func:`alignreg.targets.encode`.
         centered: centre K as well; ``False`` leaves K as it is.
+        unbiased: estimate the alignment of the population, of which these examples are a sample, from pairs of
+            different ones alone (:mod:`alignreg.hsic`); it may lie outside [0, 1].
 
     Returns:
-        A scalar; NaN if (centred) K is zero, which has no direction to be aligned.
+        A scalar; NaN if (centred) K is zero, which has no direction to be aligned. Unbiased, NaN where the estimate of
+        a squared norm is not positive, and for fewer than four examples.
 
     Raises:
         TypeError: if y is no real tensor.
         ConstantTargetError: if y is constant: alignment is then undefined.
-        ValueError: if the shapes do not fit.
+        ValueError: if the shapes do not fit, or ``unbiased`` comes with ``centered=False``.
 
     Example:
         >>> import torch
@@ -66,6 +70,10 @@ def alignment(K: Tensor, y: Tensor, centered: bool = True) -> Tensor:
     """
     n, c = _check_kernel(K)
     targets = _centred_targets(encode(y, c, n)).to(K)
+    if unbiased and not centered:
+        raise ValueError("unbiased: expected the centred kernel with it. Leave centered out, or unbiased.")
+    if unbiased:
+        return hsic.of_kernel(K, targets)
     if centered:
         K = center(K)
     numerator: Tensor = torch.einsum("ik,ikjl,jl->", targets, K, targets)

@@ -143,10 +143,15 @@ def trace_std_error(moments: Moments, *, centered: bool = True) -> Tensor:
     return estimators.jackknife(estimators.trace_without(_gram(moments, centered=centered)))
 
 
+def numerators(moments: Moments) -> Tensor:
+    """Estimate yᵀK_c y from each direction, ``(m,)``: equal where it is exact; their mean is unbiased."""
+    product, square = _correction(moments)
+    return moments.pullback.square().sum() - 2 * product + square
+
+
 def numerator(moments: Moments) -> Tensor:
     """Estimate yᵀK_c y = ‖Φᵀ(y − ȳ)‖² ≥ 0: exact for one batch, else unbiased up to the clamp at zero."""
-    product, square = _correction(moments)
-    return (moments.pullback.square().sum() - 2 * product.mean() + square.mean()).clamp(min=0)
+    return numerators(moments).mean().clamp(min=0)
 
 
 def alignment(moments: Moments, *, centered: bool = True) -> Tensor:
@@ -159,7 +164,7 @@ def alignment(moments: Moments, *, centered: bool = True) -> Tensor:
         ConstantTargetError: if the targets of all examples are equal.
         ValueError: if there are no examples.
     """
-    variance = _variance(moments)
+    variance = require_different_targets(moments)
     return estimators.alignment(numerator(moments) / variance, frobenius2(moments, centered=centered))
 
 
@@ -172,13 +177,11 @@ def alignment_std_error(moments: Moments, *, centered: bool = True) -> Tensor:
         ConstantTargetError: as :func:`alignment`.
         ValueError: as :func:`alignment`.
     """
-    variance = _variance(moments)
-    product, square = _correction(moments)
-    without = (product.sum() - product, square.sum() - square)
-    mean = [values / (len(values) - 1) for values in without]
-    numerators = (moments.pullback.square().sum() - 2 * mean[0] + mean[1]).clamp(min=0)
+    variance = require_different_targets(moments)
+    each = numerators(moments)
+    without = ((each.sum() - each) / (len(each) - 1)).clamp(min=0)
     norms = estimators.frobenius2_without(_gram(moments, centered=centered))
-    return estimators.jackknife(estimators.alignment(numerators / variance, norms))
+    return estimators.jackknife(estimators.alignment(without / variance, norms))
 
 
 def _gram(moments: Moments, *, centered: bool) -> Tensor:
@@ -192,7 +195,13 @@ def _correction(moments: Moments) -> tuple[Tensor, Tensor]:
     return s_a * s_b, s_b.square()
 
 
-def _variance(moments: Moments) -> Tensor:
+def require_different_targets(moments: Moments) -> Tensor:
+    """Return ‖y − ȳ‖².
+
+    Raises:
+        ConstantTargetError: if it is zero.
+        ValueError: if there are no examples.
+    """
     if not float(moments.n) > 0:
         raise ValueError("alignment: no examples have been added.")
     variance = moments.targets2 - moments.targets.square().sum() / moments.n

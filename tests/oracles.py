@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import numpy as np
@@ -77,6 +78,22 @@ def alignment(jac, y, centered=True):
     K = phi @ phi.T
     target = (y - y.mean(0)).reshape(-1).double()
     return float(target @ K @ target / (K.pow(2).sum().sqrt() * target.pow(2).sum()))
+
+
+def mean_over_different(K, L):
+    """h(K, L) over all i, j, q, r that differ, of kernels (n, c, n, c): E⟨k̃, l̃⟩ without bias."""
+    n, total, count = len(K), 0.0, 0
+    for i, j, q, r in itertools.permutations(range(n), 4):
+        one = K[i, :, j]
+        total += (one * (L[i, :, j] - L[i, :, q] - L[q, :, j] + L[q, :, r])).sum()
+        count += 1
+    return total / count
+
+
+def unbiased_alignment(jac, y):
+    """Alignment of the population from a sample of it."""
+    K, L = kernel(jac), torch.einsum("ik,jl->ikjl", y.double(), y.double())
+    return mean_over_different(K, L) / (mean_over_different(K, K) * mean_over_different(L, L)).sqrt()
 
 
 def eigenvalues(K):

@@ -10,8 +10,9 @@ PACKAGE = Path(__file__).parent.parent / "alignreg"
 ORDER = [
     {"sharding"},
     {"batch", "targets", "selection", "distributed", "normalization", "directions", "estimators", "sketches"},
-    {"frozen", "jacobian", "moments", "functional", "linear", "progress", "plotting", "graph", "weights"},
-    {"evaluation"},
+    {"frozen", "jacobian", "moments", "linear", "progress", "plotting", "graph", "weights"},
+    {"hsic"},
+    {"evaluation", "functional"},
     {"kernels"},
     {"tangents"},
     {"metrics", "losses", "complexity"},
@@ -47,7 +48,7 @@ def test_direction():
 
 
 def test_functional_never_sees_a_model():
-    for name in ("functional.py", "moments.py", "estimators.py"):
+    for name in ("functional.py", "hsic.py", "moments.py", "estimators.py"):
         assert not {"torch.nn", "alignreg.tangents"} & set(imported(PACKAGE / name))
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from alignreg import functional, moments
+from alignreg import functional, hsic, moments
+from alignreg.hsic import PairSums
 from alignreg.metrics.sketch import SketchMetric
 from alignreg.moments import Moments
 
@@ -32,6 +33,11 @@ class TangentAlignment(SketchMetric):
     pass for each batch in which some but not all examples belong to it. Groups of unlike size are not comparable:
     alignment depends on the number of examples.
 
+    The alignment of a sample is not that of the population it is from: it grows as the sample gets smaller. With
+    ``unbiased=True`` numerator and norms are estimated without this bias, and without that of the sketch
+    (:mod:`alignreg.hsic`); their quotient may then lie outside [0, 1]. This takes (m·c)² + m²·c numbers more, and at
+    least four examples.
+
     In a ``MetricCollection``, :class:`TangentAlignment`, :class:`TangentTrace` and :class:`TangentParticipationRatio`
     of equal options share one pushforward from their second update on. ``forward`` does not share: each metric runs
     its own.
@@ -45,13 +51,14 @@ class TangentAlignment(SketchMetric):
 
     As output of ``forward`` and ``compute`` it returns a float64 scalar, or an
     :class:`~alignreg.estimators.Estimate` (value, standard_error) with ``return_std_error=True``; with ``groups`` a
-    dict of them by group, and ``"total"``. Where K is zero it is NaN, and for a group without two different targets;
-    ``forward`` also returns NaN for a batch of one class.
+    dict of them by group, and ``"total"``. It is NaN where K is zero, or an unbiased norm not positive, and for a group
+    without two different targets; ``forward`` also returns NaN for a batch of one class.
 
     Args:
         model: the model, possibly wrapped (DDP, ``torch.compile``, Accelerate); never registered, copied or
             changed. Clones of the metric watch the same live model.
         num_outputs: c.
+        unbiased: estimate the alignment of the population rather than that of the sample.
         sketch_dim: m ≥ 3 directions; the error falls like 1/√m.
         seed: of the directions. Nothing is drawn from torch's global random state.
         centered: centre the kernel over the examples; ``False`` leaves it as it is. Targets are always centred.
@@ -83,11 +90,23 @@ class TangentAlignment(SketchMetric):
     plot_upper_bound: float = 1.0
     _needs_targets: ClassVar[bool] = True
 
-    def _of_moments(self, sums: Moments) -> Tensor:
-        return moments.alignment(sums, centered=self.centered)
+    def __init__(self, model: nn.Module, num_outputs: int, *, unbiased: bool = False, **options: Any) -> None:
+        if unbiased and not options.get("centered", True):
+            raise ValueError("unbiased: expected the centred kernel with it. Leave centered out, or unbiased.")
+        super().__init__(model, num_outputs, pairs=unbiased, **options)
+        self.unbiased = unbiased
 
-    def _error_of_moments(self, sums: Moments) -> Tensor:
+    @property
+    def _bounds(self) -> tuple[float | None, float | None]:
+        return (None, None) if self.unbiased else super()._bounds
+
+    def _of_moments(self, sums: Moments, *pairs: PairSums) -> Tensor:
+        return hsic.alignment(sums, *pairs) if pairs else moments.alignment(sums, centered=self.centered)
+
+    def _error_of_moments(self, sums: Moments, *pairs: PairSums) -> Tensor:
+        if pairs:
+            return hsic.alignment_std_error(sums, *pairs)
         return moments.alignment_std_error(sums, centered=self.centered)
 
     def _of_kernel(self, K: Tensor, y: Tensor) -> Tensor:
-        return functional.alignment(K, y, self.centered)
+        return functional.alignment(K, y, self.centered, unbiased=self.unbiased)

@@ -6,7 +6,7 @@ import hashlib
 from abc import ABC
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class TangentMetric(Metric, ABC):
     """
 
     is_differentiable: bool = False
-    _exact: ClassVar[tuple[str, ...]] = ("binding",)
+    _exact: tuple[str, ...] = ("binding",)
     """States that another precision would spoil."""
 
     def __init__(

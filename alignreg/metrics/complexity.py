@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, final
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ class PathComplexity(TangentMetric):
     # The value of a batch alone cannot be merged into a path.
     full_state_update: bool = True
     plot_lower_bound: float = 0.0
-    _exact: ClassVar[tuple[str, ...]] = ("binding", "moments", "weights")
+    _exact: tuple[str, ...] = ("binding", "moments", "weights")
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ from typing import final
 from torch import Tensor
 
 from alignreg import functional, moments
+from alignreg.hsic import PairSums
 from alignreg.metrics.sketch import SketchMetric
 from alignreg.moments import Moments
 
@@ -66,10 +67,10 @@ class TangentParticipationRatio(SketchMetric):
     higher_is_better: bool | None = None
     plot_lower_bound: float = 1.0
 
-    def _of_moments(self, sums: Moments) -> Tensor:
+    def _of_moments(self, sums: Moments, *pairs: PairSums) -> Tensor:  # noqa: ARG002
         return moments.participation_ratio(sums, centered=self.centered)
 
-    def _error_of_moments(self, sums: Moments) -> Tensor:
+    def _error_of_moments(self, sums: Moments, *pairs: PairSums) -> Tensor:  # noqa: ARG002
         return moments.participation_ratio_std_error(sums, centered=self.centered)
 
     def _of_kernel(self, K: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002

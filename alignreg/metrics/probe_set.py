@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class ProbeSetMetric(TangentMetric, ABC):
 
     num_outputs: int
     max_examples: int | None = None
-    _exact: ClassVar[tuple[str, ...]] = ("binding", "records")
+    _exact: tuple[str, ...] = ("binding", "records")
     _weights: str | None = None
 
     def reset(self) -> None:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.utilities import rank_zero_warn
 
-from alignreg import moments, plotting, sketches
+from alignreg import hsic, moments, plotting, sketches
 from alignreg.batch import Batch, as_inputs, size
 from alignreg.estimators import Estimate
 from alignreg.evaluation import ForwardFn
+from alignreg.hsic import PairSums
 from alignreg.metrics.base import positive
 from alignreg.metrics.probe_set import ProbeSetMetric
 from alignreg.metrics.records import digest
@@ -43,6 +44,7 @@ class SketchMetric(ProbeSetMetric, ABC):
         params: glob pattern or patterns of parameter names.
         forward_fn: ``(model, inputs) -> (n, c)``.
         return_std_error: return the standard error beside the value.
+        pairs: keep the sums of :mod:`.hsic` as well.
         metric_kwargs: of :class:`torchmetrics.Metric`.
     """
 
@@ -64,6 +66,7 @@ class SketchMetric(ProbeSetMetric, ABC):
         params: str | Sequence[str] | None = None,
         forward_fn: ForwardFn | None = None,
         return_std_error: bool = False,
+        pairs: bool = False,
         **metric_kwargs: Any,
     ) -> None:
         positive("num_outputs", num_outputs)
@@ -78,7 +81,7 @@ class SketchMetric(ProbeSetMetric, ABC):
             raise ValueError(f"target_mean: expected {num_outputs} finite values, got {target_mean!r}.")
         names = _group_names(groups)
         # `centered` is left out: the raw sums are the same, so both kinds do share.
-        sketch = (sketch_dim, seed, None if guess is None else guess.tolist()) if method == "sketch" else ()
+        sketch = (sketch_dim, seed, None if guess is None else guess.tolist(), pairs) if method == "sketch" else ()
         configuration = ("stream", method, num_outputs, len(names), sketch)
         super().__init__(model, params=params, forward_fn=forward_fn, configuration=configuration, **metric_kwargs)
         self.num_outputs = num_outputs
@@ -92,8 +95,12 @@ class SketchMetric(ProbeSetMetric, ABC):
         if method == "exact":
             self._hold_examples()
             return
-        start = moments.zeros(num_outputs, sketch_dim, self._features.num_parameters)
-        for field, value in start._asdict().items():
+        self._fields: tuple[type[Moments] | type[PairSums], ...] = (Moments, PairSums) if pairs else (Moments,)
+        start = moments.zeros(num_outputs, sketch_dim, self._features.num_parameters)._asdict()
+        if pairs:
+            start |= hsic.zeros(num_outputs, sketch_dim)._asdict()
+            self._exact = (*self._exact, *start)  # differences of far larger sums
+        for field, value in start.items():
             rows = value.new_zeros(1 + len(names), *value.shape)
             self.add_state(self._name(field), rows, dist_reduce_fx="sum")
         self.add_state(self._name("unlabelled"), torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
@@ -128,7 +135,7 @@ class SketchMetric(ProbeSetMetric, ABC):
                     UserWarning,
                 )
             sums = self._sums(batch, y, members)
-            for field, value in sums._asdict().items():
+            for field, value in sums.items():
                 state = getattr(self, self._name(field))
                 setattr(self, self._name(field), state + value.to(state))
             if y is None:
@@ -179,14 +186,19 @@ class SketchMetric(ProbeSetMetric, ABC):
         if val is None:
             with self._synced():
                 val = self._named(self._estimates())
-        return plotting.estimates(val, ax, type(self).__name__, (self.plot_lower_bound, self.plot_upper_bound))
+        return plotting.estimates(val, ax, type(self).__name__, self._bounds)
+
+    @property
+    def _bounds(self) -> tuple[float | None, float | None]:
+        """Between which numbers to draw."""
+        return self.plot_lower_bound, self.plot_upper_bound
 
     @abstractmethod
-    def _of_moments(self, sums: Moments) -> Tensor:
+    def _of_moments(self, sums: Moments, *pairs: PairSums) -> Tensor:
         """Return the number, from the sums of a sketch."""
 
     @abstractmethod
-    def _error_of_moments(self, sums: Moments) -> Tensor:
+    def _error_of_moments(self, sums: Moments, *pairs: PairSums) -> Tensor:
         """Return its standard error."""
 
     @abstractmethod
@@ -229,16 +241,19 @@ class SketchMetric(ProbeSetMetric, ABC):
     def _named(self, values: list[Any]) -> Any:
         return dict(zip((*self.groups, "total"), (*values[1:], values[0]), strict=True)) if self.groups else values[0]
 
-    def _moments(self) -> list[tuple[Moments] | None]:
-        columns = [getattr(self, self._name(field)).to(torch.float64) for field in Moments._fields]
-        sums = [Moments(*row) for row in zip(*columns, strict=True)]
-        if not float(sums[0].n):
+    def _moments(self) -> list[tuple[Any, ...] | None]:
+        kinds = []
+        for kind in self._fields:
+            columns = [getattr(self, self._name(field)).to(torch.float64) for field in kind._fields]
+            kinds.append([kind(*row) for row in zip(*columns, strict=True)])
+        counts = getattr(self, self._name("n")).long().tolist()
+        if not counts[0]:
             raise ValueError(f"{type(self).__name__}: no examples have been added. Call update() first.")
         if self._needs_targets:
-            _require_targets(int(getattr(self, self._name("unlabelled"))), int(sums[0].n))
-        return [(some,) if float(some.n) else None for some in sums]
+            _require_targets(int(getattr(self, self._name("unlabelled"))), counts[0])
+        return [sample if count else None for count, sample in zip(counts, zip(*kinds, strict=True), strict=True)]
 
-    def _sums(self, batch: Batch, y: Tensor | None, members: Tensor) -> Moments:
+    def _sums(self, batch: Batch, y: Tensor | None, members: Tensor) -> dict[str, Tensor]:
         z = self._features.pushforward(batch, sketches.gaussian(self.sketch_dim, self.seed))
         self._check_width(z)
         z, sets = z.to(self.device), self._sets(members)
@@ -251,10 +266,12 @@ class SketchMetric(ProbeSetMetric, ABC):
             guesses = torch.stack([self._guess(y[rows]) for rows in sets])
             back = self._pullbacks(batch, y, sets, guesses)
         parts = [
-            moments.of(z[rows], y[rows], pullback=a, guess=guess)
+            moments.of(z[rows], y[rows], pullback=a, guess=guess)._asdict()
             for rows, a, guess in zip(sets, back, guesses, strict=True)
         ]
-        return Moments(*(torch.stack(column) for column in zip(*parts, strict=True)))
+        if PairSums in self._fields:
+            parts = [part | hsic.of(z[rows], y[rows])._asdict() for part, rows in zip(parts, sets, strict=True)]
+        return {field: torch.stack([part[field] for part in parts]) for field in parts[0]}
 
     def _pullbacks(self, batch: Batch, y: Tensor, sets: Sequence[Tensor], guesses: Tensor) -> Tensor:
         """Return Φᵀ(y − 1πᵀ) of each set of examples, ``(sets, P)``: one backward pass each."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from alignreg import functional, moments
+from alignreg.hsic import PairSums
 from alignreg.metrics.sketch import SketchMetric
 from alignreg.moments import Moments
 
@@ -68,10 +69,10 @@ class TangentTrace(SketchMetric):
 
     higher_is_better: bool | None = None
 
-    def _of_moments(self, sums: Moments) -> Tensor:
+    def _of_moments(self, sums: Moments, *pairs: PairSums) -> Tensor:  # noqa: ARG002
         return moments.trace(sums, centered=self.centered)
 
-    def _error_of_moments(self, sums: Moments) -> Tensor:
+    def _error_of_moments(self, sums: Moments, *pairs: PairSums) -> Tensor:  # noqa: ARG002
         return moments.trace_std_error(sums, centered=self.centered)
 
     def _of_kernel(self, K: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002

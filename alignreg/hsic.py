@@ -1,0 +1,214 @@
+r"""Sums over different examples alone: the alignment of the population, from a sample of it, without bias.
+
+The alignment of n examples with their labels depends on n, since in ‖K_c‖_F² and yᵀK_c y every example also meets
+itself. With the block kernels K_ij = φ_iφ_jᵀ and L_ij = y_iy_jᵀ, ``(c, c)``, the mean over all i, j, q, r that differ,
+
+    h(K, L) = mean ⟨K_ij, L_ij⟩ − 2⟨K_ij, L_iq⟩ + ⟨K_ij, L_qr⟩,
+
+has for its expectation E⟨k̃(x, x'), ỹỹ'ᵀ⟩ over independent x, x', features and targets centred by their true means. (For
+c = 1 it is the HSIC_1 of Song et al., "Feature selection via dependence maximization", JMLR 2012.) The corrected
+alignment is h(K, L) / √(h(K, K) h(L, L)). Such sums follow from sums over all examples less those that meet: with
+R_i = Σ_{j≠i} K_ij and S = Σ_i R_i, those of L with a prime,
+
+    n(n−1)(n−2)(n−3) h = (n²−3n+1) Σ_{i≠j}⟨K_ij, L_ij⟩ + Σ_{i≠j}⟨K_ij, L_ijᵀ⟩ + ⟨S, S'⟩
+                         − 2(n−2) Σ_i⟨R_i, R'_i⟩ − 2 Σ_i⟨R_iᵀ, R'_i⟩.
+
+A constant added to features or targets changes nothing; targets are centred here, so R'_i = −ỹ_iỹ_iᵀ.
+
+A sketch has a bias of its own: each of its columns z_a makes a kernel of rank one, and h(K, K) is quadratic in K. Its
+mean over pairs of *different* columns is unbiased in both respects (compare Chun et al., arXiv 2502.15104). All comes
+from raw sums over examples, :class:`PairSums`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from alignreg import estimators, moments
+from alignreg.moments import Moments
+
+
+class PairSums(NamedTuple):
+    """Raw sums over examples i, of features z_ik ``(m,)`` and targets y_i ``(c,)``, beside :class:`.Moments`."""
+
+    outer: Tensor
+    """Σ_i z_ika z_ilb, (c, m, c, m)."""
+    squares: Tensor
+    """Σ_i g_ab² with g_ab = Σ_k z_ika z_ikb, (m, m)."""
+    cubes: Tensor
+    """Σ_i g_ab z_ikb, (m, m, c)."""
+    crossed: Tensor
+    """Σ_i z_ika y_il, (c, c, m)."""
+    weighted: Tensor
+    """Σ_i u_ia z_ika with u_ia = Σ_k y_ik z_ika, (c, m)."""
+    targets_weighted: Tensor
+    """Σ_i u_ia y_il, (c, m)."""
+    weights2: Tensor
+    """Σ_i u_ia², (m,)."""
+    targets_outer: Tensor
+    """Σ_i y_iy_iᵀ, (c, c)."""
+    targets3: Tensor
+    """Σ_i ‖y_i‖² y_i, (c,)."""
+    targets4: Tensor
+    """Σ_i ‖y_i‖⁴, ()."""
+
+
+def of(z: Tensor, y: Tensor) -> PairSums:
+    """Return the sums of a batch.
+
+    Args:
+        z: pushforward ΦS of the batch, ``(n, c, m)``.
+        y: targets as values, ``(n, c)``.
+    """
+    z, y = z.detach().to(torch.float64), y.detach().to(z.device, torch.float64)
+    g = torch.einsum("ika,ikb->iab", z, z)
+    u = torch.einsum("ik,ika->ia", y, z)
+    norms2, flat = y.square().sum(1), z.flatten(1)
+    return PairSums(
+        outer=(flat.T @ flat).reshape(*z.shape[1:], *z.shape[1:]),
+        squares=g.square().sum(0),
+        cubes=torch.einsum("iab,ikb->abk", g, z),
+        crossed=torch.einsum("ika,il->kla", z, y),
+        weighted=torch.einsum("ia,ika->ka", u, z),
+        targets_weighted=torch.einsum("ia,il->la", u, y),
+        weights2=u.square().sum(0),
+        targets_outer=y.T @ y,
+        targets3=norms2 @ y,
+        targets4=norms2.square().sum(),
+    )
+
+
+def zeros(c: int, m: int) -> PairSums:
+    """Return the sums of no examples, for c outputs and m directions."""
+    shapes = ((c, m, c, m), (m, m), (m, m, c), (c, c, m), (c, m), (c, m), (m,), (c, c), (c,), ())
+    return PairSums(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+
+
+def alignment(sums: Moments, pairs: PairSums) -> Tensor:
+    """Estimate the alignment of the population; it may lie outside [0, 1], and is NaN where its norm is not positive.
+
+    NaN as well for fewer than four examples.
+
+    Raises:
+        ConstantTargetError: if the targets of all examples are equal.
+        ValueError: if there are no examples.
+    """
+    moments.require_different_targets(sums)
+    products, squares = _products(sums, pairs), _squares(sums, pairs)
+    return _alignment(products.mean(), estimators.off_diagonal_mean(squares), _norm2_of_targets(sums, pairs))
+
+
+def alignment_std_error(sums: Moments, pairs: PairSums) -> Tensor:
+    """Return the delete-one-direction jackknife standard error of :func:`alignment`, for m ≥ 3.
+
+    It holds the error of the sketch alone: the examples count as given.
+
+    Raises:
+        ConstantTargetError: as :func:`alignment`.
+        ValueError: as :func:`alignment`.
+    """
+    moments.require_different_targets(sums)
+    products, squares = _products(sums, pairs), _squares(sums, pairs)
+    without = (products.sum() - products) / (len(products) - 1)
+    norms2 = estimators.off_diagonal_mean_without(squares)
+    return estimators.jackknife(_alignment(without, norms2, _norm2_of_targets(sums, pairs)))
+
+
+def of_kernel(K: Tensor, y: Tensor) -> Tensor:
+    """Return :func:`alignment` from the exact kernel ``(n, c, n, c)`` and targets as values ``(n, c)``."""
+    n, y = len(K), y - y.mean(0)
+    own = torch.diagonal(K, dim1=0, dim2=2).permute(2, 0, 1)  # K_ii, (n, c, c)
+    rows, outer = K.sum(2) - own, torch.einsum("ik,il->ikl", y, y)
+    self_products = (own * outer).sum()
+    across = (rows * outer).sum()
+    products = _mean(
+        torch.einsum("ik,ikjl,jl->", y, K, y) - self_products,
+        torch.einsum("il,ikjl,jk->", y, K, y) - self_products,
+        -(rows.sum(0) * outer.sum(0)).sum(),
+        -across,
+        -across,
+        n,
+    )
+    squares = _mean(
+        K.square().sum() - own.square().sum(),
+        (K * K.transpose(1, 3)).sum() - (own * own.mT).sum(),
+        rows.sum(0).square().sum(),
+        rows.square().sum(),
+        (rows * rows.mT).sum(),
+        n,
+    )
+    return _alignment(products, squares, _target_norm2(outer.sum(0), y.square().sum(1).square().sum(), n))
+
+
+def _mean(pairs: Tensor, turned: Tensor, total: Tensor, rows: Tensor, turned_rows: Tensor, n: Tensor | int) -> Tensor:
+    """Return h, from the five sums of the module's text in their order."""
+    weighted = (n * n - 3 * n + 1) * pairs + turned + total - 2 * (n - 2) * rows - 2 * turned_rows
+    return weighted / (n * (n - 1) * (n - 2) * (n - 3))
+
+
+def _alignment(product: Tensor, norm2: Tensor, target_norm2: Tensor) -> Tensor:
+    defined = (norm2 > 0) & (target_norm2 > 0) & product.isfinite()  # not of fewer than four examples
+    return torch.where(defined, product / torch.where(defined, norm2 * target_norm2, 1.0).sqrt(), torch.nan)
+
+
+def _products(sums: Moments, pairs: PairSums) -> Tensor:
+    """Return h of the kernel of each column with the targets, ``(m,)``."""
+    f, n, mean = sums.features, sums.n, sums.targets / sums.n
+    blocks = _blocks(pairs)
+    own = pairs.weights2 - 2 * mean @ pairs.weighted + torch.einsum("k,l,kla->a", mean, mean, blocks)
+    weighted = pairs.targets_weighted - torch.einsum("k,kla->la", mean, pairs.crossed)
+    weighted = weighted + mean[:, None] * (mean @ f - sums.features_targets)
+    crossed = pairs.crossed - f[:, None] * mean[:, None]
+    total = torch.einsum("ka,la->kla", f, f) - blocks
+    rows = own - (f * weighted).sum(0)
+    return _mean(
+        moments.numerators(sums) - own,
+        torch.einsum("kla,lka->a", crossed, crossed) - own,
+        -torch.einsum("kla,kl->a", total, _centred_outer(sums, pairs)),
+        rows,
+        rows,
+        n,
+    )
+
+
+def _squares(sums: Moments, pairs: PairSums) -> Tensor:
+    """Return h of the kernels of two columns, ``(m, m)``."""
+    f, blocks, N = sums.features, _blocks(pairs), pairs.outer
+    totals = f.T @ f
+    inner = torch.einsum("ka,klb,la->ab", f, blocks, f)
+    through = torch.einsum("ka,abk->ab", f, pairs.cubes)  # Σ_i g_ab f_a·z_ib
+    met = pairs.squares - through - through.T
+    return _mean(
+        sums.gram.square() - pairs.squares,
+        torch.einsum("kalb,lakb->ab", N, N) - pairs.squares,
+        totals.square() - inner - inner.T + torch.einsum("kla,klb->ab", blocks, blocks),
+        sums.gram * totals + met,
+        torch.einsum("ka,lb,lakb->ab", f, f, N) + met,
+        sums.n,
+    )
+
+
+def _blocks(pairs: PairSums) -> Tensor:
+    """Return Σ_i z_ika z_ila, ``(c, c, m)``."""
+    return torch.diagonal(pairs.outer, dim1=1, dim2=3)
+
+
+def _norm2_of_targets(sums: Moments, pairs: PairSums) -> Tensor:
+    mean, n, outer = sums.targets / sums.n, sums.n, pairs.targets_outer
+    square = mean.square().sum()
+    fourth = pairs.targets4 + 4 * mean @ outer @ mean - 4 * pairs.targets3 @ mean
+    fourth = fourth + 2 * square * outer.trace() - 3 * n * square.square()
+    return _target_norm2(_centred_outer(sums, pairs), fourth, n)
+
+
+def _target_norm2(outer: Tensor, fourth: Tensor, n: Tensor | int) -> Tensor:
+    """Return h of the targets with themselves, from Σ ỹỹᵀ and Σ ‖ỹ‖⁴."""
+    square = outer.square().sum()
+    return _mean(outer.trace().square() - fourth, square - fourth, square, fourth, fourth, n)
+
+
+def _centred_outer(sums: Moments, pairs: PairSums) -> Tensor:
+    return pairs.targets_outer - torch.outer(sums.targets, sums.targets) / sums.n

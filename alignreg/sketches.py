@@ -8,6 +8,7 @@ from the same seed.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -167,9 +168,53 @@ def subset(n: int, size: int, *, seed: int, step: int = 0, stream: int = 0) -> T
     return torch.randperm(n, generator=_generator(f"subset/{seed}/{step}/{stream}", torch.device("cpu")))[:size]
 
 
-def _check_count(m: int) -> None:
+def count_sketch(vectors: Mapping[str, Tensor], size: int, *, seed: int) -> Tensor:
+    """Return hashes of vectors of parameter space: linear, and ‖hash‖² has the mean ‖vector‖².
+
+    Entries of one parameter go in runs of ``size``; each run is turned round by a random shift and given random signs
+    before it is added. Entries with independent signs add their squares, whichever meet; that two of them meet has a
+    probability of 1/``size`` at most, so that the relative standard deviation of ‖hash‖² is at most √(2/size). (After
+    Charikar et al., "Finding frequent items in data streams", 2002.)
+
+    Args:
+        vectors: r of them, by parameter name, ``(r, *shape)``.
+        size: of a hash.
+        seed: any integer: hashes of equal seeds add.
+
+    Returns:
+        ``(r, size)``, in float64.
+
+    Raises:
+        ValueError: if ``size`` is no positive integer, or there are no vectors.
+
+    Example:
+        >>> import torch
+        >>> from alignreg import sketches
+        >>> hashed = sketches.count_sketch({"w": torch.tensor([[3.0, 4.0]])}, 1000, seed=0)
+        >>> hashed.shape, hashed.square().sum()
+        (torch.Size([1, 1000]), tensor(25., dtype=torch.float64))
+    """
+    _check_count(size, "size: expected a positive number of entries")
+    if not vectors:
+        raise ValueError("vectors: expected vectors by parameter name, got none.")
+    first = next(iter(vectors.values()))
+    total = torch.zeros(len(first), size, dtype=torch.float64, device=first.device)
+    for name, vector in vectors.items():
+        for index, run in enumerate(torch.split(vector.reshape(len(vector), -1), size, dim=1)):
+            key, length = f"count/{seed}/{name}/{index}", run.shape[1]
+            signs = torch.empty(length, dtype=torch.float32, device=run.device)
+            _fill(signs, "rademacher", key)
+            start = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") % size
+            signed = (run * signs.to(run.dtype)).to(total)
+            before = min(length, size - start)
+            total[:, start : start + before] += signed[:, :before]
+            total[:, : length - before] += signed[:, before:]
+    return total
+
+
+def _check_count(m: int, expected: str = "m: expected a positive number of directions") -> None:
     if isinstance(m, bool) or not isinstance(m, int) or m < 1:
-        raise ValueError(f"m: expected a positive number of directions, got {m!r}.")
+        raise ValueError(f"{expected}, got {m!r}.")
 
 
 def _fill(values: Tensor, distribution: Distribution, key: str) -> None:

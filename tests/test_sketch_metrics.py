@@ -332,3 +332,31 @@ def test_layers_of_no_kernel_and_bad_options():
     for call in (nothing.compute, nothing.standard_error):
         with pytest.raises(ValueError, match="constant"):
             call()
+
+
+def test_many_parameters_are_hashed(monkeypatch):
+    """The kept vector is the hash of Φᵀ(y − ȳ), of the groups too, and values are unbiased by it."""
+    model, x, y, group = problem(30)
+    jac = oracles.matrix(oracles.jacobian(model, x)).reshape(30, 3, -1)
+    target = oracles.one_hot(y, 3)
+    options = {"sketch_dim": 3, "target_mean": target.mean(0).tolist(), "groups": 2}
+    whole = feed(TangentAlignment(model, 3, **options), x, y, group)
+    monkeypatch.setattr("alignreg.metrics.sketch.HASH_SIZE", 40)
+    hashed = feed(TangentAlignment(model, 3, **options), x, y, group)
+    again = feed(TangentAlignment(model, 3, **options), x, y, group, size=7)
+    kept, other = (getattr(m, m._name("pullback")) for m in (hashed, again))
+    assert kept.shape == (3, 40)
+    assert getattr(whole, whole._name("pullback")).shape == (3, jac.shape[2])
+    torch.testing.assert_close(kept, other)
+    torch.testing.assert_close(kept[0], kept[1] + kept[2])
+    squares = []
+    for seed in range(300):
+        metric = feed(TangentAlignment(model, 3, seed=seed, **options), x, y, group, size=30)
+        squares.append(getattr(metric, metric._name("pullback"))[0].square().sum())
+    values = torch.stack(squares)
+    exact = float(torch.einsum("ikp,ik->p", jac, target - target.mean(0)).square().sum())
+    assert abs(float(values.mean()) - exact) / float(values.std() / 300**0.5) < 3.5
+    assert float(values.std()) > 0
+    no_targets = TangentTrace(model, 3, sketch_dim=3)
+    no_targets.update(x)
+    assert getattr(no_targets, no_targets._name("pullback")).shape == (1, 40)

@@ -57,3 +57,36 @@ def test_bad_distribution():
         sketches.RandomDirections(3, 0, "cauchy")
     with pytest.raises(ValueError, match="cauchy"):
         sketches.probes(3, 2, 2, seed=0, distribution="cauchy")
+
+
+def test_count_sketch_is_linear_and_wraps():
+    vectors = {"a": torch.randn(3, 5, 9), "b": torch.randn(3, 100), "c": torch.randn(3)}
+    other = {name: torch.randn_like(value) for name, value in vectors.items()}
+    both = {name: 2 * value - other[name] for name, value in vectors.items()}
+    for size in (7, 64, 500):
+        hashed, second, third = (sketches.count_sketch(v, size, seed=3) for v in (vectors, other, both))
+        assert hashed.shape == (3, size)
+        assert hashed.dtype == torch.float64
+        torch.testing.assert_close(third, 2 * hashed - second, rtol=1e-5, atol=1e-5)
+        assert not torch.equal(hashed, sketches.count_sketch(vectors, size, seed=4))
+    # Each entry goes to one place, with its size; those of a run to different ones.
+    ones = {"a": torch.eye(40), "b": torch.zeros(40, 3)}
+    hashed = sketches.count_sketch(ones, 11, seed=0)
+    torch.testing.assert_close(hashed.abs().sum(1), torch.ones(40, dtype=torch.float64))
+    places = hashed.abs().argmax(1)
+    for run in places.split(11):
+        assert len(set(run.tolist())) == len(run)
+    assert 4 < int((hashed.sum(1) > 0).sum()) < 36
+    for bad in ({}, {"a": torch.randn(2, 3)}):
+        with pytest.raises(ValueError, match=r"expected (vectors|a positive)"):
+            sketches.count_sketch(bad, 5 if not bad else 0, seed=0)
+
+
+def test_count_sketch_keeps_squares():
+    vectors = {"a": torch.randn(1, 300).exp(), "b": torch.randn(1, 41, 7)}
+    exact = sum(float(value.double().square().sum()) for value in vectors.values())
+    size, draws = 50, 2000
+    squares = torch.stack([sketches.count_sketch(vectors, size, seed=s).square().sum() for s in range(draws)])
+    spread = float(squares.std())
+    assert abs(float(squares.mean()) - exact) / (spread / draws**0.5) < 3.5
+    assert 0.3 * (2 / size) ** 0.5 < spread / exact < 1.1 * (2 / size) ** 0.5

@@ -21,6 +21,8 @@ from alignreg.metrics.records import digest
 from alignreg.moments import Moments
 from alignreg.targets import ConstantTargetError, encode
 
+HASH_SIZE = 2**22
+"""The most numbers that are kept of Φᵀy; more parameters are hashed to as many (:func:`.sketches.count_sketch`)."""
 Value = Tensor | Estimate | dict[str, Tensor] | dict[str, Estimate]
 
 
@@ -96,7 +98,7 @@ class SketchMetric(ProbeSetMetric, ABC):
             self._hold_examples()
             return
         self._fields: tuple[type[Moments] | type[PairSums], ...] = (Moments, PairSums) if pairs else (Moments,)
-        start = moments.zeros(num_outputs, sketch_dim, self._features.num_parameters)._asdict()
+        start = moments.zeros(num_outputs, sketch_dim, self._pulled)._asdict()
         if pairs:
             start |= hsic.zeros(num_outputs, sketch_dim)._asdict()
             self._exact = (*self._exact, *start)  # differences of far larger sums
@@ -193,6 +195,11 @@ class SketchMetric(ProbeSetMetric, ABC):
         """Between which numbers to draw."""
         return self.plot_lower_bound, self.plot_upper_bound
 
+    @property
+    def _pulled(self) -> int:
+        """How many numbers are kept of Φᵀy."""
+        return min(self._features.num_parameters, HASH_SIZE)
+
     @abstractmethod
     def _of_moments(self, sums: Moments, *pairs: PairSums) -> Tensor:
         """Return the number, from the sums of a sketch."""
@@ -258,7 +265,7 @@ class SketchMetric(ProbeSetMetric, ABC):
         self._check_width(z)
         z, sets = z.to(self.device), self._sets(members)
         if y is None:
-            back = z.new_zeros(len(sets), self._features.num_parameters)
+            back = z.new_zeros(len(sets), self._pulled)
             guesses = z.new_zeros(len(sets), self.num_outputs)
             y = z.new_zeros(z.shape[:2])
         else:
@@ -274,14 +281,17 @@ class SketchMetric(ProbeSetMetric, ABC):
         return {field: torch.stack([part[field] for part in parts]) for field in parts[0]}
 
     def _pullbacks(self, batch: Batch, y: Tensor, sets: Sequence[Tensor], guesses: Tensor) -> Tensor:
-        """Return Φᵀ(y − 1πᵀ) of each set of examples, ``(sets, P)``: one backward pass each."""
+        """Return Φᵀ(y − 1πᵀ) of each set of examples ``(sets, P)``, hashed if it is long: one backward pass each."""
         cotangents = y.new_zeros(len(sets), *y.shape)
         for cotangent, rows, guess in zip(cotangents, sets, guesses, strict=True):
             cotangent[rows] = y[rows] - guess
         # A group that is the whole batch has the same product, an empty one none.
         needed = [0, *(s for s, rows in enumerate(sets) if s and 0 < len(rows) < len(y))]
         back = self._features.pullback(batch, cotangents[needed])
-        flat = torch.cat([value.flatten(1).to(self.device, torch.float64) for value in back.values()], dim=1)
+        if self._pulled < self._features.num_parameters:
+            flat = sketches.count_sketch(back, self._pulled, seed=self.seed).to(self.device)
+        else:
+            flat = torch.cat([value.flatten(1).to(self.device, torch.float64) for value in back.values()], dim=1)
         result = flat.new_zeros(len(sets), flat.shape[1])
         result[[s for s, rows in enumerate(sets) if len(rows) == len(y)]] = flat[0]
         result[needed] = flat

@@ -52,7 +52,7 @@ def gram(columns: Mapping[str, Tensor]) -> Tensor:
         raise ValueError("columns: expected vectors by parameter name, got none.")
     total: Tensor | None = None
     for value in columns.values():
-        flat = value.flatten(1).to(torch.promote_types(value.dtype, torch.float32))
+        flat = value.reshape(len(value), -1).to(torch.promote_types(value.dtype, torch.float32))
         part = flat @ flat.T
         total = part if total is None else total + part
     assert total is not None

@@ -233,7 +233,8 @@ class Evaluation:
             part = part.detach().to(self.gram_dtype)
             left = torch.tensordot(u.to(part), part, dims=2).cpu()
             right = [
-                (s.flatten(1).to(part.dtype) @ back[name].flatten().to(part.dtype)).cpu() for name, s in block.items()
+                (s.reshape(len(s), -1).to(part.dtype) @ back[name].flatten().to(part.dtype)).cpu()
+                for name, s in block.items()
             ]
             difference += (left - torch.stack(right).sum(0)).detach().double().square().sum()
             norm += part.double().square().sum().cpu()

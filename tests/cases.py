@@ -193,11 +193,24 @@ def logits_of(model, x):
     return model(x)["logits"]
 
 
+class Tempered(nn.Module):
+    """A parameter without axes, as the scale of CLIP's logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(4, 3)
+        self.scale = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x):
+        return self.lin(x).tanh() * self.scale.exp()
+
+
 MODELS = {
     "mlp": Case(
         lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), batch_of(6, 4)
     ),
     "scalar output": Case(lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)), batch_of(6, 4)),
+    "parameter without axes": Case(Tempered, batch_of(6, 4)),
     "one example": Case(lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)), batch_of(1, 4)),
     "cnn": Case(
         lambda: nn.Sequential(

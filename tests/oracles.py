@@ -51,7 +51,7 @@ def jacobian(model, x, forward_fn=call, names=None):
 
 def matrix(jac):
     """Φ as (n·c, P), example-major."""
-    return torch.cat([value.flatten(0, 1).flatten(1) for value in jac.values()], dim=1)
+    return torch.cat([value.reshape(value.shape[0] * value.shape[1], -1) for value in jac.values()], dim=1)
 
 
 def kernel(jac, jac2=None):

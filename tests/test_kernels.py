@@ -23,6 +23,7 @@ GENERAL = {
         name: [f"rnn.{kind}_l{layer}" for layer in (0, 1) for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
         for name in ("lstm", "gru")
     },
+    "parameter without axes": ["scale"],
     "tied weights": ["embed.weight"],
     "borrowed weights": ["lin.weight", "lin.bias"],
 }

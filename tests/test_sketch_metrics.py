@@ -360,3 +360,17 @@ def test_many_parameters_are_hashed(monkeypatch):
     no_targets = TangentTrace(model, 3, sketch_dim=3)
     no_targets.update(x)
     assert getattr(no_targets, no_targets._name("pullback")).shape == (1, 40)
+
+
+def test_a_parameter_without_axes():
+    model, x, _ = build("parameter without axes")
+    y, jac = torch.arange(6) % 3, oracles.jacobian(model, x)
+    exact = float(oracles.alignment(jac, oracles.one_hot(y, 3)))
+    metric = TangentAlignment(model, 3, sketch_dim=400)
+    metric.update(x, y)
+    assert abs(float(metric.compute()) - exact) < 4 * float(metric.standard_error())
+    layers = LayerwiseAlignment(model, 3, method="sketch", probes=400, return_std_error=True)
+    layers.update(x, y)
+    expected = float(oracles.alignment({"scale": jac["scale"]}, oracles.one_hot(y, 3)))
+    found = layers.compute()[""]
+    assert abs(float(found.value) - expected) < 4 * float(found.standard_error) + 1e-9

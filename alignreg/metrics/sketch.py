@@ -291,7 +291,9 @@ class SketchMetric(ProbeSetMetric, ABC):
         if self._pulled < self._features.num_parameters:
             flat = sketches.count_sketch(back, self._pulled, seed=self.seed).to(self.device)
         else:
-            flat = torch.cat([value.flatten(1).to(self.device, torch.float64) for value in back.values()], dim=1)
+            flat = torch.cat(
+                [value.reshape(len(value), -1).to(self.device, torch.float64) for value in back.values()], dim=1
+            )
         result = flat.new_zeros(len(sets), flat.shape[1])
         result[[s for s, rows in enumerate(sets) if len(rows) == len(y)]] = flat[0]
         result[needed] = flat

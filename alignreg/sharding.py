@@ -30,6 +30,12 @@ def ranks_of(model: nn.Module) -> int | None:
     return min(sizes, default=None)
 
 
+def reshard(model: nn.Module) -> None:
+    """Leave each rank with its shards alone: a forward pass leaves some parameters whole."""
+    for module in _sharded_modules(model):
+        module.reshard()
+
+
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """Let a sharded model have whole parameters inside the block, and any other be as it is.
@@ -41,8 +47,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     if not modules:
         yield
         return
-    for module in modules:
-        module.reshard()  # a forward pass leaves some parameters whole
+    reshard(model)
     places = ("_forward_pre_hooks", "_forward_hooks")
     hooks = [(module.__dict__, place, module.__dict__[place]) for module in modules for place in places]
     owners: list[Any] = [module._parameters for module in model.modules()]  # noqa: SLF001 - as torch.func.functional_call does

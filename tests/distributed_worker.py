@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import oracles
@@ -11,9 +12,24 @@ import torch
 import torch.distributed as dist
 from cases import build
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 
-from alignreg.metrics import LayerwiseAlignment, PathComplexity, TangentAlignment, TangentSpectrum
+from alignreg.metrics import (
+    LayerwiseAlignment,
+    PathComplexity,
+    TangentAlignment,
+    TangentParticipationRatio,
+    TangentSpectrum,
+    TangentTrace,
+)
+
+SKETCHES = {
+    "alignment": (TangentAlignment, {}),
+    "unbiased": (TangentAlignment, {"unbiased": True}),
+    "trace": (TangentTrace, {}),
+    "ratio": (TangentParticipationRatio, {}),
+}
 
 
 def shares(n, uneven):
@@ -148,12 +164,72 @@ def path(rank):
     return found
 
 
+def at_once(model):
+    return fully_shard(model)
+
+
+def nested(model):
+    """Every child with parameters by itself, and what is left with the whole."""
+    for child in model.children():
+        if list(child.parameters()):
+            fully_shard(child)
+    return fully_shard(model)
+
+
+def sharded(rank):
+    """Sketch metrics of models under fully_shard, beside those of the whole model; batches of different sizes."""
+    found = {}
+    for name in ("mlp", "resnet, batchnorm", "transformer, dict output", "frozen backbone"):
+        for how in (at_once, nested):
+            values = {}
+            for wrap in (lambda model: model, how):
+                model, x, forward_fn = build(name)
+                n, model = len(x), wrap(model.double())
+                x = x if x.dtype == torch.long else x.double()
+                own = slice(0, 1) if rank else slice(1, n)
+                metrics = {
+                    kind: make(model, 3, sketch_dim=8, forward_fn=forward_fn, **options)
+                    for kind, (make, options) in SKETCHES.items()
+                }
+                for metric in metrics.values():
+                    metric.update(x[own], (torch.arange(n) % 3)[own])
+                    model(x[own])  # leaves parameters of a sharded model whole
+                    metric.update(x[:2], torch.arange(2))
+                    values.setdefault(wrap, []).extend([float(metric.compute()), float(metric.standard_error())])
+            whole, parts = values.values()
+            found[f"sharded/{name}/{how.__name__}"] = max(
+                abs(a - b) / abs(a) for a, b in zip(whole, parts, strict=True)
+            )
+    model = nested(replica())
+    metric = TangentAlignment(model, 3, sketch_dim=8)
+    x, y = probes()
+    metric.update(x, y)
+    before = float(metric.compute())
+    cross_entropy(model(x), y).backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        metric.update(x, y)
+    found["sharded/changed"] = [str(w.message) for w in caught if "weights changed" in str(w.message)]
+    metric.reset()
+    metric.update(x, y)
+    found["sharded/moved"] = abs(float(metric.compute()) - before)
+    found["sharded/refused"] = []
+    for make in (lambda: LayerwiseAlignment(model, 3), lambda: TangentAlignment(model, 3, method="exact")):
+        try:
+            make()
+        except TypeError as error:
+            found["sharded/refused"].append(str(error))
+    return found
+
+
 def main(rank, store, out):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     found = {
         **alignment(rank),
         **probe_sets(rank),
         **path(rank),
+        **sharded(rank),
     }
     Path(f"{out}.{rank}").write_text(json.dumps(found))
     dist.destroy_process_group()

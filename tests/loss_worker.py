@@ -313,7 +313,7 @@ def sharded(rank):
     x, y = batch(0, 0)
     one = dist.device_mesh.init_device_mesh("cpu", (2, 1), mesh_dim_names=("other", "shard"))["shard"]
     for name, attempt in {
-        "metric": lambda: TangentAlignment(model, 3),
+        "metric": lambda: TangentAlignment(model, 3, method="exact"),
         "outputs": lambda: TangentFeatures(model).pullback(x, torch.zeros(1, len(x), 3), outputs=model(x)),
         "part": lambda: make("complexity", fully_shard(replica(), mesh=one), sync=True),
         "tensor parallel": lambda: TangentFeatures(_tensor_parallel()),

@@ -90,3 +90,15 @@ def test_path_of_two_ranks_is_that_of_one(two_ranks, share, each_step):
 def test_ranks_that_went_different_ways_are_refused(two_ranks):
     for found in two_ranks:
         assert "different weights" in found["path/parted"]
+
+
+def test_sketches_of_sharded_models_are_those_of_whole_ones(two_ranks):
+    for found in two_ranks:
+        errors = {name: value for name, value in found.items() if name.startswith("sharded/") and name.count("/") == 2}
+        assert len(errors) == 8
+        print(errors)
+        assert max(errors.values()) <= 1e-12
+        assert len(found["sharded/changed"]) == 1
+        assert found["sharded/moved"] > 1e-6
+        assert len(found["sharded/refused"]) == 2
+        assert all("sharded by fully_shard" in message for message in found["sharded/refused"])

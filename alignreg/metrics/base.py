@@ -40,6 +40,7 @@ class TangentMetric(Metric, ABC):
         params: glob pattern or patterns of parameter names.
         forward_fn: ``(model, inputs) -> (n, c)``.
         configuration: the kind of states, and whatever else they depend on, with a ``repr`` that tells it apart.
+        gathers: take models under ``fully_shard``: what is computed of them is computed by all ranks together.
         metric_kwargs: of :class:`torchmetrics.Metric`.
     """
 
@@ -54,10 +55,12 @@ class TangentMetric(Metric, ABC):
         params: str | Sequence[str] | None,
         forward_fn: ForwardFn | None,
         configuration: tuple[Any, ...],
+        gathers: bool = False,
         **metric_kwargs: Any,
     ) -> None:
         super().__init__(**metric_kwargs)
-        _require_whole(model)
+        self._gathers = gathers
+        self._require_whole(model)
         self._features = TangentFeatures(model, params=params, forward_fn=forward_fn)
         self._forward_fn = forward_fn
         self._in_forward = False
@@ -72,7 +75,7 @@ class TangentMetric(Metric, ABC):
         Raises:
             ValueError: if its selected parameters differ in name or shape.
         """
-        _require_whole(model)
+        self._require_whole(model)
         self._features.bind(model)
         self._defaults[self._name("binding")] = self._binding().to(self.device)
         setattr(self, self._name("binding"), self._binding().to(self.device))
@@ -108,6 +111,13 @@ class TangentMetric(Metric, ABC):
         self._defaults.update(defaults)
         return self
 
+    def _require_whole(self, model: nn.Module) -> None:
+        if not self._gathers and is_sharded(unwrap(model)):
+            raise TypeError(
+                "model: its parameters are sharded by fully_shard, and must be gathered by all ranks together, which "
+                'this metric does not do. Take a metric of sketches, method="sketch", or pass a gathered copy.'
+            )
+
     def _name(self, field: str) -> str:
         return f"{field}_{self._fingerprint}"
 
@@ -142,11 +152,3 @@ class TangentMetric(Metric, ABC):
             if self._is_synced and self._should_unsync:
                 self.unsync()
             raise
-
-
-def _require_whole(model: nn.Module) -> None:
-    if is_sharded(unwrap(model)):
-        raise TypeError(
-            "model: its parameters are sharded by fully_shard, and must be gathered by all ranks together, which may "
-            "have different numbers of batches. Pass a gathered copy of the model."
-        )

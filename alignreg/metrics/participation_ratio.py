@@ -52,7 +52,7 @@ class TangentParticipationRatio(SketchMetric):
         metric_kwargs: of :class:`torchmetrics.Metric`.
 
     Raises:
-        TypeError: if the model is sharded (FSDP).
+        TypeError: if the model is sharded otherwise than by ``fully_shard``, or at all with ``method="exact"``.
         ValueError: if an argument is out of range, or nothing is trainable.
 
     Example:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from alignreg.batch import Batch, map_tensors, tensors
+from alignreg.sharding import is_shard
 
 _LENGTH = 8
 
@@ -63,9 +64,9 @@ def _bytes(values: Tensor) -> memoryview:
 
 
 def digest(parameters: Mapping[str, Tensor]) -> str:
-    """Return a hash of the values of the parameters."""
+    """Return a hash of the values of the parameters; of those sharded, of this rank's part."""
     total = hashlib.blake2b(digest_size=16)
     for name, parameter in parameters.items():
         total.update(name.encode())
-        total.update(_bytes(parameter))
+        total.update(_bytes(parameter.to_local() if is_shard(parameter) else parameter))  # type: ignore[attr-defined]
     return total.hexdigest()

@@ -19,6 +19,7 @@ from alignreg.metrics.base import positive
 from alignreg.metrics.probe_set import ProbeSetMetric
 from alignreg.metrics.records import digest
 from alignreg.moments import Moments
+from alignreg.sharding import reshard
 from alignreg.targets import ConstantTargetError, encode
 
 HASH_SIZE = 2**22
@@ -85,7 +86,14 @@ class SketchMetric(ProbeSetMetric, ABC):
         # `centered` is left out: the raw sums are the same, so both kinds do share.
         sketch = (sketch_dim, seed, None if guess is None else guess.tolist(), pairs) if method == "sketch" else ()
         configuration = ("stream", method, num_outputs, len(names), sketch)
-        super().__init__(model, params=params, forward_fn=forward_fn, configuration=configuration, **metric_kwargs)
+        super().__init__(
+            model,
+            params=params,
+            forward_fn=forward_fn,
+            configuration=configuration,
+            gathers=method == "sketch",
+            **metric_kwargs,
+        )
         self.num_outputs = num_outputs
         self.sketch_dim = sketch_dim
         self.seed = seed
@@ -129,6 +137,7 @@ class SketchMetric(ProbeSetMetric, ABC):
                 self._keep(batch, target, members)
                 return
             y = None if target is None else encode(target, self.num_outputs, size(batch))
+            reshard(self._features.model)
             weights = digest(self._features.parameters)
             if self._weights not in (None, weights):
                 rank_zero_warn(

@@ -1,0 +1,160 @@
+"""Metrics of a sketch on small samples, many parameters and many outputs.
+
+    python benchmarks/scale.py [--part samples|hash|large|outputs] [--json benchmarks/scale.json]
+
+samples  Alignment of n = 50 to 1600 of the 1,797 digits, m = 64, as the paper defines it and unbiased: mean and
+         standard error over random subsets, each with directions of its own; the MLP and the CNN of sketch_metrics.py,
+         trained. Beside it the mean standard error that the metrics report.
+hash     ‖hash‖²/‖Φᵀy‖² − 1 over seeds: the MLP's product with the targets of 200 digits, to 2^10 to 2^16 numbers.
+large    A Transformer of 100 million random weights on 256 sequences of 8 tokens, m = 32: wall time and the peak memory
+         of the process, in one of its own.
+outputs  ResNet18 of width 16 with 1,000 outputs, n = 64, m = 32: the same.
+
+float32; samples and hash with one thread, the others with all.
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import exact_kernel
+import torch
+from rich.progress import track
+from sketch_metrics import cnn, digits, mlp, train
+from torch import nn
+
+from alignreg import TangentFeatures, sketches
+from alignreg.metrics import TangentAlignment
+
+SUBSETS = {50: 64, 100: 32, 200: 16, 400: 16, 800: 8, 1600: 8}
+KINDS = {"sample": False, "unbiased": True}
+
+
+def samples():
+    torch.set_num_threads(1)
+    rows = []
+    for name, build in (("MLP", mlp), ("CNN", cnn)):
+        x, y = digits()
+        torch.manual_seed(0)
+        net = train(build(), x, y, 500)
+        for n, subsets in SUBSETS.items():
+            found = {kind: [] for kind in KINDS}
+            for seed in track(range(subsets), description=f"{name}, n = {n}"):
+                chosen = sketches.subset(len(x), n, seed=seed, step=n)
+                for kind, unbiased in KINDS.items():
+                    metric = TangentAlignment(net, 10, seed=seed, unbiased=unbiased)
+                    for part in chosen.split(100):
+                        metric.update(x[part], y[part])
+                    found[kind].append((float(metric.compute()), float(metric.standard_error())))
+            for kind, pairs in found.items():
+                values, errors = torch.tensor(pairs, dtype=torch.float64).T
+                row = {"network": name, "n": n, "subsets": subsets, "kind": kind, "mean": float(values.mean())}
+                row["standard_error"] = float(values.std() / subsets**0.5)
+                row["mean_reported"] = float(errors.mean())
+                rows.append(row)
+                print(
+                    f"{name} n={n:<5}{kind:9} {row['mean']:.4f} ± {row['standard_error']:.4f} over {subsets} subsets; "
+                    f"mean standard error of a sketch {row['mean_reported']:.4f}",
+                    flush=True,
+                )
+    return rows
+
+
+def hashing(draws):
+    torch.set_num_threads(1)
+    x, y = digits()
+    torch.manual_seed(0)
+    net = train(mlp(), x, y, 500)
+    target = torch.nn.functional.one_hot(y[:200], 10).float()
+    back = TangentFeatures(net).pullback(x[:200], (target - target.mean(0))[None])
+    exact = sum(float(value.double().square().sum()) for value in back.values())
+    numbers = sum(value.numel() for value in back.values())
+    rows = []
+    for bits in (10, 12, 14, 16):
+        errors = torch.tensor(
+            [float(sketches.count_sketch(back, 2**bits, seed=s).square().sum()) / exact - 1 for s in range(draws)]
+        )
+        row = {"size": 2**bits, "numbers": numbers, "mean_error": float(errors.mean()), "spread": float(errors.std())}
+        row["bound"] = (2 / 2**bits) ** 0.5
+        rows.append(row)
+        print(
+            f"{numbers} numbers to {2**bits:6}: mean error {row['mean_error']:+.2%}, spread {row['spread']:.2%}, "
+            f"at most {row['bound']:.2%}"
+        )
+    return rows
+
+
+class Tokens(nn.Module):
+    """A Transformer encoder of 100 million weights, and ten classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(19_500, 768)
+        layer = nn.TransformerEncoderLayer(768, 12, 3072, dropout=0.0, activation="gelu", batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 12)
+        self.head = nn.Linear(768, 10)
+
+    def forward(self, tokens):
+        return self.head(self.encoder(self.embed(tokens)).mean(1))
+
+
+def measured(what):
+    torch.manual_seed(0)
+    if what == "large":
+        net, c, n, batch = Tokens(), 10, 256, 64
+        x = torch.randint(19_500, (n, 8))
+    else:
+        net, c, n, batch = exact_kernel.resnet(16, 1000).eval(), 1000, 64, 64
+        x = torch.randn(n, 3, 32, 32)
+    y = torch.arange(n) % c
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    metric = TangentAlignment(net, c, sketch_dim=32)
+    start = time.perf_counter()
+    for part in torch.arange(n).split(batch):
+        metric.update(x[part], y[part])
+    value, error = float(metric.compute()), float(metric.standard_error())
+    row = {"what": what, "parameters": sum(p.numel() for p in net.parameters()), "outputs": c, "examples": n}
+    row |= {"seconds": time.perf_counter() - start, "threads": torch.get_num_threads()}
+    row["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    row |= {"before_mib": before, "value": value, "standard_error": error}
+    return row
+
+
+def in_process(what):
+    """Measure in a process of its own, whose peak memory is nobody else's."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        row = pool.submit(measured, what).result()
+    print(
+        f"{what}: {row['parameters'] / 1e6:.1f} M parameters, {row['outputs']} outputs, {row['examples']} examples: "
+        f"{row['seconds']:.0f} s with {row['threads']} threads, peak {row['peak_mib']:.0f} MiB, of which "
+        f"{row['before_mib']:.0f} before; alignment {row['value']:.4f} ± {row['standard_error']:.4f}"
+    )
+    return [row]
+
+
+PARTS = {
+    "samples": lambda _: samples(),
+    "hash": lambda args: hashing(args.draws),
+    "large": lambda _: in_process("large"),
+    "outputs": lambda _: in_process("outputs"),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=PARTS, help="this part alone; the others' rows stay as they are")
+    parser.add_argument("--draws", type=int, default=400)
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
+    args = parser.parse_args()
+    known = json.loads(args.json.read_text()) if args.json.exists() else {}
+    for name in [args.part] if args.part else PARTS:
+        known[name] = PARTS[name](args)
+        args.json.write_text(json.dumps({**known, "torch": torch.__version__}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,8 +7,9 @@ pairs of *different* columns keep the noise of a column out of its own square:
     E G_ab² = ‖K‖_F²,  E G_aa G_bb = (tr K)²  for a ≠ b,
 
 while E G_aa² = (tr K)² + 2‖K‖_F² for Gaussian entries, hence the upward bias of the naive ‖ZᵀZ‖_F²/m².
-The columns of structured sketches (CountSketch, Kronecker, layer-factored) are not independent: for them these
-formulas are wrong, and :func:`cross_frobenius2` of two independent sketches is right.
+Columns of structured sketches (:func:`alignreg.sketches.factored`) come in independent blocks of dependent ones: with
+``block``, their size, a ≠ b are taken from different blocks, and the jackknife leaves out blocks. For a sketch without
+such copies, :func:`cross_frobenius2` of two independent ones is right.
 All functions are differentiable.
 """
 
@@ -78,11 +79,12 @@ def trace(G: Tensor) -> Tensor:
     return G.diagonal().sum() / m
 
 
-def frobenius2(G: Tensor) -> Tensor:
+def frobenius2(G: Tensor, block: int = 1) -> Tensor:
     """Estimate ‖K‖_F² by Σ_{a≠b} G_ab² / (m(m−1)), unbiased for i.i.d. columns.
 
     Args:
         G: Gram matrix of m i.i.d. columns, ``(m, m)``.
+        block: how many columns in a row depend on each other.
 
     Raises:
         ValueError: if G is not a square matrix of at least two columns.
@@ -93,7 +95,7 @@ def frobenius2(G: Tensor) -> Tensor:
         >>> estimators.frobenius2(torch.tensor([[2.0, 1.0], [1.0, 4.0]]))
         tensor(1.)
     """
-    return off_diagonal_mean(G.square())
+    return off_diagonal_mean(_of_blocks(G.square(), block, at_least=2))
 
 
 def off_diagonal_mean(G: Tensor) -> Tensor:
@@ -135,11 +137,12 @@ def off_diagonal_mean_without(G: Tensor) -> Tensor:
     return (off.sum() - 2 * off.sum(0)) / ((m - 1) * (m - 2))
 
 
-def trace2(G: Tensor) -> Tensor:
+def trace2(G: Tensor, block: int = 1) -> Tensor:
     """Estimate (tr K)² by Σ_{a≠b} G_aa G_bb / (m(m−1)), unbiased; the square of :func:`trace` is not.
 
     Args:
         G: Gram matrix of m i.i.d. columns, ``(m, m)``.
+        block: how many columns in a row depend on each other.
 
     Raises:
         ValueError: if G is not a square matrix of at least two columns.
@@ -150,8 +153,8 @@ def trace2(G: Tensor) -> Tensor:
         >>> estimators.trace2(torch.tensor([[2.0, 1.0], [1.0, 4.0]]))
         tensor(8.)
     """
-    m = _columns(G, at_least=2)
-    t = G.diagonal()
+    t = _traces(G, block, at_least=2)
+    m = len(t)
     return (t.sum().square() - t.square().sum()) / (m * (m - 1))
 
 
@@ -196,11 +199,12 @@ def alignment(projection: Tensor, frobenius2: Tensor) -> Tensor:
     return projection / torch.maximum(frobenius2, projection.square()).sqrt()
 
 
-def frobenius2_without(G: Tensor) -> Tensor:
-    """Return :func:`frobenius2` with each column left out in turn, for the jackknife.
+def frobenius2_without(G: Tensor, block: int = 1) -> Tensor:
+    """Return :func:`frobenius2` with each column, or block of them, left out in turn, for the jackknife.
 
     Args:
         G: Gram matrix of m i.i.d. columns, ``(m, m)``.
+        block: how many columns in a row depend on each other.
 
     Returns:
         ``(m,)``; entry j is the estimate without column j.
@@ -215,14 +219,15 @@ def frobenius2_without(G: Tensor) -> Tensor:
         >>> estimators.frobenius2_without(G)
         tensor([9., 0., 1.])
     """
-    return off_diagonal_mean_without(G.square())
+    return off_diagonal_mean_without(_of_blocks(G.square(), block, at_least=3))
 
 
-def trace_without(G: Tensor) -> Tensor:
-    """Return :func:`trace` with each column left out in turn, ``(m,)``.
+def trace_without(G: Tensor, block: int = 1) -> Tensor:
+    """Return :func:`trace` with each column, or block of them, left out in turn, ``(m,)``.
 
     Args:
         G: Gram matrix of m i.i.d. columns, ``(m, m)``.
+        block: how many columns in a row depend on each other.
 
     Raises:
         ValueError: if G is not a square matrix of at least two columns.
@@ -233,16 +238,16 @@ def trace_without(G: Tensor) -> Tensor:
         >>> estimators.trace_without(torch.tensor([[2.0, 1.0], [1.0, 4.0]]))
         tensor([4., 2.])
     """
-    m = _columns(G, at_least=2)
-    t = G.diagonal()
-    return (t.sum() - t) / (m - 1)
+    t = _traces(G, block, at_least=2)
+    return (t.sum() - t) / (len(t) - 1)
 
 
-def trace2_without(G: Tensor) -> Tensor:
-    """Return :func:`trace2` with each column left out in turn, ``(m,)``.
+def trace2_without(G: Tensor, block: int = 1) -> Tensor:
+    """Return :func:`trace2` with each column, or block of them, left out in turn, ``(m,)``.
 
     Args:
         G: Gram matrix of m i.i.d. columns, ``(m, m)``.
+        block: how many columns in a row depend on each other.
 
     Raises:
         ValueError: if G is not a square matrix of at least three columns.
@@ -253,8 +258,8 @@ def trace2_without(G: Tensor) -> Tensor:
         >>> estimators.trace2_without(torch.diag(torch.tensor([1.0, 2.0, 3.0])))
         tensor([6., 3., 2.])
     """
-    m = _columns(G, at_least=3)
-    t = G.diagonal()
+    t = _traces(G, block, at_least=3)
+    m = len(t)
     total, squares = t.sum() - t, t.square().sum() - t.square()
     return (total.square() - squares) / ((m - 1) * (m - 2))
 
@@ -276,9 +281,23 @@ def jackknife(leave_one_out: Tensor) -> Tensor:
     return ((leave_one_out - leave_one_out.mean()).square().sum() * (m - 1) / m).sqrt()
 
 
-def _columns(G: Tensor, *, at_least: int) -> int:
+def _of_blocks(G: Tensor, block: int, *, at_least: int) -> Tensor:
+    """Return the means over blocks of a statistic of two columns, ``(m / block, m / block)``."""
+    count = _columns(G, at_least=at_least * block, block=block) // block
+    return G if block == 1 else G.reshape(count, block, count, block).mean((1, 3))
+
+
+def _traces(G: Tensor, block: int, *, at_least: int) -> Tensor:
+    """Return the mean of the diagonal in each block."""
+    _columns(G, at_least=at_least * block, block=block)
+    return G.diagonal().reshape(-1, block).mean(1)
+
+
+def _columns(G: Tensor, *, at_least: int, block: int = 1) -> int:
     if G.ndim != 2 or G.shape[0] != G.shape[1] or G.shape[0] < at_least:
         raise ValueError(
             f"G: expected the Gram matrix (m, m) of at least {at_least} columns, got shape {tuple(G.shape)}."
         )
+    if block < 1 or G.shape[0] % block:
+        raise ValueError(f"block: expected a number that divides the {G.shape[0]} columns, got {block!r}.")
     return G.shape[0]

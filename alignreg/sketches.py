@@ -59,6 +59,81 @@ class RandomDirections:
         return result.to(like.dtype)
 
 
+@final
+@dataclass(frozen=True)
+class FactoredDirections:
+    """Directions whose parts are products of two vectors, one for either side of a weight: copies·rank² of them.
+
+    A weight counts as a matrix, its first axis against the others. Direction (r, u, v) is p_ru q_rvᵀ there, with
+    standard normal p_ru and q_rv, drawn for each parameter; so E[ssᵀ] = I as for any sketch. The rank² directions of a
+    copy are not independent of each other, those of different copies are: statistics of two directions are taken from
+    different copies (``block=rank²`` in :mod:`.estimators`).
+
+    Args:
+        copies: r of them, ≥ 1.
+        rank: how many u, and how many v.
+        seed: any integer.
+    """
+
+    copies: int
+    rank: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        _check_count(self.copies, "copies: expected a positive number")
+        _check_count(self.rank, "rank: expected a positive number")
+
+    @property
+    def m(self) -> int:
+        """Number of directions."""
+        return self.copies * self.rank**2
+
+    def factors(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return p ``(copies, rank, rows)`` and q ``(copies, rank, columns)`` for the parameter ``name``.
+
+        Args:
+            name: the parameter's name.
+            like: tensor whose shape, dtype and device they take.
+        """
+        rows = like.shape[0] if like.ndim else 1
+        found = []
+        for side, size in (("rows", rows), ("columns", like.numel() // max(1, rows))):
+            values = torch.empty(self.copies, self.rank, size, dtype=torch.float32, device=like.device)
+            for copy, value in enumerate(values):
+                _fill(value, "gaussian", f"factors/{self.seed}/{name}/{side}/{copy}")
+            found.append(values.to(like.dtype))
+        return found[0], found[1]
+
+    def block(self, name: str, like: Tensor, start: int, stop: int) -> Tensor:
+        """Return directions ``start:stop`` for the parameter ``name``, ``(stop - start, *like.shape)``."""
+        left, right = (factor.flatten(0, 1) for factor in self.factors(name, like))
+        index = torch.arange(start, stop, device=like.device)
+        copy, inside = index // self.rank**2, index % self.rank**2
+        u, v = copy * self.rank + inside // self.rank, copy * self.rank + inside % self.rank
+        return (left[u][:, :, None] * right[v][:, None]).reshape(stop - start, *like.shape)
+
+
+def factored(copies: int, rank: int, seed: int) -> FactoredDirections:
+    """Return copies·rank² lazy directions along which features come from the factors of layers.
+
+    Args:
+        copies: independent of each other.
+        rank: of each side.
+        seed: any integer.
+
+    Raises:
+        ValueError: if ``copies`` or ``rank`` is no positive integer.
+
+    Example:
+        >>> import torch
+        >>> from alignreg import sketches
+        >>> S = sketches.factored(copies=2, rank=3, seed=0)
+        >>> S.m, torch.linalg.matrix_rank(S.block("w", torch.zeros(4, 5), 7, 8)[0])
+        (18, tensor(1))
+    """
+    return FactoredDirections(copies, rank, seed)
+
+
 def gaussian(m: int, seed: int) -> RandomDirections:
     """Return m lazy directions with independent standard normal entries.
 

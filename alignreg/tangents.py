@@ -17,12 +17,14 @@ from alignreg.distributed import unwrap
 from alignreg.evaluation import Bound, Evaluation, ForwardFn
 from alignreg.frozen import frozen
 from alignreg.jacobian import Block, Params
+from alignreg.kernels import factored
 from alignreg.kernels.exact import diagonals, kernels
 from alignreg.kernels.gradients import blocks, norms
 from alignreg.normalization import PrimitiveNormalization
 from alignreg.progress import bar
 from alignreg.selection import select
 from alignreg.sharding import is_sharded
+from alignreg.sketches import FactoredDirections
 
 
 @final
@@ -347,6 +349,8 @@ class TangentFeatures:
         """
         lazy = GivenDirections(directions, self._shapes) if isinstance(directions, Mapping) else directions
         with self._evaluation(x, create_graph=create_graph) as at:
+            if isinstance(lazy, FactoredDirections):
+                return factored.features(at, lazy, self._refused)
             return at.pushforward(lazy)
 
     def pullback(

@@ -173,3 +173,58 @@ def test_jackknife():
 def test_gradients(fn):
     Z = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda z: fn(z.T @ z), Z)
+
+
+def test_blocks_of_columns_that_depend_on_each_other():
+    """Against sums written out, over columns of different blocks."""
+    Z = torch.randn(7, 12, dtype=torch.float64)
+    G, block = Z.T @ Z, 4
+    inside = [slice(start, start + block) for start in range(0, 12, block)]
+
+    def norm(kept):
+        pairs = [G[a, b].square().mean() for a in kept for b in kept if a is not b]
+        return torch.stack(pairs).mean()
+
+    def squared_trace(kept):
+        pairs = [G[a, a].diagonal().mean() * G[b, b].diagonal().mean() for a in kept for b in kept if a is not b]
+        return torch.stack(pairs).mean()
+
+    def trace(kept):
+        return torch.stack([G[a, a].diagonal().mean() for a in kept]).mean()
+
+    for of_all, without, expected in (
+        (estimators.frobenius2, estimators.frobenius2_without, norm),
+        (estimators.trace2, estimators.trace2_without, squared_trace),
+        (lambda G, _: estimators.trace(G), estimators.trace_without, trace),
+    ):
+        torch.testing.assert_close(of_all(G, block), expected(inside))
+        rest = [[a for a in inside if a is not left_out] for left_out in inside]
+        torch.testing.assert_close(without(G, block), torch.stack([expected(kept) for kept in rest]))
+    for call in (lambda: estimators.frobenius2(G, 5), lambda: estimators.trace2(G, 0)):
+        with pytest.raises(ValueError, match="expected a number that divides the 12 columns"):
+            call()
+    for few in (estimators.trace2, estimators.frobenius2):
+        with pytest.raises(ValueError, match="at least"):
+            few(G, 12)
+
+
+def test_a_factored_sketch_is_unbiased():
+    """Of a kernel whose features are matrices, over draws of the directions."""
+    phi = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    flat = phi.flatten(1)
+    K = flat @ flat.T
+    draws = {"norm": [], "trace2": [], "trace": [], "naive": []}
+    for seed in range(1500):
+        S = sketches.factored(3, 2, seed).block("w", torch.zeros(5, 4, dtype=torch.float64), 0, 12).flatten(1)
+        G = (flat @ S.T).T @ (flat @ S.T)
+        draws["norm"].append(estimators.frobenius2(G, 4))
+        draws["naive"].append(estimators.frobenius2(G))
+        draws["trace2"].append(estimators.trace2(G, 4))
+        draws["trace"].append(estimators.trace(G))
+    exact = {"norm": K.square().sum(), "naive": K.square().sum(), "trace2": K.trace() ** 2, "trace": K.trace()}
+    z = {}
+    for name, drawn in draws.items():
+        values = torch.stack(drawn)
+        z[name] = abs(float(values.mean() - exact[name]) / float(values.std() / 1500**0.5))
+    assert z.pop("naive") > 6  # what the blocks are for
+    assert max(z.values()) < 3.5, z

@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from cases import MODELS, Noisy, build
+from layer_cases import LAYERS
+from layer_cases import build as build_layers
 from oracles import call, double, jacobian, kernel, matrix
 from torch import nn
 
@@ -265,3 +267,31 @@ def test_devices(name, device):
     whole = {key: lazy.block(key, p, 0, 4).cpu() for key, p in features.parameters.items()}
     expected = sum(torch.einsum("nc...,m...->ncm", oracle[key], whole[key]) for key in oracle)
     torch.testing.assert_close(features.pushforward(x, lazy).cpu(), expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", [name for name in (*MODELS, *LAYERS) if name != "coupled examples"])
+def test_factored_directions_are_those_that_they_say(name):
+    """ΦS from the factors of layers against rows of the Jacobian and directions written out."""
+    model, x, forward_fn = build_layers(name)
+    jac = jacobian(model, x, forward_fn or call)
+    features = TangentFeatures(model.double(), forward_fn=forward_fn)
+    S = sketches.factored(2, 3, seed=1)
+    expected = 0
+    for key, parameter in features.parameters.items():
+        directions = S.block(key, parameter.detach(), 0, S.m).reshape(S.m, -1)
+        torch.testing.assert_close(directions[5:9], S.block(key, parameter.detach(), 5, 9).reshape(4, -1))
+        expected = expected + jac[key].reshape(*jac[key].shape[:2], -1) @ directions.T
+    torch.testing.assert_close(features.pushforward(double(x), S), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_factored_directions_with_a_gradient():
+    """Differentiated as the pushforward along the same directions is."""
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x, S = torch.randn(5, 4, dtype=torch.float64), sketches.factored(2, 2, seed=1)
+    given = {name: S.block(name, p.detach(), 0, S.m) for name, p in net.named_parameters()}
+    slopes = []
+    for directions in (S, given):
+        z = TangentFeatures(net).pushforward(x, directions, create_graph=True)
+        slopes.append(torch.autograd.grad(z.square().sum(), list(net.parameters()), materialize_grads=True))
+    for one, other in zip(*slopes, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)

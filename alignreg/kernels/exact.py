@@ -72,13 +72,36 @@ def diagonals(
 ) -> dict[tuple[str, ...], Tensor]:
     """Return the products of each example's own rows, by groups of parameters of one layer.
 
-    What the rules say is checked by the vector–Jacobian product that follows from it.
-
     Args:
         at: the model at the examples.
         layer_of: the layer of each parameter.
         close: which products: :func:`.gradients.norms` or :func:`.gradients.blocks`.
         refused: parameters whose rule is known to fail; those that fail now are added.
+    """
+    result, rest = by_example(at, layer_of, lambda _, gradients: gradients.diagonal(close, _limit(at)), refused)
+    if rest:
+        result |= {(name,): value for name, value in general.diagonal(at, rest, close).items()}
+    return result
+
+
+def by_example(
+    at: Evaluation,
+    layer_of: Mapping[str, str],
+    take: Callable[[Site, Gradients], Tensor],
+    refused: set[str],
+) -> tuple[dict[tuple[str, ...], Tensor], list[str]]:
+    """Return what is taken of the gradients of each example, by groups of parameters of one layer, and what is left.
+
+    What the rules say is checked by the vector–Jacobian product that follows from it.
+
+    Args:
+        at: the model at the examples.
+        layer_of: the layer of each parameter.
+        take: makes ``(n, ...)`` of the gradients of a group.
+        refused: parameters whose rule is known to fail; those that fail now are added.
+
+    Returns:
+        The results, and the parameters that no rule took.
     """
     u = signs(at.y)
     back = {name: value[0] for name, value in at.pullback(u[None], create_graph=False).items()}
@@ -87,7 +110,7 @@ def diagonals(
     pulled: dict[str, Tensor] = {}
 
     def consume(site: Site, gradients: Gradients, start: int) -> None:
-        found.setdefault(tuple(site.names.values()), []).append(gradients.diagonal(close, _limit(at)))
+        found.setdefault(tuple(site.names.values()), []).append(take(site, gradients))
         with torch.no_grad():
             part = gradients.pullback(u[start : start + gradients.n].to(at.gram_dtype))
         for kind, name in site.names.items():
@@ -115,11 +138,7 @@ def diagonals(
         if complete:
             _refuse(names, refused)
     by_rules = {name for names in found for name in names}
-    result = {names: torch.cat(parts) for names, parts in found.items()}
-    rest = [name for name in layer_of if name not in by_rules]
-    if rest:
-        result |= {(name,): value for name, value in general.diagonal(at, rest, close).items()}
-    return result
+    return {names: torch.cat(parts) for names, parts in found.items()}, [n for n in layer_of if n not in by_rules]
 
 
 @final

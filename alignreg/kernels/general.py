@@ -62,6 +62,12 @@ def gram(left: Evaluation, right: Evaluation | None, group: list[Piece]) -> Iter
         yield piece, rows_gram([(u, v)])
 
 
+def rows(at: Evaluation, group: list[Piece]) -> Iterator[tuple[Piece, Tensor]]:
+    """Yield the columns of the Jacobian that belong to each piece, ``(n, c, numbers in it)``."""
+    widths = [stop - start for _, start, stop in group]
+    yield from zip(group, torch.split(_columns(at, group), widths, dim=-1), strict=True)
+
+
 def diagonal(at: Evaluation, names: Sequence[str], close: Close) -> dict[str, Tensor]:
     """Return the products of each example's own rows, by parameter."""
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from alignreg.kernels.products import Affinity, position_products, rows_gram, vector_products
 
+Factors = tuple[Tensor, Tensor]
+"""Of directions in parameters: :meth:`alignreg.sketches.FactoredDirections.factors`."""
 Close = Callable[[Tensor, Tensor], Tensor]
 """Products of the rows of each example, given two factors ``(n, c, p)``: :func:`norms` or :func:`blocks`."""
 
@@ -53,6 +55,14 @@ class Gradients(ABC):
         """Return :func:`norms` or :func:`blocks` of the rows of each example."""
 
     @abstractmethod
+    def project(self, factors: dict[str, Factors]) -> Tensor:
+        """Return ⟨∂f_k(x_i)/∂w, p_ru q_rvᵀ⟩ ``(n, c, copies, rank, rank)``, the sum over the parameters.
+
+        Args:
+            factors: p ``(copies, rank, rows)`` and q ``(copies, rank, columns)``, by ``"weight"`` and ``"bias"``.
+        """
+
+    @abstractmethod
     def pullback(self, u: Tensor) -> dict[str, Tensor]:
         """Return Σ_ik u_ik ∂f_k(x_i)/∂w for u ``(n, c)``, flat, by ``"weight"`` and ``"bias"``."""
 
@@ -83,9 +93,20 @@ class Rows(Gradients):
         """See the base class."""
         return torch.stack([close(value, value) for value in self.values.values()]).sum(0)
 
+    def project(self, factors: dict[str, Factors]) -> Tensor:
+        """See the base class."""
+        parts = [project_rows(value, *factors[kind]) for kind, value in self.values.items()]
+        return torch.stack(parts).sum(0)
+
     def pullback(self, u: Tensor) -> dict[str, Tensor]:
         """See the base class."""
         return {name: torch.einsum("nc,ncp->p", u, value) for name, value in self.values.items()}
+
+
+def project_rows(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return the products of rows ``(n, c, p)`` with directions, ``(n, c, copies, rank, rank)``."""
+    matrix = rows.reshape(*rows.shape[:2], left.shape[2], right.shape[2])
+    return torch.einsum("ncoi,ruo,rvi->ncruv", matrix, left, right)
 
 
 class Sums(Gradients, ABC):
@@ -194,6 +215,19 @@ class OuterProducts(Sums):
         found = {"weight": torch.einsum("ngot,ngit->goi", d, self.a).flatten()}
         return {**found, "bias": d.sum((0, -1)).flatten()} if self.bias else found
 
+    def project(self, factors: dict[str, Factors]) -> Tensor:
+        """See the base class."""
+        left, right = factors["weight"]
+        n, c, groups, out, _ = self.d.shape
+        total = self.d.new_zeros(n, c, *left.shape[:2], right.shape[1])
+        for g in range(groups):
+            d = torch.einsum("ncot,ruo->nrcut", self.d[:, :, g], left[:, :, g * out : (g + 1) * out])
+            a = torch.einsum("nit,rvi->nrvt", self.a[:, g], right)
+            total += torch.einsum("nrcut,nrvt->ncruv", d, a)
+        if self.bias:
+            total += project_rows(self.d.sum(-1).flatten(2), *factors["bias"])
+        return total
+
     def _width(self) -> int:
         return self.a.shape[2]
 
@@ -264,6 +298,13 @@ class TokenSums(Sums):
         known = self.tokens >= 0
         weight = d.new_zeros(self.size, d.shape[-1]).index_add(0, self.tokens[known], d[known])
         return {"weight": weight.flatten()}
+
+    def project(self, factors: dict[str, Factors]) -> Tensor:
+        """See the base class."""
+        left, right = factors["weight"]
+        known = self.tokens >= 0
+        mine = left[:, :, self.tokens.clamp(min=0)] * known.to(left)  # (copies, rank, n, t)
+        return torch.einsum("runt,ncot,rvo->ncruv", mine, self.d[:, :, 0], right)
 
     def _width(self) -> int:
         return len(self.labels)

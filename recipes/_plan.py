@@ -7,7 +7,7 @@ import json
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import NamedTuple, final
 
 import _flags
 import train
@@ -42,14 +42,14 @@ class Plan:
     networks: list[str]
     """None with a configuration, which has its own."""
     methods: list[str]
+    grids: dict[str, list[float]]
+    """The weights that each method's is chosen from."""
     further: list[str]
     """Flags of train.py for every run."""
     versions: dict[str, str]
     seeds: int = 10
     tuning_seeds: int = 2
     on_top: bool = True
-    weights: int | None = None
-    """Take only so many of each method's weights, from the middle up."""
     costs: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     """Seconds of a step, a measurement and the start, by setting and method."""
     minutes: float = 0.0
@@ -64,8 +64,7 @@ class Plan:
         """
         file = folder / "plan.json"
         try:
-            values: dict[str, Any] = json.loads(file.read_text())
-            return cls(**{name: values[name] for name in (f.name for f in dataclasses.fields(cls)) if name in values})
+            return cls(**json.loads(file.read_text()))
         except (OSError, ValueError, TypeError):
             raise ValueError(f"--resume: expected the folder of a comparison, but there is no {file}.") from None
 
@@ -90,10 +89,9 @@ class Plan:
         alone = [Row(name) for name in self.methods]
         return alone + [Row(name, on_top=True) for name in self.methods if self.on_top and name not in (NONE, DECAY)]
 
-    def grid(self, row: Row) -> tuple[float, ...]:
+    def grid(self, row: Row) -> list[float]:
         """Return the weights that a row's is chosen from."""
-        grid = KNOWN[row.method].weights
-        return grid if self.weights is None else grid[-self.weights - 1 : -1]
+        return self.grids[row.method]
 
     def config(self, setting: str, row: Row) -> train.Config:
         """Return a run's configuration with a weight from the middle of the grid: what a step costs shows there."""

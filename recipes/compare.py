@@ -44,7 +44,6 @@ SHORT: dict[str, Any] = {
     "seeds": 3,
     "tuning_seeds": 1,
     "on_top": False,
-    "weights": 2,
 }
 
 
@@ -121,17 +120,20 @@ def _new(arguments: argparse.Namespace, further: list[str]) -> Plan:
     if "--seed" in further:
         raise ValueError("--seed: expected --seeds and --tuning_seeds, how many of each; the seeds follow.")
     default = [NONE, DECAY, *dict.fromkeys(name.split(":")[0] for name in VARIANTS), *VARIANTS]
+    methods = _some("--methods", arguments.methods, list(KNOWN), default if arguments.variants else list(METHODS))
     plan = Plan(
         command=shlex.join(["python", "recipes/compare.py", *_what(sys.argv[1:])]),
         tasks=_some("--tasks", arguments.tasks, list(TASKS), list(TASKS)),
         networks=[] if configured else _some("--networks", arguments.networks, list(NETWORKS), list(NETWORKS)),
-        methods=_some("--methods", arguments.methods, list(KNOWN), default if arguments.variants else list(METHODS)),
+        methods=methods,
+        grids={name: list(KNOWN[name].weights) for name in methods},
         further=further,
         versions=_run.versions(),
         on_top=not arguments.variants,
     )
     if arguments.short:
-        plan = dataclasses.replace(plan, **SHORT, further=["--steps", "600", *further])
+        grids = {name: list(KNOWN[name].weights[2:4]) for name in SHORT["methods"]}
+        plan = dataclasses.replace(plan, **SHORT, grids=grids, further=["--steps", "600", *further])
     for name in ("seeds", "tuning_seeds", "on_top"):
         if getattr(arguments, name) is not None:
             setattr(plan, name, getattr(arguments, name))
@@ -166,7 +168,7 @@ def _what(arguments: list[str]) -> list[str]:
     """Return the flags without those that change nothing of what is compared."""
     free = ("--output_dir", "--jobs")
     pairs = zip(arguments, ["", *arguments], strict=False)
-    return [argument for argument, before in pairs if argument not in free and before not in free]
+    return [one for one, before in pairs if one.partition("=")[0] not in free and before not in free]
 
 
 def _claim(wanted: Path | None) -> Path:

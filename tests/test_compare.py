@@ -40,7 +40,9 @@ def plan(**values):
         "further": [],
         "versions": {},
     }
-    return module("_plan").Plan(**{**options, **values})
+    options = {**options, **values}
+    grids = {name: list(module("_methods").KNOWN[name].weights) for name in options["methods"]}
+    return module("_plan").Plan(**{"grids": grids, **options})
 
 
 def row(method, on_top=False):
@@ -249,12 +251,18 @@ def test_costs_are_those_of_steps(monkeypatch):
     assert {(cost["step"], cost["measure"]) for cost in costs.values()} == {(0.5, 3.0)}
 
 
-def test_a_short_look_takes_weights_from_the_middle_up():
-    a = plan(weights=2)
-    assert a.grid(row("weight_decay")) == (0.01, 0.02)
-    assert a.grid(row("complexity")) == (0.016, 0.032)
-    assert a.grid(row("none")) == ()
-    assert dataclasses.replace(a, **module("compare").SHORT).runs == 2 * 2 + 3 * 3
+def test_a_short_look(monkeypatch):
+    """Two weights a method, from the middle up; flags that change nothing are not told."""
+    compare = module("compare")
+    flags = ["--short", "--jobs", "1", "--output_dir=here", "--hidden", "8"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *flags])
+    a = compare._new(*compare._parser().parse_known_args(flags))
+    assert a.grid(row("weight_decay")) == [0.01, 0.02]
+    assert a.grid(row("complexity")) == [0.016, 0.032]
+    assert a.grid(row("none")) == []
+    assert a.runs == 2 * 2 + 3 * 3
+    assert a.config("noise40-mlp", row("none")).hidden == 8
+    assert a.command == "python recipes/compare.py --short --hidden 8"
 
 
 # What the numbers are made into.

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import final
 
 import _checkpoint
 import _flags
@@ -28,41 +29,56 @@ DONE, BROKEN_OFF = "done", "broken_off"
 """Files that mark runs which came to their end, and to which one: the second says why."""
 
 
-def run_all(jobs: Sequence[Job], at_once: int, study: Path, what: str = "runs", *, may_break_off: bool = False) -> None:
-    """Run what is not done; on a signal stop the runs, which write a checkpoint first, and say how to go on.
+@final
+class Workers:
+    """Processes that run one job after the other, each with its share of the processors.
 
-    The runs share as many processes as run at once, each with its share of the processors. One that fails stops all;
-    if runs ``may_break_off``, one that has diverged, so that values are no longer what a loss or metric takes, ends
-    there.
+    Args:
+        at_once: how many.
+        study: the folder that all runs are in.
     """
-    missing = [job for job in jobs if not done(job[0])]
-    print(f"{len(missing)} of {len(jobs)} {what} to do, {at_once} at a time", flush=True)
-    if not missing:
-        return
-    threads = max(1, (os.cpu_count() or 1) // at_once)
-    failure = None
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # A process that torch already computes in is not to be forked.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(at_once, len(missing)), context, _begin, (threads,))
-    futures: list[Future[str | None]] = []
-    try:
-        futures += [pool.submit(_train, *job, may_break_off) for job in missing]
-        for future in track(as_completed(futures), what, len(futures)):
-            failure = _said(future)
-            if failure:
-                break
-    except KeyboardInterrupt:
-        failure = "stopped"
-    if failure:
-        for waiting in futures:
-            waiting.cancel()
-        for child in multiprocessing.active_children():
-            child.terminate()
-    pool.shutdown(cancel_futures=True)
-    signal.signal(signal.SIGTERM, before)
-    if failure:
-        sys.exit(f"{failure}\ngo on with --resume {study}")
+
+    def __init__(self, at_once: int, study: Path) -> None:
+        self._at_once, self._study = at_once, study
+        threads = max(1, (os.cpu_count() or 1) // at_once)
+        # A process that torch already computes in is not to be forked.
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(at_once, context, _begin, (threads,))
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def run(self, jobs: Sequence[Job], what: str = "runs", *, may_break_off: bool = False) -> None:
+        """Run what is not done; on a signal stop the runs, which write a checkpoint first, and say how to go on.
+
+        One that fails stops all; if runs ``may_break_off``, one that has diverged, so that values are no longer what a
+        loss or metric takes, ends there.
+        """
+        missing = [job for job in jobs if not done(job[0])]
+        print(f"{len(missing)} of {len(jobs)} {what} to do, {self._at_once} at a time", flush=True)
+        failure = None
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        futures: list[Future[str | None]] = []
+        try:
+            futures += [self._pool.submit(_train, *job, may_break_off) for job in missing]
+            for future in track(as_completed(futures), what, len(futures)) if futures else ():
+                failure = _said(future)
+                if failure:
+                    break
+        except KeyboardInterrupt:
+            failure = "stopped"
+        if failure:
+            for waiting in futures:
+                waiting.cancel()
+            for child in multiprocessing.active_children():
+                child.terminate()
+            self._pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGTERM, before)
+        if failure:
+            sys.exit(f"{failure}\ngo on with --resume {self._study}")
 
 
 def done(folder: Path) -> bool:

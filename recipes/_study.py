@@ -79,7 +79,8 @@ def main(study: Study, doc: str | None) -> None:
         (folder / "study.json").write_text(json.dumps(plan, indent=1) + "\n")
     except (OSError, ValueError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
-    _jobs.run_all([(folder / run, flags) for run, flags in jobs], arguments.jobs, folder)
+    with _jobs.Workers(arguments.jobs, folder) as workers:
+        workers.run([(folder / run, flags) for run, flags in jobs])
     figure = folder / "figure.png"
     seeds = range(plan["seeds"])
     runs = {label: [folder / _jobs.slug(label) / f"seed-{seed}" for seed in seeds] for label in plan["settings"]}

@@ -72,14 +72,15 @@ def main() -> None:
     minutes = plan.estimated_minutes(arguments.jobs)
     print(f"{plan.runs} runs, about {minutes:.0f} minutes in all with {arguments.jobs} at a time", flush=True)
     try:
-        chosen = _choose(plan, folder, arguments.jobs)
-        finals = [
-            job
-            for setting in plan.settings
-            for row in plan.rows
-            for job in plan.final(folder, setting, row, chosen[setting])
-        ]
-        _jobs.run_all(finals, arguments.jobs, folder, "runs of fresh seeds", may_break_off=True)
+        with _jobs.Workers(arguments.jobs, folder) as workers:
+            chosen = _choose(plan, folder, workers)
+            finals = [
+                job
+                for setting in plan.settings
+                for row in plan.rows
+                for job in plan.final(folder, setting, row, chosen[setting])
+            ]
+            workers.run(finals, "runs of fresh seeds", may_break_off=True)
     finally:
         plan.minutes += (time.monotonic() - started) / 60
         plan.save(folder)
@@ -179,7 +180,7 @@ def _claim(wanted: Path | None) -> Path:
     return folder
 
 
-def _choose(plan: Plan, folder: Path, at_once: int) -> dict[str, Weights]:
+def _choose(plan: Plan, folder: Path, workers: _jobs.Workers) -> dict[str, Weights]:
     """Return the weights of each setting: of the highest mean validation accuracy, the smaller of equals."""
     chosen: dict[str, Weights] = {setting: {} for setting in plan.settings}
     for on_top in (False, True):  # on top of the weight decay that was best
@@ -192,7 +193,7 @@ def _choose(plan: Plan, folder: Path, at_once: int) -> dict[str, Weights]:
         }
         if jobs:
             what = f"runs to choose weights{' on top of weight decay' if on_top else ''}"
-            _jobs.run_all([job for runs in jobs.values() for job in runs], at_once, folder, what, may_break_off=True)
+            workers.run([job for runs in jobs.values() for job in runs], what, may_break_off=True)
         for setting in plan.settings:
             for row in rows:
                 validated = {weight: _validated(jobs[setting, row, weight]) for weight in plan.grid(row)}

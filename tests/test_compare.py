@@ -8,6 +8,7 @@ import os
 import statistics
 import subprocess
 import sys
+import types
 
 import oracles
 import pytest
@@ -112,7 +113,7 @@ def test_minutes_before_it_starts():
     assert a.estimated_minutes(2) == pytest.approx(expected / 60 / 2)
 
 
-def test_weights_follow_from_validation_alone(tmp_path, monkeypatch):
+def test_weights_follow_from_validation_alone(tmp_path):
     compare = module("compare")
     a = plan(tasks=["few100"], networks=["mlp"], methods=["none", "weight_decay", "alignment"], tuning_seeds=2)
     best = {"weight_decay": 0.01, "alignment": 0.2, "alignment+weight_decay": 0.4}
@@ -129,8 +130,7 @@ def test_weights_follow_from_validation_alone(tmp_path, monkeypatch):
             lines = [{"step": 0, "val/accuracy": 1.0}, {"step": 6, "val/accuracy": value, "test/accuracy": 1 - value}]
             (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    monkeypatch.setattr(compare._jobs, "run_all", run_all)
-    chosen = compare._choose(a, tmp_path, 2)["few100-mlp"]
+    chosen = compare._choose(a, tmp_path, types.SimpleNamespace(run=run_all))["few100-mlp"]
     assert {r.slug: weight for r, weight in chosen.items()} == best
     on_top = [flags for name, flags in order if name == "alignment+weight_decay"]
     assert len(on_top) == 10
@@ -569,7 +569,7 @@ def test_no_process_is_left_by_failures(tmp_path, capsys):
         (tmp_path / str(index), ["--cpu", "--dataset", "mnist", "--data_path", str(tmp_path)]) for index in range(3)
     ]
     with pytest.raises(SystemExit, match=r"train\.py failed"):
-        module("_jobs").run_all(jobs, 2, tmp_path)
+        module("_jobs").Workers(2, tmp_path).run(jobs)
     assert "3 of 3 runs to do" in capsys.readouterr().out
     assert not list(tmp_path.glob("*/done"))
     assert not module("multiprocessing").active_children()

@@ -211,6 +211,9 @@ def findings(found: dict[str, Any]) -> str:
         parts = [part for part in parts if part]
         if parts:
             said.append(f"**{_name(row)}**: {'; '.join(parts)}.")
+    best = [(s["setting"], max(s["rows"], key=lambda row: statistics.mean(row["values"]["test"]))) for s in settings]
+    told = [f"{label} {_name(row)} {statistics.mean(row['values']['test']):.3f}" for label, row in best]
+    said.append(f"Highest mean: {', '.join(told)}.")
     edges = [f"{s['setting']} {_name(r)} {_weight(r)}" for s in settings for r in s["rows"] if _at_edge(r)]
     if edges:
         said.append(f"Chosen at the edge of the grid, so that a better weight may lie beyond: {', '.join(edges)}.")

@@ -374,6 +374,7 @@ def test_tables_and_findings():
     )
     assert "- **KARE**: below none in 1 of 1" in said
     assert "- **alignment + weight decay**: not settled against tuned weight decay in 1 of 1." in said
+    assert "- Highest mean: few100-mlp alignment 0.810.\n" in said
     assert "edge" not in said
     a["settings"][0]["rows"][2]["weight"] = 0.4
     assert "few100-mlp alignment 0.4" in comparison.findings(a)

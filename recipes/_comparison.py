@@ -14,7 +14,7 @@ import _comparison_figures
 import _jobs
 import _run
 from _figure import Log
-from _methods import DECAY, NONE, base, words
+from _methods import DECAY, NONE, SMOOTHING, base, words
 from scipy.stats import t as student
 
 REACHED = {
@@ -156,6 +156,8 @@ def against(setting: dict[str, Any], row: dict[str, Any], baseline: str | None) 
 def full_table(found: dict[str, Any]) -> str:
     """Return everything, a table a setting."""
     baselines: dict[str, Callable[[str], str | None]] = {"− none": lambda _: NONE, "− weight decay": lambda _: DECAY}
+    if any(row["method"] == SMOOTHING for row in found["settings"][0]["rows"]):
+        baselines["− label smoothing"] = lambda _: SMOOTHING
     if any(base(row["method"]) for row in found["settings"][0]["rows"]):
         baselines["− its default"] = base
     parts = []
@@ -203,10 +205,11 @@ def findings(found: dict[str, Any]) -> str:
     for rows in zip(*(setting["rows"] for setting in settings), strict=True):
         row = rows[0]
         baselines = {NONE: "none", DECAY: "tuned weight decay", base(row["method"]): "its default"}
+        baselines[SMOOTHING] = "label smoothing"
         parts = [
             _counted({s["setting"]: against(s, r, baseline) for s, r in zip(settings, rows, strict=True)}, name)
             for baseline, name in baselines.items()
-            if baseline is not None and row["method"] != NONE and not (row["on_top"] and baseline == NONE)
+            if baseline is not None and row["method"] != NONE and not (row["on_top"] and baseline in (NONE, SMOOTHING))
         ]
         parts = [part for part in parts if part]
         if parts:
@@ -214,9 +217,14 @@ def findings(found: dict[str, Any]) -> str:
     best = [(s["setting"], max(s["rows"], key=lambda row: statistics.mean(row["values"]["test"]))) for s in settings]
     told = [f"{label} {_name(row)} {statistics.mean(row['values']['test']):.3f}" for label, row in best]
     said.append(f"Highest mean: {', '.join(told)}.")
-    edges = [f"{s['setting']} {_name(r)} {_weight(r)}" for s in settings for r in s["rows"] if _at_edge(r)]
-    if edges:
-        said.append(f"Chosen at the edge of the grid, so that a better weight may lie beyond: {', '.join(edges)}.")
+    tuned = [(setting["setting"], row) for setting in settings for row in setting["rows"] if row["validation"]]
+    largest = [
+        f"{label} {_name(row)} {_weight(row)}" for label, row in tuned if _weight(row) == [*row["validation"]][-1]
+    ]
+    smallest = sum(_weight(row) == next(iter(row["validation"])) for _, row in tuned)
+    if largest:
+        said.append(f"At the largest weight of their grids, so that a better one may lie beyond: {', '.join(largest)}.")
+    said.append(f"At the smallest, nearest to none: {smallest} of {len(tuned)} choices.")
     broken = [f"{s['setting']} {_name(r)} {r['broken_off']}" for s in settings for r in s["rows"] if r["broken_off"]]
     if broken:
         said.append(f"Runs that diverged and broke off, counted with an accuracy of zero: {', '.join(broken)}.")
@@ -280,11 +288,6 @@ def _counted(differences: dict[str, Estimate | None], name: str) -> str:
     if left:
         parts.append(f"not settled against {name} in {left} of {len(known)}")
     return ", ".join(parts)
-
-
-def _at_edge(row: dict[str, Any]) -> bool:
-    weights = list(row["validation"])
-    return bool(weights) and _weight(row) in (weights[0], weights[-1])
 
 
 def _name(row: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ PANELS = {
     "path complexity": PATH,
 }
 FIXED = {NONE: "k", DECAY: "0.55", "label_smoothing": "#c9b458", "fisher": COLORS[4]}
+SHOWN = (NONE, DECAY, "alignment", "complexity")
+"""Methods in the figure of explicit and implicit alignment."""
 FREE = (*COLORS[:4], COLORS[5])
 
 
@@ -37,7 +40,7 @@ def draw(folder: Path, settings: list[dict[str, Any]], seeds: int) -> list[Path]
     for name, make in (("paths", _paths), ("explicit", _explicit)):
         figure = make(logs, _styles(names))
         drawn.append(folder / f"{name}.png")
-        figure.savefig(drawn[-1], dpi=130)
+        figure.savefig(drawn[-1], dpi=110)
         plt.close(figure)
     return drawn
 
@@ -54,22 +57,31 @@ def _paths(logs: dict[str, dict[str, list[Log]]], styles: dict[str, dict[str, An
             _figure.finish(axis, f"{setting}: {title}", legend=False)
             if key == PATH:
                 axis.set_yscale("symlog", linthresh=100)
+            elif title == "test accuracy":
+                axis.set_ylim(0.5, 1)
     return _with_legend(figure, axes)
 
 
 def _explicit(logs: dict[str, dict[str, list[Log]]], styles: dict[str, dict[str, Any]]) -> Any:
     """Effective rank and path complexity over held-out alignment, from the start to a square at the end."""
     others = {"effective rank": RANK, "path complexity": PATH}
-    size = (2.9 * len(logs), 5.4)
-    figure, axes = plt.subplots(len(others), len(logs), figsize=size, layout="constrained", squeeze=False)
-    for column, (setting, of_methods) in zip(axes.T, logs.items(), strict=True):
-        for axis, (title, key) in zip(column, others.items(), strict=True):
-            for name, of_seeds in of_methods.items():
-                x, y = (_means(of_seeds, part) for part in (ALIGNMENT, key))
+    columns = min(4, len(logs))
+    lines = -(-len(logs) // columns)
+    shape = (len(others) * lines, columns)
+    size = (2.9 * columns, 2.5 * shape[0] + 0.4)
+    figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for place, (setting, of_methods) in enumerate(logs.items()):
+        for line, (title, key) in enumerate(others.items()):
+            axis = axes[len(others) * (place // columns) + line, place % columns]
+            axis.set_visible(True)
+            for name in [name for name in SHOWN if name in of_methods]:
+                x, y = (_means(of_methods[name], part) for part in (ALIGNMENT, key))
                 axis.plot(x, y, "-o", markersize=2.5, linewidth=1, **styles[name])
                 axis.plot(x[-1], y[-1], "s", markersize=5.5, color=styles[name]["color"])
-            axis.set_xlabel("held-out alignment")
-            axis.set_ylabel(title)
+            axis.set_xlabel("held-out alignment", fontsize=9)
+            axis.set_ylabel(title, fontsize=9)
             axis.set_title(setting, fontsize=10)
             axis.spines[["top", "right"]].set_visible(False)
             if key == PATH:
@@ -78,7 +90,10 @@ def _explicit(logs: dict[str, dict[str, list[Log]]], styles: dict[str, dict[str,
 
 
 def _means(of_seeds: list[Log], key: str) -> list[float]:
-    return [statistics.mean(values) for values in zip(*([line[key] for line in log] for log in of_seeds), strict=True)]
+    """Return the means over seeds, of what is defined."""
+    columns = zip(*([line[key] for line in log] for log in of_seeds), strict=True)
+    defined = [[value for value in column if math.isfinite(value)] for column in columns]
+    return [statistics.mean(column) if column else math.nan for column in defined]
 
 
 def _with_legend(figure: Any, axes: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, final
 
-NONE, DECAY = "none", "weight_decay"
+NONE, DECAY, SMOOTHING = "none", "weight_decay", "label_smoothing"
 
 
 @final
@@ -22,7 +22,7 @@ LARGE, SMALL = (0.03, 0.1, 0.2, 0.4, 0.8), (0.004, 0.008, 0.016, 0.032, 0.064)
 METHODS = {
     NONE: Method("", ()),
     DECAY: Method("--weight_decay {}", (0.001, 0.003, 0.01, 0.02, 0.04)),
-    "label_smoothing": Method("--label_smoothing {}", (0.2, 0.4, 0.6, 0.8, 0.9)),
+    SMOOTHING: Method("--label_smoothing {}", (0.2, 0.4, 0.6, 0.8, 0.9)),
     "fisher": Method(f"{STRIDE} --regularizer fisher --weight {{}}", (0.001, 0.002, 0.004, 0.008, 0.016)),
     "alignment": Method(ALIGNMENT, LARGE),
     "complexity": Method(COMPLEXITY, SMALL),

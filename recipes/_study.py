@@ -139,11 +139,15 @@ def logs(folders: list[Path]) -> list[Log]:
 
 
 def band(axis: Any, of_seeds: list[Log], key: str, *, color: str, label: str | None = None, style: str = "-") -> None:
-    """Draw the mean over seeds, and a standard deviation around it, at the steps that all of them logged."""
+    """Draw the mean over seeds, and a standard deviation around it, at the steps that all of them logged.
+
+    Of a diverged network some values are undefined; the others count.
+    """
     steps = sorted(set.intersection(*({int(line["step"]) for line in log} for log in of_seeds)))
     values = [[line[key] for line in log if line["step"] in steps] for log in of_seeds]
-    means = [statistics.mean(column) for column in zip(*values, strict=True)]
-    spread = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in zip(*values, strict=True)]
+    defined = [[value for value in column if math.isfinite(value)] for column in zip(*values, strict=True)]
+    means = [statistics.mean(column) if column else math.nan for column in defined]
+    spread = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in defined]
     _figure.shade(axis, [step + 1 for step in steps], means, spread, style, color=color, label=label)
 
 

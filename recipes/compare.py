@@ -23,6 +23,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import sys
@@ -84,7 +85,10 @@ def main() -> None:
     finally:
         plan.minutes += (time.monotonic() - started) / 60
         plan.save(folder)
-    (folder / "comparison.json").write_text(json.dumps(_found(plan, folder, chosen), indent=1) + "\n")
+    text = json.dumps(_found(plan, folder, chosen), indent=1)
+    # Values of seeds in one line.
+    text = re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)
+    (folder / "comparison.json").write_text(f"{text}\n")
     _comparison.report(folder, arguments.into)
 
 

@@ -375,14 +375,24 @@ def test_tables_and_findings():
     assert "- **KARE**: below none in 1 of 1" in said
     assert "- **alignment + weight decay**: not settled against tuned weight decay in 1 of 1." in said
     assert "- Highest mean: few100-mlp alignment 0.810.\n" in said
-    assert "edge" not in said
+    assert "At the largest" not in said
+    assert "At the smallest, nearest to none: 0 of 4 choices." in said
     a["settings"][0]["rows"][2]["weight"] = 0.4
-    assert "few100-mlp alignment 0.4" in comparison.findings(a)
+    assert "may lie beyond: few100-mlp alignment 0.4." in comparison.findings(a)
+    a["settings"][0]["rows"][3]["weight"] = 0.1
+    assert "At the smallest, nearest to none: 1 of 4 choices." in comparison.findings(a)
     # Of the four differences to none all at once: Bonferroni, by hand for alignment with weight decay.
     difference = comparison.against(a["settings"][0], a["settings"][0]["rows"][4], "none")
     shifts = [0.1, -0.1, 0.2]
     half = 8.8602 * statistics.stdev(shifts) / 3**0.5  # t with two degrees of freedom at 1 − .025/4
     assert difference.high - difference.mean == pytest.approx(half, rel=1e-4)
+    # Label smoothing is a third to stand beside, of what is not on top of weight decay.
+    extra = {**a["settings"][0]["rows"][2], "method": "label_smoothing", "weight": 0.2}
+    a["settings"][0]["rows"].insert(2, extra)
+    assert "not settled against label smoothing in 1 of 1" in comparison.findings(a)
+    assert comparison.findings(a).count("label smoothing in 1 of 1") == 3
+    assert "− label smoothing |" in comparison.full_table(a)
+    del a["settings"][0]["rows"][2]
     alike = comparison.alike(a).splitlines()
     assert alike[2].startswith("| few100-mlp | 1.59 [")
     assert "| 2 of 3 | 1.59 [" in alike[2]

@@ -1,9 +1,14 @@
 """What the README shows runs as written."""
 
+import json
 import re
 from pathlib import Path
 
+import pytest
+from recipe_runs import load
+
 README = Path(__file__).parent.parent / "README.md"
+COMPARISON = README.parent / "docs" / "comparison.json"
 
 
 def test_readme_python_runs():
@@ -22,3 +27,11 @@ def test_links_lead_somewhere():
     for document in (README, *README.parent.glob("docs/*.md")):
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
             assert target.startswith("https://") or (document.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("text", [README, README.parent / "docs" / "comparison.md"], ids=lambda path: path.stem)
+def test_tables_of_the_comparison_are_those_of_its_json(text):
+    comparison = load("_comparison")
+    written = text.read_text()
+    assert written.count("<!-- comparison: ") == written.count("<!-- end -->") > 0
+    assert comparison.filled(written, json.loads(COMPARISON.read_text())) == written

@@ -105,7 +105,7 @@ class Tokens(nn.Module):
 def measured(what):
     torch.manual_seed(0)
     if what == "large":
-        net, c, n, batch = Tokens(), 10, 256, 64
+        net, c, n, batch = Tokens(), 10, 256, 128
         x = torch.randint(19_500, (n, 8))
     else:
         net, c, n, batch = exact_kernel.resnet(16, 1000).eval(), 1000, 64, 64

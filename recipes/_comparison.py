@@ -25,6 +25,8 @@ REACHED = {
     "path_complexity": "train/path_complexity",
 }
 """What is kept of the last line of a log."""
+ENOUGH = 8
+"""Seeds below which nothing is evidence."""
 Values = list[float | None]
 """One a seed; ``None`` where undefined."""
 
@@ -110,9 +112,9 @@ def report(place: Path, files: list[Path]) -> None:
         found = json.loads(source.read_text())
         settings = found["settings"]
     except (OSError, ValueError, KeyError):
-        raise ValueError(
-            f"--report: expected the folder of a comparison that is done, or its json, got {place}."
-        ) from None
+        hint = f"; go on with --resume {place}" if (place / "plan.json").exists() else ""
+        expected = "--report: expected the folder of a comparison that is done, or its json"
+        raise ValueError(f"{expected}, got {place}{hint}.") from None
     texts = {file: filled(file.read_text(), found) for file in files}
     for file, text in texts.items():
         file.write_text(text)
@@ -140,7 +142,7 @@ def filled(text: str, found: dict[str, Any]) -> str:
     )
 
 
-def against(setting: dict[str, Any], row: dict[str, Any], baseline: str | None) -> Estimate | None:
+def against(setting: dict[str, Any], row: dict[str, Any], baseline: str | None, key: str = "test") -> Estimate | None:
     """Return a row's paired difference in test accuracy to a method of its setting, or ``None`` to itself.
 
     The intervals of all rows of a setting hold together with 95 %.
@@ -149,7 +151,7 @@ def against(setting: dict[str, Any], row: dict[str, Any], baseline: str | None) 
     other = next((r for r in rows if r["method"] == baseline and not r["on_top"]), row)
     if row is other:
         return None
-    pairs = zip(row["values"]["test"], other["values"]["test"], strict=True)
+    pairs = zip(row["values"][key], other["values"][key], strict=True)
     return interval([a - b for a, b in pairs], comparisons=len(rows) - 1)
 
 
@@ -162,7 +164,15 @@ def full_table(found: dict[str, Any]) -> str:
         baselines["− its default"] = base
     parts = []
     for setting in found["settings"]:
-        titles = ["", "weight", "test accuracy", *baselines, "early stopped", "on training set", "step"]
+        titles = [
+            "",
+            "weight",
+            "test accuracy ± half its 95 % interval",
+            *baselines,
+            "early stopped",
+            "on training set",
+            "step",
+        ]
         titles += ["alignment", "effective rank", "path complexity"]
         lines = [f"**{setting['setting']}** (`{setting['flags']}`)\n", _line(titles), "|---" * len(titles) + "|"]
         for row in setting["rows"]:
@@ -181,27 +191,49 @@ def full_table(found: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def short_table(found: dict[str, Any]) -> str:
-    """Return the mean test accuracies: bold if settled above tuned weight decay, * if above none, † if below none."""
+def short_table(found: dict[str, Any], key: str = "test") -> str:
+    """Return the mean test accuracies: bold if settled above tuned weight decay, * if above none, † if below none.
+
+    ‡ marks those with runs that collapsed, to less than half the mean of none.
+    """
     settings = found["settings"]
     titles = ["", *(setting["setting"].replace("-", " ") for setting in settings), "step"]
     lines = [_line(titles), "|---" * len(titles) + "|"]
     for rows in zip(*(setting["rows"] for setting in settings), strict=True):
         cells = []
         for setting, row in zip(settings, rows, strict=True):
-            decay, none = (against(setting, row, baseline) for baseline in (DECAY, NONE))
-            text = f"{statistics.mean(row['values']['test']):.3f}".removeprefix("0")
+            decay, none = (against(setting, row, baseline, key) for baseline in (DECAY, NONE))
+            text = f"{statistics.mean(row['values'][key]):.3f}".removeprefix("0")
             text = f"**{text}**" if decay and decay.sign > 0 else text
-            cells.append(text + ({1: r"\*", -1: "†"}.get(none.sign, "") if none else ""))
+            text += {1: r"\*", -1: "†"}.get(none.sign, "") if none else ""
+            cells.append(text + ("‡" if _collapsed(setting, row, key) else ""))
         cost = statistics.mean(row["cost"] for row in rows)
         lines.append(_line([_name(rows[0]), *cells, f"{cost:.1f}x"]))
+    return "\n".join(lines) + "\n"
+
+
+def early_table(found: dict[str, Any]) -> str:
+    """Return the same where validation accuracy was best on the way, for all methods alike."""
+    return short_table(found, "early_stopped")
+
+
+def weights(found: dict[str, Any]) -> str:
+    """Return the weights that were chosen from, a line a method, and which were chosen, in the order of settings."""
+    settings = found["settings"]
+    titles = ["", "weights", *(setting["setting"].replace("-", " ") for setting in settings)]
+    lines = [_line(titles), "|---" * len(titles) + "|"]
+    lines += [
+        _line([_name(rows[0]), ", ".join(rows[0]["validation"]), *map(_weight, rows)])
+        for rows in zip(*(setting["rows"] for setting in settings), strict=True)
+        if rows[0]["validation"]
+    ]
     return "\n".join(lines) + "\n"
 
 
 def findings(found: dict[str, Any]) -> str:
     """Return what the numbers say, one item a method, and whether explicit alignment is like the implicit one."""
     settings = found["settings"]
-    said = []
+    said = [] if found["seeds"] >= ENOUGH else [f"{found['seeds']} seeds: a look, and no evidence."]
     for rows in zip(*(setting["rows"] for setting in settings), strict=True):
         row = rows[0]
         baselines = {NONE: "none", DECAY: "tuned weight decay", base(row["method"]): "its default"}
@@ -225,9 +257,14 @@ def findings(found: dict[str, Any]) -> str:
     if largest:
         said.append(f"At the largest weight of their grids, so that a better one may lie beyond: {', '.join(largest)}.")
     said.append(f"At the smallest, nearest to none: {smallest} of {len(tuned)} choices.")
-    broken = [f"{s['setting']} {_name(r)} {r['broken_off']}" for s in settings for r in s["rows"] if r["broken_off"]]
-    if broken:
-        said.append(f"Runs that diverged and broke off, counted with an accuracy of zero: {', '.join(broken)}.")
+    for what, count in (
+        ("ended below half of none's mean accuracy", _collapsed),
+        ("diverged and broke off, counted with an accuracy of zero", lambda _, row: row["broken_off"]),
+    ):
+        counts = [(f"{s['setting']} {_name(r)}", count(s, r)) for s in settings for r in s["rows"]]
+        if any(number for _, number in counts):
+            told = ", ".join(f"{label} {number}" for label, number in counts if number)
+            said.append(f"Runs of {found['seeds']} that {what}: {told}.")
     return "".join(f"- {sentence}\n" for sentence in said)
 
 
@@ -268,6 +305,8 @@ def run(found: dict[str, Any]) -> str:
 
 BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "short table": short_table,
+    "early table": early_table,
+    "weights": weights,
     "full table": full_table,
     "findings": findings,
     "alike": alike,
@@ -290,6 +329,12 @@ def _counted(differences: dict[str, Estimate | None], name: str) -> str:
     return ", ".join(parts)
 
 
+def _collapsed(setting: dict[str, Any], row: dict[str, Any], key: str = "test") -> int:
+    none = next(other for other in setting["rows"] if other["method"] == NONE)
+    least = statistics.mean(none["values"][key]) / 2
+    return sum(value < least for value in row["values"][key])
+
+
 def _name(row: dict[str, Any]) -> str:
     return words(row["method"], on_top=row["on_top"])
 
@@ -306,7 +351,10 @@ def _told(difference: Estimate | None) -> str:
 
 def _mean(values: Values, digits: int) -> str:
     defined = [value for value in values if value is not None]
-    return f"{statistics.mean(defined):.{digits}f}" if defined else "undefined"
+    if not defined:
+        return "undefined"
+    mean = statistics.mean(defined)
+    return f"{mean:.{digits}f}" if mean < 1e6 else f"{mean:.1e}"
 
 
 def _line(cells: list[str]) -> str:

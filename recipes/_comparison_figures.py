@@ -12,7 +12,7 @@ import _jobs
 import _study
 import matplotlib.pyplot as plt
 from _figure import COLORS, Log
-from _methods import DECAY, NONE, words
+from _methods import DECAY, NONE, SMOOTHING, words
 
 ALIGNMENT, RANK, PATH = "test/kernel_alignment", "train/effective_rank", "train/path_complexity"
 PANELS = {
@@ -21,10 +21,18 @@ PANELS = {
     "effective rank": RANK,
     "path complexity": PATH,
 }
-FIXED = {NONE: "k", DECAY: "0.55", "label_smoothing": "#c9b458", "fisher": COLORS[4]}
+FIXED = {
+    NONE: "k",
+    DECAY: "0.55",
+    SMOOTHING: "#c9b458",
+    "fisher": COLORS[4],
+    "alignment": COLORS[0],
+    "complexity": COLORS[1],
+    "participation_ratio": COLORS[2],
+    "kare": COLORS[3],
+}
 SHOWN = (NONE, DECAY, "alignment", "complexity")
 """Methods in the figure of explicit and implicit alignment."""
-FREE = (*COLORS[:4], COLORS[5])
 
 
 def draw(folder: Path, settings: list[dict[str, Any]], seeds: int) -> list[Path]:
@@ -68,7 +76,7 @@ def _explicit(logs: dict[str, dict[str, list[Log]]], styles: dict[str, dict[str,
     columns = min(4, len(logs))
     lines = -(-len(logs) // columns)
     shape = (len(others) * lines, columns)
-    size = (2.9 * columns, 2.5 * shape[0] + 0.4)
+    size = (max(5.8, 2.9 * columns), 2.5 * shape[0] + 0.4)
     figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
     for axis in axes.flat:
         axis.set_visible(False)
@@ -104,6 +112,5 @@ def _with_legend(figure: Any, axes: Any) -> Any:
 
 def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
     further = [name for name in names if name not in FIXED]
-    few = len(further) <= len(FREE)
-    colors = {name: FREE[i] if few else plt.get_cmap("turbo")(i / len(further)) for i, name in enumerate(further)}
-    return {name: {"color": {**FIXED, **colors}[name], "label": words(name)} for name in names}
+    own = {name: plt.get_cmap("turbo")((index + 0.5) / len(further)) for index, name in enumerate(further)}
+    return {name: {"color": {**FIXED, **own}[name], "label": words(name)} for name in names}

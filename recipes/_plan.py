@@ -94,10 +94,17 @@ class Plan:
         return self.grids[row.method]
 
     def config(self, setting: str, row: Row) -> train.Config:
-        """Return a run's configuration with a weight from the middle of the grid: what a step costs shows there."""
+        """Return a run's configuration with a weight from the middle of the grid: what a step costs shows there.
+
+        Raises:
+            ValueError: if no examples are held out.
+        """
         grid = self.grid(row)
         flags = self._flags(setting, row, {row: grid[len(grid) // 2]} if grid else {}, FINAL)
-        return _flags.parse(train.Config, None, flags)[0]
+        config = _flags.parse(train.Config, None, flags)[0]
+        if not config.val_size:
+            raise ValueError("--val_size: expected a number of examples to hold out, to choose weights by, got 0.")
+        return config
 
     def tuning(self, folder: Path, setting: str, row: Row, weight: float, chosen: Weights) -> list[Job]:
         """Return the runs that say how good a weight is."""

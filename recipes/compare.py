@@ -5,8 +5,8 @@ the Fisher information, and each loss of alignreg; each alone, and on top of the
 tuned over five weights by its accuracy at the end of training on validation examples, whose labels are redrawn as
 those to train on are: no clean label is used, and no test example. Then fresh seeds, for the test accuracy at the end.
 
-    python recipes/compare.py                                 # digits: four tasks, MLP and CNN, ten seeds; an hour
-    python recipes/compare.py --short                         # one task, a few methods and seeds; a minute
+    python recipes/compare.py                                 # digits: four tasks, MLP and CNN, ten seeds; over an hour
+    python recipes/compare.py --short                         # one task, a few methods and seeds; half a minute
     python recipes/compare.py --tasks few100 --networks mlp --methods none,weight_decay,alignment --seeds 20
     python recipes/compare.py --variants --networks mlp       # what helps the losses of alignreg, and what does not
     python recipes/compare.py --config recipes/configs/compare/mnist-mlp.yaml --data_path FOLDER
@@ -58,20 +58,22 @@ def main() -> None:
             return
         plan = _known(arguments, further) if arguments.resume else _new(arguments, further)
         for setting in plan.settings:
-            for row in plan.rows:
-                plan.config(setting, Row(row.method))  # refuses wrong flags before there is a folder
+            for name in plan.methods:
+                plan.config(setting, Row(name))  # refuses wrong flags before there is a folder
+        if not plan.costs:
+            print("timing a step of each method ...", flush=True)
+            plan.costs = {
+                setting: _cost.of({name: plan.config(setting, Row(name)) for name in plan.methods}, arguments.jobs)
+                for setting in plan.settings
+            }
         folder = arguments.resume or _claim(arguments.output_dir)
     except (OSError, ValueError) as error:
+        if not isinstance(error, OSError) and not str(error).startswith("--"):
+            raise
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
-    if not plan.costs:
-        print("timing a step of each method ...", flush=True)
-        plan.costs = {
-            setting: _cost.of({name: plan.config(setting, Row(name)) for name in plan.methods}, arguments.jobs)
-            for setting in plan.settings
-        }
     plan.save(folder)
-    minutes = plan.estimated_minutes(arguments.jobs)
-    print(f"{plan.runs} runs, about {minutes:.0f} minutes in all with {arguments.jobs} at a time", flush=True)
+    minutes = max(1, round(plan.estimated_minutes(arguments.jobs)))
+    print(f"{plan.runs} runs, about {minutes} minutes in all with {arguments.jobs} at a time", flush=True)
     try:
         with _jobs.Workers(arguments.jobs, folder) as workers:
             chosen = _choose(plan, folder, workers)
@@ -96,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="all other flags go to train.py, for every run",
+        epilog="all other flags go to train.py, for every run: --config, with a --val_size, --steps, ...",
         allow_abbrev=False,
     )
     parser.add_argument("--seeds", type=int, help="runs that count of each method (default: 10, or those there were)")
@@ -104,10 +106,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time (default: 2)")
     parser.add_argument("--tasks", help=f"some of {','.join(TASKS)} (default: all)")
     parser.add_argument("--networks", help=f"some of {','.join(NETWORKS)} (default: both); not with --config")
-    parser.add_argument("--methods", help=f"some of {','.join(KNOWN)} (default: those before the first colon)")
+    parser.add_argument(
+        "--methods",
+        help=f"none and weight_decay, and some of {', '.join(KNOWN)} (default: those before the first colon)",
+    )
     parser.add_argument("--variants", action="store_true", help="the losses of alignreg with other options as well")
     parser.add_argument("--on_top", action=argparse.BooleanOptionalAction, help="also on top of the best weight decay")
-    parser.add_argument("--short", action="store_true", help="a minute's look: no evidence")
+    parser.add_argument("--short", action="store_true", help="half a minute's look: no evidence")
     parser.add_argument("--into", type=Path, nargs="+", default=[], metavar="FILE", help="put tables between its marks")
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--output_dir", type=Path, help="the comparison's folder; a new one under runs/ by default")

@@ -375,6 +375,8 @@ def test_tables_and_findings():
     assert "- **KARE**: below none in 1 of 1" in said
     assert "- **alignment + weight decay**: not settled against tuned weight decay in 1 of 1." in said
     assert "- Highest mean: few100-mlp alignment 0.810.\n" in said
+    assert "- 3 seeds: a look, and no evidence.\n" in said
+    assert "evidence" not in comparison.findings({**a, "seeds": 8})
     assert "At the largest" not in said
     assert "At the smallest, nearest to none: 0 of 4 choices." in said
     a["settings"][0]["rows"][2]["weight"] = 0.4
@@ -399,6 +401,23 @@ def test_tables_and_findings():
     assert comparison.run(a) == (
         "`python recipes/compare.py`: 42 runs, 3 seeds that count, 1.5 hours on 2 cores; torch 2.\n"
     )
+
+
+def test_runs_that_collapsed_and_other_tables():
+    comparison = module("_comparison")
+    a = found({"none": [0.5, 0.52, 0.51], "weight_decay": [0.6, 0.1, 0.62], "kare": [0.5, 0.52, 0.51]})
+    rows = a["settings"][0]["rows"]
+    rows[2]["values"]["early_stopped"] = [0.8, 0.82, 0.81]
+    lines = comparison.short_table(a).splitlines()
+    assert lines[3] == "| weight decay | .440‡ | 1.5x |"
+    assert lines[4] == "| KARE | .510 | 1.5x |"
+    assert r"| KARE | .810\* |" in comparison.early_table(a)
+    told = "Runs of 3 that ended below half of none's mean accuracy: few100-mlp weight decay 1."
+    assert told in comparison.findings(a)
+    assert comparison.weights(a).splitlines()[2:] == [
+        "| weight decay | 0.1, 0.2, 0.4 | 0.2 |",
+        "| KARE | 0.1, 0.2, 0.4 | 0.2 |",
+    ]
 
 
 def test_a_variant_stands_beside_its_default():
@@ -512,6 +531,8 @@ def test_a_comparison_from_its_command_and_on(tmp_path, monkeypatch, capsys):
         ("--tasks few10", "--tasks: expected some of noise40, noise20, few100, few300, got few10"),
         ("--seeds 1", "expected at least 2"),
         ("--seed 3", "expected --seeds and --tuning_seeds"),
+        ("--val_size 0", "--val_size: expected a number of examples to hold out"),
+        ("--dataset mnist --data_path nowhere --methods none,weight_decay", "expected a folder"),
         ("--config some.yaml --networks mlp", "expected the network of the configuration alone"),
         ("--hidden x", "invalid int value: 'x'"),
         ("--hiden 8", "unrecognized arguments: --hiden"),

@@ -8,7 +8,6 @@ import pytest
 from recipe_runs import load
 
 README = Path(__file__).parent.parent / "README.md"
-COMPARISON = README.parent / "docs" / "comparison.json"
 
 
 def test_readme_python_runs():
@@ -29,9 +28,17 @@ def test_links_lead_somewhere():
             assert target.startswith("https://") or (document.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("text", [README, README.parent / "docs" / "comparison.md"], ids=lambda path: path.stem)
-def test_tables_of_the_comparison_are_those_of_its_json(text):
-    comparison = load("_comparison")
-    written = text.read_text()
+@pytest.mark.parametrize(
+    ("text", "source"),
+    [
+        ("README.md", "comparison"),
+        ("docs/comparison.md", "comparison"),
+        ("docs/variants-few100.md", "variants-few100"),
+        ("docs/variants-noise40.md", "variants-noise40"),
+    ],
+)
+def test_tables_of_the_comparison_are_those_of_its_json(text, source):
+    comparison, written = load("_comparison"), (README.parent / text).read_text()
+    found = json.loads((README.parent / "docs" / f"{source}.json").read_text())
     assert written.count("<!-- comparison: ") == written.count("<!-- end -->") > 0
-    assert comparison.filled(written, json.loads(COMPARISON.read_text())) == written
+    assert comparison.filled(written, found) == written

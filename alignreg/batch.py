@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -118,3 +119,8 @@ def call(model: nn.Module, x: Batch) -> Any:
     if isinstance(x, Tensor):
         return model(x)
     return model(**x) if isinstance(x, dict) else model(*x)
+
+
+def flat(value: Tensor, keep: int = 1) -> Tensor:
+    """Return a tensor with all axes after the first ``keep`` in one, which it has even where there are none."""
+    return value.reshape(*value.shape[:keep], math.prod(value.shape[keep:]))

@@ -15,6 +15,7 @@ All functions are differentiable.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -53,7 +54,7 @@ def gram(columns: Mapping[str, Tensor]) -> Tensor:
         raise ValueError("columns: expected vectors by parameter name, got none.")
     total: Tensor | None = None
     for value in columns.values():
-        flat = value.reshape(len(value), -1).to(torch.promote_types(value.dtype, torch.float32))
+        flat = value.reshape(len(value), math.prod(value.shape[1:])).to(torch.promote_types(value.dtype, torch.float32))
         part = flat @ flat.T
         total = part if total is None else total + part
     assert total is not None

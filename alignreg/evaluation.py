@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 
 from alignreg import graph
-from alignreg.batch import Batch, call, map_tensors, size, tensors
+from alignreg.batch import Batch, call, flat, map_tensors, size, tensors
 from alignreg.directions import Directions
 from alignreg.frozen import Saved, failing_module, repeatably
 from alignreg.jacobian import Block, Params, reduce_jacobian, signs, tolerance
@@ -232,10 +232,7 @@ class Evaluation:
             parts.append(part if create_graph else part.detach())
             part = part.detach().to(self.gram_dtype)
             left = torch.tensordot(u.to(part), part, dims=2).cpu()
-            right = [
-                (s.reshape(len(s), -1).to(part.dtype) @ back[name].flatten().to(part.dtype)).cpu()
-                for name, s in block.items()
-            ]
+            right = [(flat(s).to(part.dtype) @ back[name].flatten().to(part.dtype)).cpu() for name, s in block.items()]
             difference += (left - torch.stack(right).sum(0)).detach().double().square().sum()
             norm += part.double().square().sum().cpu()
         if not float(difference) ** 0.5 <= tolerance(self.precision) * float(norm) ** 0.5:

@@ -8,6 +8,7 @@ from the same seed.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, final
@@ -275,7 +276,7 @@ def count_sketch(vectors: Mapping[str, Tensor], size: int, *, seed: int) -> Tens
     first = next(iter(vectors.values()))
     total = torch.zeros(len(first), size, dtype=torch.float64, device=first.device)
     for name, vector in vectors.items():
-        for index, run in enumerate(torch.split(vector.reshape(len(vector), -1), size, dim=1)):
+        for index, run in enumerate(torch.split(vector.reshape(len(vector), math.prod(vector.shape[1:])), size, dim=1)):
             key, length = f"count/{seed}/{name}/{index}", run.shape[1]
             signs = torch.empty(length, dtype=torch.float32, device=run.device)
             _fill(signs, "rademacher", key)

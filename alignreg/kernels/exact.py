@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from alignreg import evaluation
-from alignreg.batch import Batch, concatenate, shapes, slice_examples
+from alignreg.batch import Batch, concatenate, flat, shapes, slice_examples
 from alignreg.evaluation import Evaluation
 from alignreg.jacobian import signs, tolerance
 from alignreg.kernels import general
@@ -224,7 +224,7 @@ class _Probes:
         theirs = mine if self._two is None else self._pullback(self._two, self._right)
         dtype = self._one.gram_dtype
         return {
-            name: (_flat(value).to(dtype) @ _flat(theirs[name]).to(dtype).T).double().cpu()
+            name: (flat(value).to(dtype) @ flat(theirs[name]).to(dtype).T).double().cpu()
             for name, value in mine.items()
         }
 
@@ -417,7 +417,3 @@ def _limit(at: Evaluation) -> int:
 def _examples_at_once(at: Evaluation) -> int:
     # The gradients of all outputs at the largest layer, in the six or so copies that are alive together.
     return int(max(1, evaluation.WORKING_MEMORY // max(1, 6 * at.c * at.largest_activation_bytes // at.n)))
-
-
-def _flat(value: Tensor) -> Tensor:
-    return value.reshape(len(value), -1)  # of a parameter without axes as well

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from alignreg.batch import flat
 from alignreg.evaluation import Evaluation
 from alignreg.jacobian import Block
 from alignreg.kernels.gradients import Close
@@ -75,7 +76,7 @@ def diagonal(at: Evaluation, names: Sequence[str], close: Close) -> dict[str, Te
         parts: dict[str, list[Tensor]] = {name: [] for name in names}
         for _, block in blocks:
             for name, value in block.items():
-                rows = value.reshape(*value.shape[:2], -1).to(at.gram_dtype)
+                rows = flat(value, 2).to(at.gram_dtype)
                 parts[name].append(close(rows, rows))
         return {name: torch.cat(part) for name, part in parts.items()}
 
@@ -92,8 +93,8 @@ def _collect(blocks: Iterator[Block], group: list[Piece], *, n: int, create_grap
     parts: list[Tensor] = []
     matrix: Tensor | None = None
     for examples, block in blocks:
-        flat = {name: value.reshape(*value.shape[:2], -1) for name, value in block.items()}
-        part = torch.cat([flat[name][..., start:stop] for name, start, stop in group], dim=-1)
+        columns = {name: flat(value, 2) for name, value in block.items()}
+        part = torch.cat([columns[name][..., start:stop] for name, start, stop in group], dim=-1)
         # In float32 at least: products of half-precision Jacobians would lose what they still hold.
         part = part.to(torch.promote_types(part.dtype, torch.float32))
         if create_graph:

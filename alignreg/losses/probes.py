@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from alignreg import estimators, sketches
-from alignreg.batch import size
+from alignreg.batch import flat, size
 from alignreg.distributed import rank, sizes_of_ranks, sum_over_ranks
 from alignreg.losses.base import Sample, TangentLoss, check_count
 from alignreg.targets import encode
@@ -121,6 +121,6 @@ class ProbeLoss(TangentLoss, ABC):
             return self._features.grams(sample.x, cotangents, outputs=sample.outputs, create_graph=create_graph)
         # Products of sums over ranks are not sums of products.
         columns = self._features.pullback(sample.x, cotangents, outputs=sample.outputs, create_graph=create_graph)
-        flat = self._sum(torch.cat([value.reshape(len(value), -1) for value in columns.values()], dim=1))
+        flat = self._sum(torch.cat([flat(value) for value in columns.values()], dim=1))
         parts = torch.split(flat, [value[0].numel() for value in columns.values()], dim=1)
         return {name: estimators.gram({name: part}) for name, part in zip(columns, parts, strict=True)}

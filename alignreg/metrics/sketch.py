@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics.utilities import rank_zero_warn
 
 from alignreg import hsic, moments, plotting, sketches
-from alignreg.batch import Batch, as_inputs, size
+from alignreg.batch import Batch, as_inputs, flat, size
 from alignreg.estimators import Estimate
 from alignreg.evaluation import ForwardFn
 from alignreg.hsic import PairSums
@@ -298,14 +298,12 @@ class SketchMetric(ProbeSetMetric, ABC):
         needed = [0, *(s for s, rows in enumerate(sets) if s and 0 < len(rows) < len(y))]
         back = self._features.pullback(batch, cotangents[needed])
         if self._pulled < self._features.num_parameters:
-            flat = sketches.count_sketch(back, self._pulled, seed=self.seed).to(self.device)
+            rows = sketches.count_sketch(back, self._pulled, seed=self.seed).to(self.device)
         else:
-            flat = torch.cat(
-                [value.reshape(len(value), -1).to(self.device, torch.float64) for value in back.values()], dim=1
-            )
-        result = flat.new_zeros(len(sets), flat.shape[1])
-        result[[s for s, rows in enumerate(sets) if len(rows) == len(y)]] = flat[0]
-        result[needed] = flat
+            rows = torch.cat([flat(value).to(self.device, torch.float64) for value in back.values()], dim=1)
+        result = rows.new_zeros(len(sets), rows.shape[1])
+        result[[s for s, members in enumerate(sets) if len(members) == len(y)]] = rows[0]
+        result[needed] = rows
         return result
 
     def _guess(self, y: Tensor) -> Tensor:

@@ -200,9 +200,10 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
     ("model", "regularizer", "two"),
     [
         ("vgg11", "alignment", SPAWN),
-        ("vgg11", "complexity", ACCELERATE),
-        ("resnet18 --batch_norm", "alignment", ACCELERATE),
-        ("resnet18 --batch_norm", "complexity", SPAWN),
+        ("resnet18 --batch_norm", "complexity", ACCELERATE),
+        # The other pairs: pytest -m thorough tests/test_recipe_models.py
+        pytest.param("vgg11", "complexity", ACCELERATE, marks=pytest.mark.thorough),
+        pytest.param("resnet18 --batch_norm", "alignment", SPAWN, marks=pytest.mark.thorough),
     ],
 )
 def test_convolutional_networks_on_two_processes(model, regularizer, two, tmp_path):

@@ -121,6 +121,6 @@ class ProbeLoss(TangentLoss, ABC):
             return self._features.grams(sample.x, cotangents, outputs=sample.outputs, create_graph=create_graph)
         # Products of sums over ranks are not sums of products.
         columns = self._features.pullback(sample.x, cotangents, outputs=sample.outputs, create_graph=create_graph)
-        flat = self._sum(torch.cat([flat(value) for value in columns.values()], dim=1))
-        parts = torch.split(flat, [value[0].numel() for value in columns.values()], dim=1)
+        joined = self._sum(torch.cat([flat(value) for value in columns.values()], dim=1))
+        parts = torch.split(joined, [value[0].numel() for value in columns.values()], dim=1)
         return {name: estimators.gram({name: part}) for name, part in zip(columns, parts, strict=True)}

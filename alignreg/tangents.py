@@ -18,8 +18,9 @@ from alignreg.evaluation import Bound, Evaluation, ForwardFn
 from alignreg.frozen import frozen
 from alignreg.jacobian import Block, Params
 from alignreg.kernels import factored
-from alignreg.kernels.exact import diagonals, kernels
+from alignreg.kernels.exact import kernels
 from alignreg.kernels.gradients import blocks, norms
+from alignreg.kernels.per_example import diagonals
 from alignreg.normalization import PrimitiveNormalization
 from alignreg.progress import bar
 from alignreg.selection import select

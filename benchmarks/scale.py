@@ -17,7 +17,6 @@ float32; samples, hash and factored with one thread, the others with all.
 """
 
 import argparse
-import json
 import multiprocessing
 import resource
 import time
@@ -27,7 +26,7 @@ from pathlib import Path
 import exact_kernel
 import torch
 from rich.progress import track
-from sketch_metrics import cnn, digits, mlp, train
+from sketch_metrics import cnn, digits, mlp, run_parts, train
 from torch import nn
 
 from alignreg import TangentFeatures, estimators, functional, sketches
@@ -184,10 +183,7 @@ def main():
     parser.add_argument("--draws", type=int, default=400)
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
-    known = json.loads(args.json.read_text()) if args.json.exists() else {}
-    for name in [args.part] if args.part else PARTS:
-        known[name] = PARTS[name](args)
-        args.json.write_text(json.dumps({**known, "torch": torch.__version__}, indent=1) + "\n")
+    run_parts(PARTS, args)
 
 
 if __name__ == "__main__":

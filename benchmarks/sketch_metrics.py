@@ -269,6 +269,14 @@ def layers(args):
 PARTS = {"error": error, "cost": cost, "sharing": sharing, "layers": layers}
 
 
+def run_parts(parts, args):
+    """Run one part or all, and write their rows as soon as they are there; those of the others stay."""
+    known = json.loads(args.json.read_text()) if args.json.exists() else {}
+    for name in [args.part] if args.part else parts:
+        known[name] = parts[name](args)
+        args.json.write_text(json.dumps({**known, "torch": torch.__version__}, indent=1) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, help="this part alone; the others' rows stay as they are")
@@ -278,10 +286,7 @@ def main():
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    known = json.loads(args.json.read_text()) if args.json.exists() else {}
-    for name in [args.part] if args.part else PARTS:
-        known[name] = PARTS[name](args)
-        args.json.write_text(json.dumps({**known, "torch": torch.__version__}, indent=1) + "\n")
+    run_parts(PARTS, args)
 
 
 if __name__ == "__main__":

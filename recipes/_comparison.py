@@ -13,16 +13,17 @@ from typing import Any, NamedTuple, final
 import _comparison_figures
 import _jobs
 import _run
+from _comparison_figures import ALIGNMENT, PATH, RANK, TEST
 from _figure import Log
 from _methods import DECAY, NONE, SMOOTHING, base, words
 from scipy.stats import t as student
 
 REACHED = {
-    "test": "test/accuracy",
+    "test": TEST,
     "train": "train/accuracy",
-    "alignment": "test/kernel_alignment",
-    "effective_rank": "train/effective_rank",
-    "path_complexity": "train/path_complexity",
+    "alignment": ALIGNMENT,
+    "effective_rank": RANK,
+    "path_complexity": PATH,
 }
 """What is kept of the last line of a log."""
 ENOUGH = 8
@@ -73,13 +74,11 @@ def reached(logs: list[Log], without: list[Log]) -> dict[str, Values]:
     """
     values = {name: [log[-1][key] for log in logs] for name, key in REACHED.items()}
     best = [max(log, key=lambda line: line["val/accuracy"]) for log in logs]
-    values["early_stopped"] = [line["test/accuracy"] for line in best]
-    key = REACHED["alignment"]
-    peaks = [max((line[key] for line in log if math.isfinite(line[key])), default=math.inf) for log in without]
-    at_peak = {"rank_at_peak": "effective_rank", "path_at_peak": "path_complexity"}
+    values["early_stopped"] = [line[TEST] for line in best]
+    peaks = [max(filter(math.isfinite, (line[ALIGNMENT] for line in log)), default=math.inf) for log in without]
     crossed: dict[str, Values] = {
-        name: [crossing(log, key, peak, REACHED[other]) for log, peak in zip(logs, peaks, strict=True)]
-        for name, other in at_peak.items()
+        name: [crossing(log, ALIGNMENT, peak, other) for log, peak in zip(logs, peaks, strict=True)]
+        for name, other in {"rank_at_peak": RANK, "path_at_peak": PATH}.items()
     }
     return {name: [_short(value) for value in of_seeds] for name, of_seeds in {**values, **crossed}.items()}
 
@@ -171,10 +170,9 @@ def full_table(found: dict[str, Any]) -> str:
             *baselines,
             "early stopped",
             "on training set",
-            "step",
         ]
-        titles += ["alignment", "effective rank", "path complexity"]
-        lines = [f"**{setting['setting']}** (`{setting['flags']}`)\n", _line(titles), "|---" * len(titles) + "|"]
+        titles += ["step", "alignment", "effective rank", "path complexity"]
+        lines = []
         for row in setting["rows"]:
             values = row["values"]
             own = interval(values["test"])
@@ -182,12 +180,10 @@ def full_table(found: dict[str, Any]) -> str:
             cells += [_told(against(setting, row, of(row["method"]))) for of in baselines.values()]
             cells += [_mean(values["early_stopped"], 3), _mean(values["train"], 3), f"{row['cost']:.1f}x"]
             cells += [
-                _mean(values["alignment"], 3),
-                _mean(values["effective_rank"], 0),
-                _mean(values["path_complexity"], 0),
+                _mean(values[key], d) for key, d in (("alignment", 3), ("effective_rank", 0), ("path_complexity", 0))
             ]
-            lines.append(_line(cells))
-        parts.append("\n".join(lines) + "\n")
+            lines.append(cells)
+        parts.append(f"**{setting['setting']}** (`{setting['flags']}`)\n\n{_table(titles, lines)}")
     return "\n".join(parts)
 
 
@@ -196,20 +192,18 @@ def short_table(found: dict[str, Any], key: str = "test") -> str:
 
     ‡ marks those with runs that collapsed, to less than half the mean of none.
     """
-    settings = found["settings"]
-    titles = ["", *(setting["setting"].replace("-", " ") for setting in settings), "step"]
-    lines = [_line(titles), "|---" * len(titles) + "|"]
-    for rows in zip(*(setting["rows"] for setting in settings), strict=True):
+    lines = []
+    for rows in _across(found):
         cells = []
-        for setting, row in zip(settings, rows, strict=True):
+        for setting, row in zip(found["settings"], rows, strict=True):
             decay, none = (against(setting, row, baseline, key) for baseline in (DECAY, NONE))
             text = f"{statistics.mean(row['values'][key]):.3f}".removeprefix("0")
             text = f"**{text}**" if decay and decay.sign > 0 else text
             text += {1: r"\*", -1: "†"}.get(none.sign, "") if none else ""
             cells.append(text + ("‡" if _collapsed(setting, row, key) else ""))
         cost = statistics.mean(row["cost"] for row in rows)
-        lines.append(_line([_name(rows[0]), *cells, f"{cost:.1f}x"]))
-    return "\n".join(lines) + "\n"
+        lines.append([_name(rows[0]), *cells, f"{cost:.1f}x"])
+    return _table(["", *_labels(found), "step"], lines)
 
 
 def early_table(found: dict[str, Any]) -> str:
@@ -219,22 +213,19 @@ def early_table(found: dict[str, Any]) -> str:
 
 def weights(found: dict[str, Any]) -> str:
     """Return the weights that were chosen from, a line a method, and which were chosen, in the order of settings."""
-    settings = found["settings"]
-    titles = ["", "weights", *(setting["setting"].replace("-", " ") for setting in settings)]
-    lines = [_line(titles), "|---" * len(titles) + "|"]
-    lines += [
-        _line([_name(rows[0]), ", ".join(rows[0]["validation"]), *map(_weight, rows)])
-        for rows in zip(*(setting["rows"] for setting in settings), strict=True)
+    lines = [
+        [_name(rows[0]), ", ".join(rows[0]["validation"]), *map(_weight, rows)]
+        for rows in _across(found)
         if rows[0]["validation"]
     ]
-    return "\n".join(lines) + "\n"
+    return _table(["", "weights", *_labels(found)], lines)
 
 
 def findings(found: dict[str, Any]) -> str:
-    """Return what the numbers say, one item a method, and whether explicit alignment is like the implicit one."""
+    """Return what the numbers say: by method, then highest means, weights at the ends of grids, failed runs."""
     settings = found["settings"]
     said = [] if found["seeds"] >= ENOUGH else [f"{found['seeds']} seeds: a look, and no evidence."]
-    for rows in zip(*(setting["rows"] for setting in settings), strict=True):
+    for rows in _across(found):
         row = rows[0]
         baselines = {NONE: "none", DECAY: "tuned weight decay", base(row["method"]): "its default"}
         baselines[SMOOTHING] = "label smoothing"
@@ -272,7 +263,7 @@ def alike(found: dict[str, Any]) -> str:
     """Return a table of ratios to no regularizer, of what explicit alignment should share with the implicit one."""
     titles = ["alignment loss / none", "held-out alignment", "effective rank", "path complexity"]
     titles += ["seeds that come up to none's highest alignment", "effective rank there", "path complexity there"]
-    lines = [_line(titles), "|---" * len(titles) + "|"]
+    lines = []
     for setting in found["settings"]:
         rows = {row["method"]: row["values"] for row in setting["rows"] if not row["on_top"]}
         if "alignment" in rows:
@@ -281,8 +272,8 @@ def alike(found: dict[str, Any]) -> str:
             cells = [ratio(own[key], none[key]) for key in ("alignment", "effective_rank", "path_complexity")]
             cells += [f"{there} of {found['seeds']}"]
             cells += [ratio(own[key], none[key]) for key in ("rank_at_peak", "path_at_peak")]
-            lines.append(_line([setting["setting"], *cells]))
-    return "\n".join(lines) + "\n"
+            lines.append([setting["setting"], *cells])
+    return _table(titles, lines)
 
 
 def ratio(values: Values, others: Values) -> str:
@@ -357,5 +348,15 @@ def _mean(values: Values, digits: int) -> str:
     return f"{mean:.{digits}f}" if mean < 1e6 else f"{mean:.1e}"
 
 
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _across(found: dict[str, Any]) -> list[tuple[dict[str, Any], ...]]:
+    """Return the rows of all settings that belong to one method."""
+    return list(zip(*(setting["rows"] for setting in found["settings"]), strict=True))
+
+
+def _labels(found: dict[str, Any]) -> list[str]:
+    return [setting["setting"].replace("-", " ") for setting in found["settings"]]
+
+
+def _table(titles: list[str], lines: list[list[str]]) -> str:
+    rows = [f"| {' | '.join(cells)} |" for cells in (titles, *lines)]
+    return "\n".join([rows[0], "|---" * len(titles) + "|", *rows[1:]]) + "\n"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,12 @@ import _study
 import matplotlib.pyplot as plt
 from _figure import COLORS, Log
 from _methods import DECAY, NONE, SMOOTHING, words
+from _plan import Row
 
-ALIGNMENT, RANK, PATH = "test/kernel_alignment", "train/effective_rank", "train/path_complexity"
+TEST, ALIGNMENT = "test/accuracy", "test/kernel_alignment"
+RANK, PATH = "train/effective_rank", "train/path_complexity"
 PANELS = {
-    "test accuracy": "test/accuracy",
+    "test accuracy": TEST,
     "held-out alignment": ALIGNMENT,
     "effective rank": RANK,
     "path complexity": PATH,
@@ -41,14 +41,14 @@ def draw(folder: Path, settings: list[dict[str, Any]], seeds: int) -> list[Path]
     logs: dict[str, dict[str, list[Log]]] = {}
     for setting in settings:
         place = folder / setting["setting"] / "final"
-        runs = {name: [place / name.replace(":", "-") / f"seed-{seed}" for seed in range(seeds)] for name in names}
+        runs = {name: [place / Row(name).slug / f"seed-{seed}" for seed in range(seeds)] for name in names}
         whole = {name: [run for run in of_method if not _jobs.broken_off(run)] for name, of_method in runs.items()}
         logs[setting["setting"]] = {name: _study.logs(of_method) for name, of_method in whole.items() if of_method}
     drawn = []
-    for name, make in (("paths", _paths), ("explicit", _explicit)):
+    for name, make, dpi in (("paths", _paths, 75), ("explicit", _explicit, 110)):
         figure = make(logs, _styles(names))
         drawn.append(folder / f"{name}.png")
-        figure.savefig(drawn[-1], dpi=110)
+        figure.savefig(drawn[-1], dpi=dpi)
         plt.close(figure)
     return drawn
 
@@ -65,7 +65,7 @@ def _paths(logs: dict[str, dict[str, list[Log]]], styles: dict[str, dict[str, An
             _figure.finish(axis, f"{setting}: {title}", legend=False)
             if key == PATH:
                 axis.set_yscale("symlog", linthresh=100)
-            elif title == "test accuracy":
+            elif key == TEST:
                 axis.set_ylim(0.5, 1)
     return _with_legend(figure, axes)
 
@@ -85,7 +85,7 @@ def _explicit(logs: dict[str, dict[str, list[Log]]], styles: dict[str, dict[str,
             axis = axes[len(others) * (place // columns) + line, place % columns]
             axis.set_visible(True)
             for name in [name for name in SHOWN if name in of_methods]:
-                x, y = (_means(of_methods[name], part) for part in (ALIGNMENT, key))
+                x, y = (_study.means(of_methods[name], part) for part in (ALIGNMENT, key))
                 axis.plot(x, y, "-o", markersize=2.5, linewidth=1, **styles[name])
                 axis.plot(x[-1], y[-1], "s", markersize=5.5, color=styles[name]["color"])
             axis.set_xlabel("held-out alignment", fontsize=9)
@@ -95,13 +95,6 @@ def _explicit(logs: dict[str, dict[str, list[Log]]], styles: dict[str, dict[str,
             if key == PATH:
                 axis.set_yscale("symlog", linthresh=100)
     return _with_legend(figure, axes)
-
-
-def _means(of_seeds: list[Log], key: str) -> list[float]:
-    """Return the means over seeds, of what is defined."""
-    columns = zip(*([line[key] for line in log] for log in of_seeds), strict=True)
-    defined = [[value for value in column if math.isfinite(value)] for column in columns]
-    return [statistics.mean(column) if column else math.nan for column in defined]
 
 
 def _with_legend(figure: Any, axes: Any) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import _jobs
 import _loop
 import torch
 import train
@@ -33,7 +33,7 @@ def of(configs: Mapping[str, train.Config], jobs: int) -> dict[str, dict[str, fl
         jobs: how many runs there will be at a time: each has its share of the processors.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+    torch.set_num_threads(_jobs.threads(jobs))
     timed = {name: _prepared(config) for name, config in configs.items()}
     measures = {name: _seconds(lambda one=one: one.recipe.measure(Path(), 0)) for name, one in timed.items()}
     rounds: dict[str, list[float]] = {name: [] for name in timed}

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
@@ -40,10 +41,9 @@ class Workers:
 
     def __init__(self, at_once: int, study: Path) -> None:
         self._at_once, self._study = at_once, study
-        threads = max(1, (os.cpu_count() or 1) // at_once)
         # A process that torch already computes in is not to be forked.
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(at_once, context, _begin, (threads,))
+        self._pool = ProcessPoolExecutor(at_once, context, torch.set_num_threads, (threads(at_once),))
 
     def __enter__(self) -> Workers:
         return self
@@ -81,6 +81,24 @@ class Workers:
             sys.exit(f"{failure}\ngo on with --resume {self._study}")
 
 
+def threads(at_once: int) -> int:
+    """Return the share of the processors that each of so many processes has."""
+    return max(1, (os.cpu_count() or 1) // at_once)
+
+
+def claim(wanted: Path | None, name: str) -> Path:
+    """Make the folder of a study: the one that is wanted, or a new one under runs/.
+
+    Raises:
+        ValueError: if it holds something.
+    """
+    folder = wanted or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise ValueError(f"--output_dir: expected a new or empty folder, but {folder} holds something. Try --resume.")
+    return folder
+
+
 def done(folder: Path) -> bool:
     """Say whether a run came to its end."""
     return (folder / DONE).exists()
@@ -101,10 +119,6 @@ def _said(future: Future[str | None]) -> str | None:
         return future.result()
     except BrokenExecutor:
         return "a process of the study ended before its run"
-
-
-def _begin(threads: int) -> None:
-    torch.set_num_threads(threads)
 
 
 def _train(folder: Path, flags: list[str], may_break_off: bool = False) -> str | None:

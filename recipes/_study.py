@@ -75,7 +75,7 @@ def main(study: Study, doc: str | None) -> None:
     try:
         plan = _known(study, arguments, further) if arguments.resume else _new(study, arguments, further)
         jobs = _runs(plan)  # refuses wrong flags before there is a folder
-        folder = arguments.resume or _claim(study, arguments)
+        folder = arguments.resume or _jobs.claim(arguments.output_dir, study.name)
         (folder / "study.json").write_text(json.dumps(plan, indent=1) + "\n")
     except (OSError, ValueError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
@@ -115,14 +115,6 @@ def _known(study: Study, arguments: argparse.Namespace, further: list[str]) -> d
     return {**plan, "seeds": arguments.seeds or plan["seeds"]}
 
 
-def _claim(study: Study, arguments: argparse.Namespace) -> Path:
-    folder = arguments.output_dir or Path("runs") / f"{study.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise ValueError(f"--output_dir: expected a new or empty folder, but {folder} holds something. Try --resume.")
-    return Path(folder)
-
-
 def _runs(plan: dict[str, Any]) -> list[tuple[str, list[str]]]:
     """Return the folder of each run, and its flags."""
     jobs = []
@@ -138,17 +130,25 @@ def logs(folders: list[Path]) -> list[Log]:
     return [_run.read(folder) for folder in folders]
 
 
-def band(axis: Any, of_seeds: list[Log], key: str, *, color: str, label: str | None = None, style: str = "-") -> None:
-    """Draw the mean over seeds, and a standard deviation around it, at the steps that all of them logged.
-
-    Of a diverged network some values are undefined; the others count.
-    """
+def columns(of_seeds: list[Log], key: str) -> dict[int, list[float]]:
+    """Return the values of all seeds at the steps that all of them logged; what is undefined is left out."""
     steps = sorted(set.intersection(*({int(line["step"]) for line in log} for log in of_seeds)))
     values = [[line[key] for line in log if line["step"] in steps] for log in of_seeds]
     defined = [[value for value in column if math.isfinite(value)] for column in zip(*values, strict=True)]
-    means = [statistics.mean(column) if column else math.nan for column in defined]
-    spread = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in defined]
-    _figure.shade(axis, [step + 1 for step in steps], means, spread, style, color=color, label=label)
+    return dict(zip(steps, defined, strict=True))
+
+
+def means(of_seeds: list[Log], key: str) -> list[float]:
+    """Return the means over seeds, at the steps that all of them logged."""
+    return [statistics.mean(column) if column else math.nan for column in columns(of_seeds, key).values()]
+
+
+def band(axis: Any, of_seeds: list[Log], key: str, *, color: str, label: str | None = None, style: str = "-") -> None:
+    """Draw the mean over seeds, and a standard deviation around it."""
+    values = columns(of_seeds, key)
+    spread = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in values.values()]
+    steps = [step + 1 for step in values]
+    _figure.shade(axis, steps, means(of_seeds, key), spread, style, color=color, label=label)
 
 
 def over_seeds(values: list[float]) -> str:

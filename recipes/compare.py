@@ -35,7 +35,7 @@ import _comparison
 import _cost
 import _jobs
 import _run
-from _methods import DECAY, KNOWN, METHODS, NETWORKS, NONE, TASKS, VARIANTS
+from _methods import DECAY, KNOWN, METHODS, NETWORKS, NONE, TASKS, VARIANTS, base
 from _plan import Plan, Row, Weights
 
 SHORT: dict[str, Any] = {
@@ -66,7 +66,7 @@ def main() -> None:
                 setting: _cost.of({name: plan.config(setting, Row(name)) for name in plan.methods}, arguments.jobs)
                 for setting in plan.settings
             }
-        folder = arguments.resume or _claim(arguments.output_dir)
+        folder = arguments.resume or _jobs.claim(arguments.output_dir, "compare")
     except (OSError, ValueError) as error:
         if not isinstance(error, OSError) and not str(error).startswith("--"):
             raise
@@ -129,7 +129,7 @@ def _new(arguments: argparse.Namespace, further: list[str]) -> Plan:
         raise ValueError("--networks: expected the network of the configuration alone; leave it out.")
     if "--seed" in further:
         raise ValueError("--seed: expected --seeds and --tuning_seeds, how many of each; the seeds follow.")
-    default = [NONE, DECAY, *dict.fromkeys(name.split(":")[0] for name in VARIANTS), *VARIANTS]
+    default = [NONE, DECAY, *dict.fromkeys(map(base, VARIANTS)), *VARIANTS]
     methods = _some("--methods", arguments.methods, list(KNOWN), default if arguments.variants else list(METHODS))
     plan = Plan(
         command=shlex.join(["python", "recipes/compare.py", *_what(sys.argv[1:])]),
@@ -179,14 +179,6 @@ def _what(arguments: list[str]) -> list[str]:
     free = ("--output_dir", "--jobs")
     pairs = zip(arguments, ["", *arguments], strict=False)
     return [one for one, before in pairs if one.partition("=")[0] not in free and before not in free]
-
-
-def _claim(wanted: Path | None) -> Path:
-    folder = wanted or Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise ValueError(f"--output_dir: expected a new or empty folder, but {folder} holds something. Try --resume.")
-    return folder
 
 
 def _choose(plan: Plan, folder: Path, workers: _jobs.Workers) -> dict[str, Weights]:

@@ -11,8 +11,8 @@ import oracles
 import torch
 import torch.distributed as dist
 from cases import build
+from shards import shard, shard_at_once
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 
 from alignreg.metrics import (
@@ -164,23 +164,11 @@ def path(rank):
     return found
 
 
-def at_once(model):
-    return fully_shard(model)
-
-
-def nested(model):
-    """Every child with parameters by itself, and what is left with the whole."""
-    for child in model.children():
-        if list(child.parameters()):
-            fully_shard(child)
-    return fully_shard(model)
-
-
 def sharded(rank):
     """Sketch metrics of models under fully_shard, beside those of the whole model; batches of different sizes."""
     found = {}
     for name in ("mlp", "resnet, batchnorm", "transformer, dict output", "frozen backbone"):
-        for how in (at_once, nested):
+        for how in (shard_at_once, shard):
             values = {}
             for wrap in (lambda model: model, how):
                 model, x, forward_fn = build(name)
@@ -200,7 +188,7 @@ def sharded(rank):
             found[f"sharded/{name}/{how.__name__}"] = max(
                 abs(a - b) / abs(a) for a, b in zip(whole, parts, strict=True)
             )
-    model = nested(replica())
+    model = shard(replica())
     metric = TangentAlignment(model, 3, sketch_dim=8)
     x, y = probes()
     metric.update(x, y)

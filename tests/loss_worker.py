@@ -12,6 +12,7 @@ import torch.distributed as dist
 from distributed_worker import batch, replica
 from loss_cases import LOSSES, make
 from loss_matrix import ROWS, build, close, gradient, plain, train_step
+from shards import shard, shard_at_once
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
@@ -238,20 +239,6 @@ def counted(call):
         for name, original in originals.items():
             setattr(dist, name, original)
     return sent[0], value
-
-
-def shard_at_once(model):
-    """The whole, whose parameters stay gathered after a forward pass."""
-    return fully_shard(model)
-
-
-def shard(model):
-    """Every child by itself, and what is left with the whole; shared parameters must stay together."""
-    children = list(model.children())
-    if sum(len(list(child.parameters())) for child in children) == len(list(model.parameters())):
-        for child in children:
-            fully_shard(child)
-    return fully_shard(model)
 
 
 WRAPPERS = {"DDP": nn.parallel.DistributedDataParallel, "fully_shard": shard}

@@ -1,5 +1,6 @@
 """Running the files of recipes/ as a user does."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -35,6 +36,39 @@ def load(name):
 def parse(recipe, arguments):
     """The flags of a recipe, read as from its command line."""
     return recipe._loop._flags.parse(recipe.Config, recipe.__doc__, arguments)
+
+
+def module(name):
+    """A file of recipes/ by its own name, for tests with ``recipes_in_this_process``."""
+    return importlib.import_module(name)
+
+
+def forget():
+    """Let the next run in this process be its first."""
+    from accelerate.state import AcceleratorState, PartialState  # not where no recipe runs
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+def plan(**values):
+    """What a comparison is to run."""
+    options = {
+        "command": "",
+        "tasks": ["noise40", "few100"],
+        "networks": ["mlp", "cnn"],
+        "methods": list(module("_methods").METHODS),
+        "further": [],
+        "versions": {},
+    }
+    options = {**options, **values}
+    grids = {name: list(module("_methods").KNOWN[name].weights) for name in options["methods"]}
+    return module("_plan").Plan(**{"grids": grids, **options})
+
+
+def row(method, on_top=False):
+    """A method in it."""
+    return module("_plan").Row(method, on_top)
 
 
 def start(*flags, launcher=LAUNCH, cwd=None, **environment):

@@ -1,56 +1,19 @@
-"""The comparison of regularizers: what is run, how weights are chosen, and what the numbers are made into."""
+"""The comparison of regularizers: what is run, how weights are chosen, and its command."""
 
 import dataclasses
-import importlib
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import types
 
-import oracles
 import pytest
 import torch
-from recipe_runs import RECIPES, read
-from test_recipes_alike import _forget
-from torch import nn
-from torch.nn.functional import cross_entropy
+from recipe_runs import RECIPES, module, plan, read, row
 
+pytestmark = pytest.mark.usefixtures("recipes_in_this_process")
 TINY = "--tasks few100 --networks mlp --seeds 2 --tuning_seeds 1 --steps 6 --hidden 8 --kernel_size 10"
-
-
-@pytest.fixture(autouse=True)
-def _recipes_on_the_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPES))
-    yield
-    _forget()
-
-
-def module(name):
-    return importlib.import_module(name)
-
-
-def plan(**values):
-    options = {
-        "command": "",
-        "tasks": ["noise40", "few100"],
-        "networks": ["mlp", "cnn"],
-        "methods": list(module("_methods").METHODS),
-        "further": [],
-        "versions": {},
-    }
-    options = {**options, **values}
-    grids = {name: list(module("_methods").KNOWN[name].weights) for name in options["methods"]}
-    return module("_plan").Plan(**{"grids": grids, **options})
-
-
-def row(method, on_top=False):
-    return module("_plan").Row(method, on_top)
-
-
-# What is run.
 
 
 def test_every_method_is_tuned_alike():
@@ -137,102 +100,6 @@ def test_weights_follow_from_validation_alone(tmp_path):
     assert all("--weight_decay 0.01 " in " ".join(flags) for flags in on_top)
 
 
-# What it trains with.
-
-
-def test_fisher_penalty_is_unbiased_and_its_gradient_that_of_its_value():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-    x = torch.randn(12, 4, dtype=torch.float64)
-    p = net(x).softmax(1).detach()
-    jac = oracles.matrix(oracles.jacobian(net, x)).reshape(12, 3, -1)
-    scores = jac - (p[:, :, None] * jac).sum(1, keepdim=True)  # ∇ log p_k = ∇ f_k − Σ_j p_j ∇ f_j
-    trace = float((p * scores.square().sum(2)).sum(1).mean())
-    kind = module("_fisher").FisherPenalty
-    reg = kind(net, weight=1.0, examples=None, every_n_steps=1, seed=3)
-    with torch.no_grad():
-        values = torch.stack([reg(x) for _ in range(600)])
-    assert abs(float(values.mean()) - trace) / float(values.std() / 600**0.5) < 3.5
-    assert float(values.std()) > 0
-
-    def value():
-        return kind(net, weight=2.0, examples=None, every_n_steps=1, seed=5)(x)
-
-    value().backward()
-    weight = net[0].weight
-    slope = weight.grad[2, 1].item()
-    sides = []
-    for sign in (1, -1):
-        with torch.no_grad():
-            weight[2, 1] += sign * 1e-5
-            sides.append(float(value()))
-            weight[2, 1] -= sign * 1e-5
-    assert slope == pytest.approx((sides[0] - sides[1]) / 2e-5, rel=1e-5)
-
-
-def prepared(*flags):
-    train = module("train")
-    config = module("_flags").parse(train.Config, None, ["--cpu", "--measure=", "--hidden", "8", *flags])[0]
-    recipe = train.Train(config)
-    return recipe, module("_loop").prepare(recipe)
-
-
-def test_label_smoothing():
-    recipe, setup = prepared("--label_smoothing", "0.3")
-    x, y = setup.data.train_x[:20], setup.data.train_y[:20]
-    logits = setup.model(x)
-    target = 0.7 * oracles.one_hot(y, 10) + 0.03
-    expected = -(target * logits.double().log_softmax(1)).sum(1).mean()
-    assert float(recipe.loss(logits, x, y)) == pytest.approx(float(expected), rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("flags", "options"),
-    [
-        ("", {}),
-        ("--no-reg_centered", {"centered": False}),
-        ("--reg_per_layer", {"per_layer": True}),
-        ("--reg_layers hidden", {"params": ["1.*", "3.*"]}),
-        ("--reg_layers last", {"params": ["5.*"]}),
-        ("--reg_probes 5", {"probes": 5}),
-        ("--reg_examples 20", {"examples": 20}),
-        ("--reg_pool 30", {}),
-    ],
-)
-def test_options_of_a_regularizer(flags, options):
-    """The loss of a run beside the library's own."""
-    recipe, setup = prepared("--regularizer", "alignment", "--weight", "0.2", *flags.split())
-    data = setup.data
-    x, y = data.train_x[100:140], data.train_y[100:140]
-    logits = setup.model(x)
-    own = module("train").AlignmentLoss(setup.model, **{"weight": 0.2, "examples": 32, "every_n_steps": 1, **options})
-    seen = (data.train_x[:30], data.train_y[:30]) if "pool" in flags else (x, y)
-    expected = cross_entropy(logits, y) + own(*seen)
-    assert float(recipe.loss(logits, x, y)) == pytest.approx(float(expected), rel=1e-6)
-
-
-def test_a_regularizer_for_a_part_of_training():
-    flags = "--regularizer complexity --weight 0.2 --steps 10 --reg_from 0.2 --reg_until 0.5"
-    recipe, setup = prepared(*flags.split())
-    x, y = setup.data.train_x[:40], setup.data.train_y[:40]
-    logits = setup.model(x)
-    task = float(cross_entropy(logits, y))
-    assert [float(recipe.loss(logits, x, y)) > task + 1e-4 for _ in range(10)] == [2 <= step < 5 for step in range(10)]
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--regularizer fisher --weight 1 --reg_per_layer", "expected a regularizer of the kernel, got fisher"),
-        ("--regularizer kare --weight 1 --reg_probes 3", "expected a regularizer of probes, got kare"),
-    ],
-)
-def test_options_that_a_regularizer_does_not_have(flags, message, capsys):
-    with pytest.raises(SystemExit):
-        prepared(*flags.split())
-    assert message in capsys.readouterr().err
-
-
 def test_costs_are_those_of_steps(monkeypatch):
     monkeypatch.setattr(module("_cost"), "STEPS", 6)
     configs = {
@@ -242,8 +109,7 @@ def test_costs_are_those_of_steps(monkeypatch):
     threads = torch.get_num_threads()
     costs = module("_cost").of(configs, jobs=2)
     assert torch.get_num_threads() == threads
-    assert 2 * costs["none"]["step"] < costs["much"]["step"] < 1
-    assert all(value >= 0 for cost in costs.values() for value in cost.values())
+    assert costs.keys() == configs.keys()
     # Of a clock by which everything takes three seconds: a step is a sixth of a round.
     monkeypatch.setattr(module("_cost"), "_seconds", lambda work: work() or 3.0)
     monkeypatch.setattr(module("_cost").train.Train, "measure", lambda *_: None)
@@ -263,187 +129,6 @@ def test_a_short_look(monkeypatch):
     assert a.runs == 2 * 2 + 3 * 3
     assert a.config("noise40-mlp", row("none")).hidden == 8
     assert a.command == "python recipes/compare.py --short --hidden 8"
-
-
-# What the numbers are made into.
-
-
-def test_intervals():
-    interval = module("_comparison").interval
-    values = [0.1, 0.2, 0.4, 0.1, 0.3, 0.2, 0.5, 0.1, 0.2, 0.3]
-    error = statistics.stdev(values) / 10**0.5
-    # Student's t with nine degrees of freedom: quantiles .975 and 1 − .025/5 from a printed table.
-    for comparisons, quantile in ((1, 2.262157), (5, 3.249836)):
-        found = interval(values, comparisons)
-        assert found.mean == pytest.approx(0.24)
-        assert (found.low, found.high) == (
-            pytest.approx(0.24 - quantile * error, rel=1e-5),
-            pytest.approx(0.24 + quantile * error, rel=1e-5),
-        )
-    assert [interval(v).sign for v in ([1.0, 2.1], [-1.0, -2.1], [1.0, -1.0])] == [0, 0, 0]
-    assert [interval(v).sign for v in ([1.0, 1.1, 1.2], [-1.0, -1.1, -1.2])] == [1, -1]
-    assert str(interval([0.1, 0.1])) == "+0.100 [+0.100, +0.100]"
-
-
-def log(alignments, last=0.5):
-    return [
-        {
-            "step": step,
-            "val/accuracy": [0.2, 0.6, 0.6, 0.1][step],
-            "test/accuracy": [0.1, 0.7, 0.8, last][step],
-            "train/accuracy": 1.0,
-            "test/kernel_alignment": value,
-            "train/effective_rank": 100.0 - 10 * step,
-            "train/path_complexity": math.nan if step == 0 else 5.0 * step,
-        }
-        for step, value in enumerate(alignments)
-    ]
-
-
-def test_what_runs_reached():
-    without, weak = log([0.1, 0.3, 0.2, 0.2]), log([0.1, 0.2, 0.2, 0.2], last=0.4)
-    strong = log([0.1, 0.2, 0.4, 0.4])
-    found = module("_comparison").reached([strong, weak], [without, without])
-    assert found["test"] == [0.5, 0.4]
-    assert found["early_stopped"] == [0.7, 0.7]
-    assert found["alignment"] == [0.4, 0.2]
-    assert found["path_complexity"] == [15, 15]
-    assert found["rank_at_peak"] == [85, None]
-    assert found["path_at_peak"] == [7.5, None]
-    assert module("_comparison").reached([without], [without])["rank_at_peak"] == [90]
-
-
-def found(values, weights=(0.1, 0.2, 0.4)):
-    """A comparison of one setting, test accuracies by method."""
-    rows = [
-        {
-            "method": name.removesuffix("+"),
-            "on_top": name.endswith("+"),
-            "weight": None if name == "none" else weights[1],
-            "validation": {} if name == "none" else {f"{weight:g}": 0.5 for weight in weights},
-            "cost": 1.5,
-            "broken_off": 0,
-            "values": {
-                "test": test,
-                "train": test,
-                "early_stopped": test,
-                "alignment": test,
-                "effective_rank": test,
-                "path_complexity": test,
-                "rank_at_peak": [2 * test[0], None, 2 * test[2]],
-                "path_at_peak": [2 * test[0], None, 2 * test[2]],
-            },
-        }
-        for name, test in values.items()
-    ]
-    setting = {"setting": "few100-mlp", "flags": "--train_size 100", "rows": rows}
-    run = {"command": "python recipes/compare.py", "machine": "2 cores", "versions": {"torch": "2"}}
-    return {**run, "minutes": 90.0, "runs": 42, "seeds": 3, "tuning_seeds": 2, "settings": [setting]}
-
-
-def test_tables_and_findings():
-    comparison = module("_comparison")
-    base = [0.500, 0.510, 0.520]
-
-    def moved(*by):
-        return [value + shift for value, shift in zip(base, by, strict=True)]
-
-    a = found(
-        {
-            "none": base,
-            "weight_decay": moved(0.1, 0.1001, 0.1),
-            "alignment": moved(0.3, 0.3001, 0.3),
-            "kare": moved(-0.2, -0.2, -0.2001),
-            "alignment+": moved(0.1, -0.1, 0.2),
-        }
-    )
-    lines = comparison.short_table(a).splitlines()
-    assert lines[2:] == [
-        "| none | .510 | 1.5x |",
-        r"| weight decay | .610\* | 1.5x |",
-        r"| alignment | **.810**\* | 1.5x |",
-        "| KARE | .310† | 1.5x |",
-        "| alignment + weight decay | .577 | 1.5x |",
-    ]
-    table = comparison.full_table(a)
-    assert "| alignment | 0.2 | 0.810 ± 0.025 | **+0.300 [+0.300, +0.300]** | **+0.200 [+0.200, +0.200]** |" in table
-    assert "−0.200 [−0.200, −0.200] | −0.300" in next(line for line in table.splitlines() if line.startswith("| KARE"))
-    said = comparison.findings(a)
-    assert (
-        "- **alignment**: above none in 1 of 1 (few100-mlp +0.300 [+0.300, +0.300]); above tuned weight decay" in said
-    )
-    assert "- **KARE**: below none in 1 of 1" in said
-    assert "- **alignment + weight decay**: not settled against tuned weight decay in 1 of 1." in said
-    assert "- Highest mean: few100-mlp alignment 0.810.\n" in said
-    assert "- 3 seeds: a look, and no evidence.\n" in said
-    assert "evidence" not in comparison.findings({**a, "seeds": 8})
-    assert "At the largest" not in said
-    assert "At the smallest, nearest to none: 0 of 4 choices." in said
-    a["settings"][0]["rows"][2]["weight"] = 0.4
-    assert "may lie beyond: few100-mlp alignment 0.4." in comparison.findings(a)
-    a["settings"][0]["rows"][3]["weight"] = 0.1
-    assert "At the smallest, nearest to none: 1 of 4 choices." in comparison.findings(a)
-    # Of the four differences to none all at once: Bonferroni, by hand for alignment with weight decay.
-    difference = comparison.against(a["settings"][0], a["settings"][0]["rows"][4], "none")
-    shifts = [0.1, -0.1, 0.2]
-    half = 8.8602 * statistics.stdev(shifts) / 3**0.5  # t with two degrees of freedom at 1 − .025/4
-    assert difference.high - difference.mean == pytest.approx(half, rel=1e-4)
-    # Label smoothing is a third to stand beside, of what is not on top of weight decay.
-    extra = {**a["settings"][0]["rows"][2], "method": "label_smoothing", "weight": 0.2}
-    a["settings"][0]["rows"].insert(2, extra)
-    assert "not settled against label smoothing in 1 of 1" in comparison.findings(a)
-    assert comparison.findings(a).count("label smoothing in 1 of 1") == 3
-    assert "− label smoothing |" in comparison.full_table(a)
-    del a["settings"][0]["rows"][2]
-    alike = comparison.alike(a).splitlines()
-    assert alike[2].startswith("| few100-mlp | 1.59 [")
-    assert "| 2 of 3 | 1.59 [" in alike[2]
-    assert comparison.run(a) == (
-        "`python recipes/compare.py`: 42 runs, 3 seeds that count, 1.5 hours on 2 cores; torch 2.\n"
-    )
-
-
-def test_runs_that_collapsed_and_other_tables():
-    comparison = module("_comparison")
-    a = found({"none": [0.5, 0.52, 0.51], "weight_decay": [0.6, 0.1, 0.62], "kare": [0.5, 0.52, 0.51]})
-    rows = a["settings"][0]["rows"]
-    rows[2]["values"]["early_stopped"] = [0.8, 0.82, 0.81]
-    lines = comparison.short_table(a).splitlines()
-    assert lines[3] == "| weight decay | .440‡ | 1.5x |"
-    assert lines[4] == "| KARE | .510 | 1.5x |"
-    assert r"| KARE | .810\* |" in comparison.early_table(a)
-    told = "Runs of 3 that ended below half of none's mean accuracy: few100-mlp weight decay 1."
-    assert told in comparison.findings(a)
-    assert comparison.weights(a).splitlines()[2:] == [
-        "| weight decay | 0.1, 0.2, 0.4 | 0.2 |",
-        "| KARE | 0.1, 0.2, 0.4 | 0.2 |",
-    ]
-
-
-def test_a_variant_stands_beside_its_default():
-    comparison = module("_comparison")
-    same = [0.5, 0.52, 0.51]
-    a = found({"none": same, "weight_decay": same, "alignment": same, "alignment:per_layer": [v + 0.1 for v in same]})
-    line = next(line for line in comparison.full_table(a).splitlines() if line.startswith("| alignment: per layer"))
-    assert line.count("**+0.100 [+0.100, +0.100]**") == 3
-    assert "above its default in 1 of 1" in comparison.findings(a)
-
-
-def test_blocks_of_a_text():
-    comparison = module("_comparison")
-    same = [0.5, 0.52, 0.51]
-    a = found({"none": same, "weight_decay": same, "alignment": same})
-    text = "a\n<!-- comparison: run -->\nold\nlines\n<!-- end -->\nb\n<!-- comparison: short table -->\n<!-- end -->\n"
-    new = comparison.filled(text, a)
-    assert new.startswith("a\n<!-- comparison: run -->\n`python recipes/compare.py`: 42 runs")
-    assert "old" not in new
-    assert f"short table -->\n{comparison.short_table(a)}<!-- end -->\n" in new
-    assert comparison.filled(new, a) == new
-    with pytest.raises(ValueError, match=r"expected a mark of one of short table, .*, got nothing"):
-        comparison.filled("<!-- comparison: nothing -->\n<!-- end -->", a)
-
-
-# From its command.
 
 
 def test_a_comparison_from_its_command_and_on(tmp_path, monkeypatch, capsys):
@@ -588,12 +273,6 @@ def test_runs_that_diverge_end_by_themselves(tmp_path, monkeypatch):
     assert "invalid float value" in jobs._train(tmp_path / "other", [*flags, "--lr", "x"], may_break_off=True)
     monkeypatch.setattr(jobs._loop, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("out of luck")))
     assert "out of luck" in jobs._train(tmp_path / "other", flags, may_break_off=True)
-
-    same = [0.5, 0.52, 0.51]
-    a = found({"none": same, "weight_decay": same, "alignment": same})
-    assert "broke off" not in comparison.findings(a)
-    a["settings"][0]["rows"][2] |= {"broken_off": 2}
-    assert "counted with an accuracy of zero: few100-mlp alignment 2." in comparison.findings(a)
 
 
 def test_no_process_is_left_by_failures(tmp_path, capsys):

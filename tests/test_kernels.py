@@ -12,7 +12,7 @@ from oracles import call, double, jacobian, kernel, matrix
 from torch import nn
 
 from alignreg import TangentFeatures, evaluation, tangents
-from alignreg.kernels import exact, gradients, recorder
+from alignreg.kernels import exact, gradients, passes, recorder
 
 NAMES = [name for name in (*MODELS, *LAYERS) if name != "coupled examples"]
 GENERAL = {
@@ -32,8 +32,7 @@ GENERAL = {
 @pytest.fixture
 def by_rules(monkeypatch):
     """Names of parameters that rules took."""
-    taken = set()
-    visit = recorder.visit
+    taken, visit = set(), recorder.visit
 
     def spy(run, params, layer_of, consume, **options):
         def noted(site, value):
@@ -42,7 +41,7 @@ def by_rules(monkeypatch):
 
         visit(run, params, layer_of, noted, **options)
 
-    monkeypatch.setattr(exact, "visit", spy)
+    monkeypatch.setattr(recorder, "visit", spy)
     return taken
 
 
@@ -119,7 +118,7 @@ def test_two_batches_in_blocks_of_memory(name, monkeypatch):
 def test_last_block_of_one_example_alone(monkeypatch, by_rules):
     """Only there may positions, which the examples share, pass for an axis of examples."""
     features, x, oracle = features_of("positions, raw parameter, low rank")
-    monkeypatch.setattr(exact, "_examples_at_once", lambda _: 3)
+    monkeypatch.setattr(passes, "examples_at_once", lambda _: 3)
     close(features.diagonal(x), kernel(oracle)[range(4), :, range(4)])
     assert "positions.weight" in by_rules
 
@@ -211,7 +210,7 @@ def test_rules_that_break_leave_the_general_way(monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("out of order")
 
-    monkeypatch.setattr(exact, "visit", lambda run, params, *_, **__: broken() if params else None)
+    monkeypatch.setattr(recorder, "visit", lambda run, params, *_, **__: broken() if params else None)
     with pytest.warns(UserWarning, match="slower: out of order"):
         close(features.kernel(x), kernel(oracle))
     with warnings.catch_warnings():

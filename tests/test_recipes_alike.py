@@ -2,32 +2,17 @@
 
 import importlib
 import json
-import signal
 import sys
 
 import pytest
-from accelerate.state import AcceleratorState, PartialState
-from recipe_runs import RECIPES, TINY, read
+from recipe_runs import RECIPES, TINY, forget, read
 
 FILES = sorted(RECIPES.glob("[a-z]*.py"))
 NAMES = [path.stem for path in FILES if "_loop.main(" in path.read_text()]
 STUDIES = [path.stem for path in FILES if "_study.main(" in path.read_text()]  # run those in NAMES
 OTHERS = {"overlay", "supernat", "compare"}  # train no network, or have a test of their own
+pytestmark = pytest.mark.usefixtures("recipes_in_this_process")
 SMALL = {"train": "--regularizer complexity --weight 0.1"}
-
-
-@pytest.fixture(autouse=True)
-def _one_after_the_other(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPES))
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
-    _forget()
-
-
-def _forget():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
 
 
 def recipe(name, monkeypatch, *flags):
@@ -38,7 +23,7 @@ def recipe(name, monkeypatch, *flags):
     try:
         module._loop.main(kind, module.__doc__)
     finally:
-        _forget()
+        forget()
 
 
 def test_every_recipe_is_of_a_kind():

@@ -19,10 +19,7 @@ from safetensors.torch import load_file
 from test_recipes_alike import STUDIES
 from torch import nn
 
-
-@pytest.fixture(autouse=True)
-def _recipes_on_the_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPES))
+pytestmark = pytest.mark.usefixtures("recipes_in_this_process")
 
 
 def study_of(name):

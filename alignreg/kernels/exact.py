@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -15,10 +14,10 @@ from torch import Tensor
 from alignreg import evaluation
 from alignreg.batch import Batch, concatenate, flat, shapes, slice_examples
 from alignreg.evaluation import Evaluation
-from alignreg.jacobian import signs, tolerance
-from alignreg.kernels import general
-from alignreg.kernels.gradients import Close, Gradients
-from alignreg.kernels.recorder import Site, visit
+from alignreg.jacobian import tolerance
+from alignreg.kernels import general, passes
+from alignreg.kernels.gradients import Gradients
+from alignreg.kernels.recorder import Site
 
 Tick = Callable[[float], None]
 """Told how many more parameters are done."""
@@ -50,7 +49,7 @@ def kernels(
             for at in (one, *(() if two is None else (two,))):
                 at.require_independent_examples()
         for names in failing:
-            _refuse(names, refused)
+            passes.refuse(names, refused)
         refused.update(torn)
     by_rules = {name for names in done for name in names}
     rest = {name: one.params[name].numel() for name in layer_of if name not in by_rules}
@@ -65,80 +64,6 @@ def kernels(
     for layer, kernel in found.items():
         probes.require([name for name, owner in layer_of.items() if owner == layer], kernel, layer)
     return found
-
-
-def diagonals(
-    at: Evaluation, layer_of: Mapping[str, str], close: Close, refused: set[str]
-) -> dict[tuple[str, ...], Tensor]:
-    """Return the products of each example's own rows, by groups of parameters of one layer.
-
-    Args:
-        at: the model at the examples.
-        layer_of: the layer of each parameter.
-        close: which products: :func:`.gradients.norms` or :func:`.gradients.blocks`.
-        refused: parameters whose rule is known to fail; those that fail now are added.
-    """
-    result, rest = by_example(at, layer_of, lambda _, gradients: gradients.diagonal(close, _limit(at)), refused)
-    if rest:
-        result |= {(name,): value for name, value in general.diagonal(at, rest, close).items()}
-    return result
-
-
-def by_example(
-    at: Evaluation,
-    layer_of: Mapping[str, str],
-    take: Callable[[Site, Gradients], Tensor],
-    refused: set[str],
-) -> tuple[dict[tuple[str, ...], Tensor], list[str]]:
-    """Return what is taken of the gradients of each example, by groups of parameters of one layer, and what is left.
-
-    What the rules say is checked by the vector–Jacobian product that follows from it.
-
-    Args:
-        at: the model at the examples.
-        layer_of: the layer of each parameter.
-        take: makes ``(n, ...)`` of the gradients of a group.
-        refused: parameters whose rule is known to fail; those that fail now are added.
-
-    Returns:
-        The results, and the parameters that no rule took.
-    """
-    u = signs(at.y)
-    back = {name: value[0] for name, value in at.pullback(u[None], create_graph=False).items()}
-    whole = sum(float(value.square().sum(dtype=torch.float64)) for value in back.values()) ** 0.5
-    found: dict[tuple[str, ...], list[Tensor]] = {}
-    pulled: dict[str, Tensor] = {}
-
-    def consume(site: Site, gradients: Gradients, start: int) -> None:
-        found.setdefault(tuple(site.names.values()), []).append(take(site, gradients))
-        with torch.no_grad():
-            part = gradients.pullback(u[start : start + gradients.n].to(at.gram_dtype))
-        for kind, name in site.names.items():
-            pulled[name] = pulled[name] + part[kind] if name in pulled else part[kind]
-
-    def run(batched: bool) -> None:
-        found.clear()
-        pulled.clear()
-        step = _examples_at_once(at)
-        for start in range(0, at.n, step):
-            batch = slice_examples(at.x, start, start + step)
-            _visit(at, batch, layer_of, refused, partial(consume, start=start), batched=batched)
-
-    def agrees(name: str) -> bool:
-        difference = float(torch.linalg.vector_norm(pulled[name] - back[name].flatten().to(pulled[name])))
-        scale = float(torch.linalg.vector_norm(back[name].double()))
-        return bool(difference <= tolerance(at.precision) * scale + 10 * torch.finfo(at.precision).eps * whole)
-
-    _batched_or_not(run, layer_of, refused)
-    for names, parts in list(found.items()):
-        complete = sum(len(part) for part in parts) == at.n  # else the rules took only some of the blocks
-        if complete and all(agrees(name) for name in names):
-            continue
-        del found[names]
-        if complete:
-            _refuse(names, refused)
-    by_rules = {name for names in found for name in names}
-    return {names: torch.cat(parts) for names, parts in found.items()}, [n for n in layer_of if n not in by_rules]
 
 
 @final
@@ -307,14 +232,14 @@ def _by_rules(
     """
     totals = _Totals(one, two)
     done: Counter[tuple[str, ...]] = Counter()
-    passes = 0
+    blocks = 0
 
     def consume(site: Site, gradients: Gradients, block: _Block) -> None:
         left, right = gradients, None
         if not block.diagonal:
             split = block.rows.stop - block.rows.start
             left, right = gradients.take(0, split), gradients.take(split, gradients.n)
-        value = left.gram(right, _limit(one))
+        value = left.gram(right, passes.limit(one))
         names = tuple(site.names.values())
         probes.see(names, value, block.rows, block.columns)
         totals.add(layer_of[names[0]], value, block.rows, block.columns)
@@ -323,23 +248,23 @@ def _by_rules(
         tick(share * sum(one.params[name].numel() for name in names))
 
     def run(batched: bool) -> None:
-        nonlocal passes
-        passes = 0
+        nonlocal blocks
+        blocks = 0
         totals.clear()
         done.clear()
         probes.clear()
         for block in _blocks(one, two):
-            passes += 1
-            _visit(one, block.batch, layer_of, refused, partial(consume, block=block), batched=batched)
+            blocks += 1
+            passes.visit(one, block.batch, layer_of, refused, partial(consume, block=block), batched=batched)
 
-    _batched_or_not(run, layer_of, refused)
-    complete = [names for names, times in done.items() if times == passes]
+    passes.batched_or_not(run, layer_of, refused)
+    complete = [names for names, times in done.items() if times == blocks]
     return totals, complete, {name for names in done.keys() - set(complete) for name in names}
 
 
 def _blocks(one: Evaluation, two: Evaluation | None) -> Iterator[_Block]:
     """Yield parts of the kernel, each from one pass of the model: the whole of it if there is the memory."""
-    step = _examples_at_once(one)
+    step = passes.examples_at_once(one)
     if two is None and step >= one.n:
         yield _Block(one.x, slice(0, one.n), slice(0, one.n), diagonal=True)
         return
@@ -355,65 +280,3 @@ def _blocks(one: Evaluation, two: Evaluation | None) -> Iterator[_Block]:
             if not diagonal:
                 batch = concatenate([batch, slice_examples(other.x, columns.start, columns.stop)])
             yield _Block(batch, rows, columns, diagonal=diagonal)
-
-
-def _visit(
-    at: Evaluation,
-    batch: Batch,
-    layer_of: Mapping[str, str],
-    refused: set[str],
-    consume: Callable[[Site, Gradients], None],
-    *,
-    batched: bool,
-) -> None:
-    params = at.leaves()
-    visit(
-        lambda: at.function(params, batch),
-        {name: params[name] for name in layer_of if name not in refused},
-        layer_of,
-        consume,
-        dtype=at.gram_dtype,
-        create_graph=at.create_graph,
-        batched=batched,
-    )
-
-
-def _batched_or_not(run: Callable[[bool], None], layer_of: Mapping[str, str], refused: set[str]) -> None:
-    """Run with all outputs at once, or else one by one, or else refuse all rules."""
-    for batched in (True, False):
-        try:
-            run(batched)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 - the plain forward pass ran; the general way decides
-            failure = error
-        else:
-            return
-    warnings.warn(
-        f"the exact kernel of this model goes without the rules of its layers, which is slower: {failure}",
-        UserWarning,
-        stacklevel=2,
-    )
-    refused.update(layer_of)
-    run(False)
-
-
-def _refuse(names: tuple[str, ...], refused: set[str]) -> None:
-    refused.update(names)
-    warnings.warn(
-        f"the rule for {', '.join(names)} does not give its gradients here, because the model uses it in "
-        "another way too or its examples depend on each other; it goes the general way, which is right and slower.",
-        UserWarning,
-        stacklevel=2,
-    )
-
-
-def _limit(at: Evaluation) -> int:
-    """How many numbers the rows of a layer may take at once: no more than are quick on a CPU."""
-    fit = max(1, evaluation.WORKING_MEMORY // 4 // at.gram_dtype.itemsize)
-    return min(fit, 2**22) if at.y.device.type == "cpu" else fit
-
-
-def _examples_at_once(at: Evaluation) -> int:
-    # The gradients of all outputs at the largest layer, in the six or so copies that are alive together.
-    return int(max(1, evaluation.WORKING_MEMORY // max(1, 6 * at.c * at.largest_activation_bytes // at.n)))

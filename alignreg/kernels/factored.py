@@ -8,8 +8,8 @@ from torch import Tensor
 from alignreg import evaluation
 from alignreg.evaluation import Evaluation
 from alignreg.kernels import general
-from alignreg.kernels.exact import by_example
 from alignreg.kernels.gradients import Gradients
+from alignreg.kernels.per_example import by_example
 from alignreg.kernels.recorder import Site
 from alignreg.sketches import FactoredDirections
 
@@ -27,12 +27,8 @@ def features(at: Evaluation, directions: FactoredDirections, refused: set[str]) 
     """
 
     def take(site: Site, gradients: Gradients) -> Tensor:
-        dtype = at.gram_dtype
-        factors = {
-            kind: tuple(factor.to(dtype) for factor in directions.factors(name, at.params[name]))
-            for kind, name in site.names.items()
-        }
-        return gradients.project({kind: (left, right) for kind, (left, right) in factors.items()})
+        found = {kind: directions.factors(name, at.params[name]) for kind, name in site.names.items()}
+        return gradients.project({kind: (p.to(at.gram_dtype), q.to(at.gram_dtype)) for kind, (p, q) in found.items()})
 
     found, rest = by_example(at, dict.fromkeys(at.params, ""), take, refused)
     total = torch.stack([value.flatten(2) for value in found.values()]).sum(0) if found else None

@@ -51,6 +51,17 @@ def forget():
     PartialState._reset_state()
 
 
+def recipe(name, monkeypatch, *flags):
+    """Run a recipe in this process, as its command line would."""
+    source = module(name)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
+    kind = source.RECIPE
+    try:
+        source._loop.main(kind, source.__doc__)
+    finally:
+        forget()
+
+
 def plan(**values):
     """What a comparison is to run."""
     options = {

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 import yaml
-from recipe_runs import LAUNCH, RECIPES, SPAWN, finish, load, parse, read, start
+from recipe_runs import LAUNCH, RECIPES, SPAWN, finish, load, parse, read, recipe, start
 from safetensors.torch import load_file
 from test_recipe_data import write
 from torch import nn
@@ -134,7 +134,8 @@ LEAST = "--cpu --max_steps 3 --probe_size 10 --sketch_dim 3 --kernel_size 2"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=str)
-def test_configurations_make_three_steps(path, tmp_path):
+@pytest.mark.usefixtures("recipes_in_this_process")
+def test_configurations_make_three_steps(path, tmp_path, monkeypatch, capsys):
     """On generated data of the right shape, with all flags of the configuration but the size of the data."""
     train = load("train")
     config, _ = parse(train, ["--config", str(RECIPES / "configs" / path)])
@@ -152,12 +153,9 @@ def test_configurations_make_three_steps(path, tmp_path):
     folder = tmp_path / "run"
     given = yaml.safe_load((RECIPES / "configs" / path).read_text())
     assert {key: getattr(config, key) for key in given} == given
-    result = finish(
-        start("--config", RECIPES / "configs" / path, "--output_dir", folder, *flags, launcher=[sys.executable])
-    )
-    assert result.returncode == 0, result.stderr
+    recipe("train", monkeypatch, "--config", RECIPES / "configs" / path, "--output_dir", folder, *flags)
     assert [line["step"] for line in read(folder)] == [0]
-    assert "stopped by --max_steps after step 3" in result.stdout
+    assert "stopped by --max_steps after step 3" in capsys.readouterr().out
     saved = load_file(folder / "checkpoints" / "step_3" / "model.safetensors")
     assert sum(tensor.numel() for tensor in saved.values()) == SIZES[str(path.with_suffix(""))]
 

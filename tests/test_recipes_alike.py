@@ -1,11 +1,9 @@
 """What all recipes have in common, tried on each."""
 
-import importlib
 import json
-import sys
 
 import pytest
-from recipe_runs import RECIPES, TINY, forget, read
+from recipe_runs import RECIPES, TINY, read, recipe
 
 FILES = sorted(RECIPES.glob("[a-z]*.py"))
 NAMES = [path.stem for path in FILES if "_loop.main(" in path.read_text()]
@@ -13,17 +11,6 @@ STUDIES = [path.stem for path in FILES if "_study.main(" in path.read_text()]  #
 OTHERS = {"overlay", "supernat", "compare"}  # train no network, or have a test of their own
 pytestmark = pytest.mark.usefixtures("recipes_in_this_process")
 SMALL = {"train": "--regularizer complexity --weight 0.1"}
-
-
-def recipe(name, monkeypatch, *flags):
-    """Run a recipe in this process, as its command line would."""
-    module = importlib.import_module(name)
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
-    kind = module.RECIPE
-    try:
-        module._loop.main(kind, module.__doc__)
-    finally:
-        forget()
 
 
 def test_every_recipe_is_of_a_kind():

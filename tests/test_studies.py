@@ -14,7 +14,7 @@ import oracles
 import psutil
 import pytest
 import torch
-from recipe_runs import RECIPES, TINY, run
+from recipe_runs import RECIPES, TINY, forget, run
 from safetensors.torch import load_file
 from test_recipes_alike import STUDIES
 from torch import nn
@@ -39,10 +39,10 @@ def one_run_of_each(tmp_path_factory):
         flags = [*next(iter(study.flags_by_label(configured=False).values())).split(), *TINY.split()]
         # Data as the setting wants them.
         del flags[flags.index("--train_size", len(flags) - TINY.count(" ") - 1) :][:2]
-        result = run(*flags, "--train_size", 900, "--output_dir", folder)
-        assert result.returncode == 0, result.stderr
+        assert importlib.import_module("_jobs")._train(folder, [*flags, "--train_size", "900"]) is None
         folders[name] = folder
     sys.path.remove(str(RECIPES))
+    forget()
     return folders
 
 
@@ -80,7 +80,7 @@ def test_a_configuration_takes_the_place_of_bundled_flags(name):
         assert not {flag for flag in study.bundled.split() if flag.startswith("--")} & flags - {"--depth", "--hidden"}
 
 
-def test_a_study_from_its_command_and_on(tmp_path):
+def test_a_study_from_its_command_and_on(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "study"
     command = [sys.executable, str(RECIPES / "spectrum.py"), "--seeds", "1", *TINY.split(), "--hidden", "8"]
     result = subprocess.run([*command, "--output_dir", folder], capture_output=True, text=True, check=False)
@@ -103,21 +103,20 @@ def test_a_study_from_its_command_and_on(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "1 of 3 runs to do" in result.stdout
     assert {path: path.read_bytes() for path in folder.rglob("metrics.jsonl")} == logs
-    for flags, message in (
-        (["--output_dir", folder], "holds something"),
-        (["--resume", tmp_path], "expected the folder of a study"),
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for wrong, message in (
+        ([*command, "--output_dir", folder], "holds something"),
+        ([*command, "--resume", tmp_path], "expected the folder of a study"),
+        ([*command[:-1], "9", "--resume", folder], "expected the further flags of the study that goes on"),
+        ([*command[:-1], "x", "--output_dir", tmp_path / "bad"], "invalid int value: 'x'"),
     ):
-        result = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
-        assert result.returncode == 1
-        assert message in result.stderr
-    other = [*command[:-1], "9", "--resume", folder]
-    result = subprocess.run(other, capture_output=True, text=True, check=False)
-    assert "expected the further flags of the study that goes on" in result.stderr
-    bad = [*command[:-1], "x", "--output_dir", tmp_path / "bad"]
-    result = subprocess.run(bad, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert "invalid int value: 'x'" in result.stderr
+        monkeypatch.setattr(sys, "argv", [str(word) for word in wrong[1:]])
+        with pytest.raises(SystemExit) as stop:
+            importlib.import_module("_study").main(study_of("spectrum"), None)
+        assert stop.value.code
+        assert message in f"{capsys.readouterr().err} {stop.value}"
     assert not (tmp_path / "bad").exists()
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_study_that_is_stopped(tmp_path):

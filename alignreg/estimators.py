@@ -96,14 +96,15 @@ def frobenius2(G: Tensor, block: int = 1) -> Tensor:
         >>> estimators.frobenius2(torch.tensor([[2.0, 1.0], [1.0, 4.0]]))
         tensor(1.)
     """
-    return off_diagonal_mean(_of_blocks(G.square(), block, at_least=2))
+    return off_diagonal_mean(G.square(), block)
 
 
-def off_diagonal_mean(G: Tensor) -> Tensor:
+def off_diagonal_mean(G: Tensor, block: int = 1) -> Tensor:
     """Return the mean over pairs of different columns, of a symmetric statistic of two columns.
 
     Args:
         G: the statistic of each pair, ``(m, m)``.
+        block: how many columns in a row depend on each other.
 
     Raises:
         ValueError: if G is not a square matrix of at least two columns.
@@ -114,15 +115,17 @@ def off_diagonal_mean(G: Tensor) -> Tensor:
         >>> estimators.off_diagonal_mean(torch.tensor([[9.0, 1.0], [1.0, 9.0]]))
         tensor(1.)
     """
-    m = _columns(G, at_least=2)
+    G = _of_blocks(G, block, at_least=2)
+    m = len(G)
     return (G.sum() - G.diagonal().sum()) / (m * (m - 1))
 
 
-def off_diagonal_mean_without(G: Tensor) -> Tensor:
-    """Return :func:`off_diagonal_mean` with each column left out in turn, ``(m,)``.
+def off_diagonal_mean_without(G: Tensor, block: int = 1) -> Tensor:
+    """Return :func:`off_diagonal_mean` with each column, or block of them, left out in turn, ``(m / block,)``.
 
     Args:
         G: the statistic of each pair, ``(m, m)``.
+        block: how many columns in a row depend on each other.
 
     Raises:
         ValueError: if G is not a square matrix of at least three columns.
@@ -133,7 +136,8 @@ def off_diagonal_mean_without(G: Tensor) -> Tensor:
         >>> estimators.off_diagonal_mean_without(torch.tensor([[9.0, 1.0, 2.0], [1.0, 9.0, 3.0], [2.0, 3.0, 9.0]]))
         tensor([3., 2., 1.])
     """
-    m = _columns(G, at_least=3)
+    G = _of_blocks(G, block, at_least=3)
+    m = len(G)
     off = G - G.diagonal().diag()
     return (off.sum() - 2 * off.sum(0)) / ((m - 1) * (m - 2))
 
@@ -220,11 +224,11 @@ def frobenius2_without(G: Tensor, block: int = 1) -> Tensor:
         >>> estimators.frobenius2_without(G)
         tensor([9., 0., 1.])
     """
-    return off_diagonal_mean_without(_of_blocks(G.square(), block, at_least=3))
+    return off_diagonal_mean_without(G.square(), block)
 
 
 def trace_without(G: Tensor, block: int = 1) -> Tensor:
-    """Return :func:`trace` with each column, or block of them, left out in turn, ``(m,)``.
+    """Return :func:`trace` with each column, or block of them, left out in turn, ``(m / block,)``.
 
     Args:
         G: Gram matrix of m i.i.d. columns, ``(m, m)``.
@@ -239,12 +243,12 @@ def trace_without(G: Tensor, block: int = 1) -> Tensor:
         >>> estimators.trace_without(torch.tensor([[2.0, 1.0], [1.0, 4.0]]))
         tensor([4., 2.])
     """
-    t = _traces(G, block, at_least=2)
-    return (t.sum() - t) / (len(t) - 1)
+    _columns(G, at_least=2, block=block)
+    return mean_without(G.diagonal(), block)
 
 
 def trace2_without(G: Tensor, block: int = 1) -> Tensor:
-    """Return :func:`trace2` with each column, or block of them, left out in turn, ``(m,)``.
+    """Return :func:`trace2` with each column, or block of them, left out in turn, ``(m / block,)``.
 
     Args:
         G: Gram matrix of m i.i.d. columns, ``(m, m)``.
@@ -265,6 +269,27 @@ def trace2_without(G: Tensor, block: int = 1) -> Tensor:
     return (total.square() - squares) / ((m - 1) * (m - 2))
 
 
+def mean_without(values: Tensor, block: int = 1) -> Tensor:
+    """Return the mean of a statistic of single columns with each, or block of them, left out in turn, ``(m / block,)``.
+
+    Args:
+        values: the statistic of each column, ``(m,)``.
+        block: how many columns in a row depend on each other.
+
+    Raises:
+        ValueError: if there are not at least two blocks.
+
+    Example:
+        >>> import torch
+        >>> from alignreg import estimators
+        >>> estimators.mean_without(torch.tensor([1.0, 2.0, 4.0, 6.0]), block=2)
+        tensor([5.0000, 1.5000])
+    """
+    count = _count_blocks(len(values), block, at_least=2)
+    each = values.reshape(count, block).mean(1)
+    return (each.sum() - each) / (count - 1)
+
+
 def jackknife(leave_one_out: Tensor) -> Tensor:
     """Return the delete-one jackknife standard error √((m−1)/m · Σ_j (θ_j − mean θ)²).
 
@@ -283,22 +308,27 @@ def jackknife(leave_one_out: Tensor) -> Tensor:
 
 
 def _of_blocks(G: Tensor, block: int, *, at_least: int) -> Tensor:
-    """Return the means over blocks of a statistic of two columns, ``(m / block, m / block)``."""
-    count = _columns(G, at_least=at_least * block, block=block) // block
+    """Return the means over pairs of blocks of a statistic of two columns, ``(m / block, m / block)``."""
+    count = _columns(G, at_least=at_least, block=block)
     return G if block == 1 else G.reshape(count, block, count, block).mean((1, 3))
 
 
 def _traces(G: Tensor, block: int, *, at_least: int) -> Tensor:
     """Return the mean of the diagonal in each block."""
-    _columns(G, at_least=at_least * block, block=block)
-    return G.diagonal().reshape(-1, block).mean(1)
+    count = _columns(G, at_least=at_least, block=block)
+    return G.diagonal().reshape(count, block).mean(1)
 
 
 def _columns(G: Tensor, *, at_least: int, block: int = 1) -> int:
-    if G.ndim != 2 or G.shape[0] != G.shape[1] or G.shape[0] < at_least:
-        raise ValueError(
-            f"G: expected the Gram matrix (m, m) of at least {at_least} columns, got shape {tuple(G.shape)}."
-        )
-    if block < 1 or G.shape[0] % block:
-        raise ValueError(f"block: expected a number that divides the {G.shape[0]} columns, got {block!r}.")
-    return G.shape[0]
+    """Return how many independent blocks of columns there are."""
+    if G.ndim != 2 or G.shape[0] != G.shape[1]:
+        raise ValueError(f"G: expected the Gram matrix (m, m) of the columns of a sketch, got shape {tuple(G.shape)}.")
+    return _count_blocks(len(G), block, at_least=at_least)
+
+
+def _count_blocks(m: int, block: int, *, at_least: int) -> int:
+    if block < 1 or m % block:
+        raise ValueError(f"block: expected a number that divides the {m} columns, got {block!r}.")
+    if m < at_least * block:
+        raise ValueError(f"expected at least {at_least} {'columns' if block == 1 else 'blocks'}, got {m // block}.")
+    return m // block

@@ -87,7 +87,7 @@ def zeros(c: int, m: int) -> PairSums:
     return PairSums(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
 
-def alignment(sums: Moments, pairs: PairSums) -> Tensor:
+def alignment(sums: Moments, pairs: PairSums, *, block: int = 1) -> Tensor:
     """Estimate the alignment of the population; it may lie outside [0, 1], and is NaN where its norm is not positive.
 
     NaN as well for fewer than four examples.
@@ -98,11 +98,11 @@ def alignment(sums: Moments, pairs: PairSums) -> Tensor:
     """
     moments.require_different_targets(sums)
     products, squares = _products(sums, pairs), _squares(sums, pairs)
-    return _alignment(products.mean(), estimators.off_diagonal_mean(squares), _norm2_of_targets(sums, pairs))
+    return _alignment(products.mean(), estimators.off_diagonal_mean(squares, block), _norm2_of_targets(sums, pairs))
 
 
-def alignment_std_error(sums: Moments, pairs: PairSums) -> Tensor:
-    """Return the delete-one-direction jackknife standard error of :func:`alignment`, for m ≥ 3.
+def alignment_std_error(sums: Moments, pairs: PairSums, *, block: int = 1) -> Tensor:
+    """Return the jackknife standard error of :func:`alignment` over the directions, m ≥ 3 blocks of them.
 
     It holds the error of the sketch alone: the examples count as given.
 
@@ -112,8 +112,8 @@ def alignment_std_error(sums: Moments, pairs: PairSums) -> Tensor:
     """
     moments.require_different_targets(sums)
     products, squares = _products(sums, pairs), _squares(sums, pairs)
-    without = (products.sum() - products) / (len(products) - 1)
-    norms2 = estimators.off_diagonal_mean_without(squares)
+    without = estimators.mean_without(products, block)
+    norms2 = estimators.off_diagonal_mean_without(squares, block)
     return estimators.jackknife(_alignment(without, norms2, _norm2_of_targets(sums, pairs)))
 
 

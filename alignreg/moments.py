@@ -10,6 +10,8 @@ batch b therefore contributes the exact ``a_b = Φ_bᵀ(y_b − 1π_bᵀ)`` with
     ‖Φᵀ(y − ȳ)‖² = ‖a − b‖² ≈ ‖a‖² − 2 s_a·s_b/m + ‖s_b‖²/m,
 
 unbiased, and exact when π_b = ȳ. A batch of one row, whose own mean leaves nothing, comes entirely from the sketch.
+
+``block`` is the ``block_size`` of the sketch: how many of its directions in a row depend on each other.
 """
 
 from __future__ import annotations
@@ -120,27 +122,27 @@ def trace(moments: Moments, *, centered: bool = True) -> Tensor:
     return estimators.trace(_gram(moments, centered=centered))
 
 
-def frobenius2(moments: Moments, *, centered: bool = True) -> Tensor:
+def frobenius2(moments: Moments, *, centered: bool = True, block: int = 1) -> Tensor:
     """Estimate ‖K_c‖_F² (or ‖K‖_F²), unbiased and not negative."""
-    return estimators.frobenius2(_gram(moments, centered=centered))
+    return estimators.frobenius2(_gram(moments, centered=centered), block)
 
 
-def participation_ratio(moments: Moments, *, centered: bool = True) -> Tensor:
+def participation_ratio(moments: Moments, *, centered: bool = True, block: int = 1) -> Tensor:
     """Estimate (tr K)² / ‖K‖_F² as the ratio of two unbiased estimates, in [1, n·c]; 0 for K = 0."""
     gram = _gram(moments, centered=centered)
-    return _participation(estimators.trace2(gram), estimators.frobenius2(gram), _rows(moments))
+    return _participation(estimators.trace2(gram, block), estimators.frobenius2(gram, block), _rows(moments))
 
 
-def participation_ratio_std_error(moments: Moments, *, centered: bool = True) -> Tensor:
-    """Return the jackknife standard error of :func:`participation_ratio` over the m ≥ 3 directions."""
+def participation_ratio_std_error(moments: Moments, *, centered: bool = True, block: int = 1) -> Tensor:
+    """Return the jackknife standard error of :func:`participation_ratio` over the directions, m ≥ 3 blocks of them."""
     gram = _gram(moments, centered=centered)
-    trace2, norm2 = estimators.trace2_without(gram), estimators.frobenius2_without(gram)
+    trace2, norm2 = estimators.trace2_without(gram, block), estimators.frobenius2_without(gram, block)
     return estimators.jackknife(_participation(trace2, norm2, _rows(moments)))
 
 
-def trace_std_error(moments: Moments, *, centered: bool = True) -> Tensor:
+def trace_std_error(moments: Moments, *, centered: bool = True, block: int = 1) -> Tensor:
     """Return the jackknife standard error of :func:`trace` over the directions."""
-    return estimators.jackknife(estimators.trace_without(_gram(moments, centered=centered)))
+    return estimators.jackknife(estimators.trace_without(_gram(moments, centered=centered), block))
 
 
 def numerators(moments: Moments) -> Tensor:
@@ -154,7 +156,7 @@ def numerator(moments: Moments) -> Tensor:
     return numerators(moments).mean().clamp(min=0)
 
 
-def alignment(moments: Moments, *, centered: bool = True) -> Tensor:
+def alignment(moments: Moments, *, centered: bool = True, block: int = 1) -> Tensor:
     r"""Estimate the alignment A = yᵀK_c y / (‖K_c‖_F ‖y − ȳ‖²), in [0, 1].
 
     The numerator is :func:`numerator`; the norm is the root of an unbiased estimate. As a ratio, A is consistent in
@@ -165,11 +167,11 @@ def alignment(moments: Moments, *, centered: bool = True) -> Tensor:
         ValueError: if there are no examples.
     """
     variance = require_different_targets(moments)
-    return estimators.alignment(numerator(moments) / variance, frobenius2(moments, centered=centered))
+    return estimators.alignment(numerator(moments) / variance, frobenius2(moments, centered=centered, block=block))
 
 
-def alignment_std_error(moments: Moments, *, centered: bool = True) -> Tensor:
-    """Return the delete-one-direction jackknife standard error of :func:`alignment`, for m ≥ 3.
+def alignment_std_error(moments: Moments, *, centered: bool = True, block: int = 1) -> Tensor:
+    """Return the jackknife standard error of :func:`alignment` over the directions, m ≥ 3 blocks of them.
 
     It holds the error of the sketch alone: the examples count as given.
 
@@ -178,9 +180,8 @@ def alignment_std_error(moments: Moments, *, centered: bool = True) -> Tensor:
         ValueError: as :func:`alignment`.
     """
     variance = require_different_targets(moments)
-    each = numerators(moments)
-    without = ((each.sum() - each) / (len(each) - 1)).clamp(min=0)
-    norms = estimators.frobenius2_without(_gram(moments, centered=centered))
+    without = estimators.mean_without(numerators(moments), block).clamp(min=0)
+    norms = estimators.frobenius2_without(_gram(moments, centered=centered), block)
     return estimators.jackknife(estimators.alignment(without / variance, norms))
 
 

@@ -36,6 +36,8 @@ class RandomDirections:
     m: int
     seed: int
     distribution: Distribution = "gaussian"
+    block_size = 1
+    """How many directions in a row depend on each other."""
 
     def __post_init__(self) -> None:
         _check_count(self.m)
@@ -68,7 +70,7 @@ class FactoredDirections:
     A weight counts as a matrix, its first axis against the others. Direction (r, u, v) is p_ru q_rvᵀ there, with
     standard normal p_ru and q_rv, drawn for each parameter; so E[ssᵀ] = I as for any sketch. The rank² directions of a
     copy are not independent of each other, those of different copies are: statistics of two directions are taken from
-    different copies (``block=rank²`` in :mod:`.estimators`).
+    different copies (``block=block_size`` in :mod:`.estimators`).
 
     Args:
         copies: r of them, ≥ 1.
@@ -87,7 +89,12 @@ class FactoredDirections:
     @property
     def m(self) -> int:
         """Number of directions."""
-        return self.copies * self.rank**2
+        return self.copies * self.block_size
+
+    @property
+    def block_size(self) -> int:
+        """How many directions in a row depend on each other."""
+        return self.rank**2
 
     def factors(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return p ``(copies, rank, rows)`` and q ``(copies, rank, columns)`` for the parameter ``name``.
@@ -109,7 +116,7 @@ class FactoredDirections:
         """Return directions ``start:stop`` for the parameter ``name``, ``(stop - start, *like.shape)``."""
         left, right = (factor.flatten(0, 1) for factor in self.factors(name, like))
         index = torch.arange(start, stop, device=like.device)
-        copy, inside = index // self.rank**2, index % self.rank**2
+        copy, inside = index // self.block_size, index % self.block_size
         u, v = copy * self.rank + inside // self.rank, copy * self.rank + inside % self.rank
         return (left[u][:, :, None] * right[v][:, None]).reshape(stop - start, *like.shape)
 

@@ -27,6 +27,7 @@ from alignreg.metrics import (
 SKETCHES = {
     "alignment": (TangentAlignment, {}),
     "unbiased": (TangentAlignment, {"unbiased": True}),
+    "factored": (TangentAlignment, {"sketch": "factored"}),
     "trace": (TangentTrace, {}),
     "ratio": (TangentParticipationRatio, {}),
 }

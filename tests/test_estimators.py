@@ -157,7 +157,7 @@ def test_gram_of_lower_precision():
 def test_too_few_columns(fn, least):
     assert fn(torch.eye(least)).isfinite().all()
     for bad in (torch.zeros(least - 1, least - 1), torch.zeros(3, 4), torch.zeros(4)):
-        with pytest.raises(ValueError, match=f"of at least {least} columns"):
+        with pytest.raises(ValueError, match=r"expected the Gram matrix|expected at least"):
             fn(bad)
 
 

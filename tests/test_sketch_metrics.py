@@ -6,7 +6,7 @@ import torch
 from cases import build
 from torchmetrics import MetricCollection
 
-from alignreg import TangentFeatures, moments
+from alignreg import TangentFeatures, moments, sketches
 from alignreg.metrics import (
     Estimate,
     LayerwiseAlignment,
@@ -374,3 +374,77 @@ def test_a_parameter_without_axes():
     expected = float(oracles.alignment({"scale": jac["scale"]}, oracles.one_hot(y, 3)))
     found = layers.compute()[""]
     assert abs(float(found.value) - expected) < 4 * float(found.standard_error) + 1e-9
+
+
+def of_copies(statistic):
+    """Mean over pairs of different copies of a statistic of two directions ``(8·4, 8·4)``, and its jackknife error."""
+    each = statistic.reshape(8, 4, 8, 4).mean((1, 3))
+
+    def mean(kept):
+        return torch.stack([each[a, b] for a in kept for b in kept if a != b]).mean()
+
+    return mean(range(8)), torch.stack([mean([a for a in range(8) if a != left]) for left in range(8)])
+
+
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("kind", ALL)
+def test_factored_sketches_against_their_directions(kind, centered):
+    """All from the Jacobian and dense directions, copies taken apart."""
+    model, x, y, _ = problem(20)
+    metric = kind(model, 3, sketch="factored", sketch_dim=16, seed=3, centered=centered, return_std_error=True)
+    metric.update(x, y)
+    found = metric.compute()
+    jac = oracles.jacobian(model, x)
+    S = sketches.factored(8, 2, seed=3)
+    parts = [value.flatten(2) @ S.block(name, value[0, 0], 0, 32).flatten(1).T for name, value in jac.items()]
+    z = torch.stack(parts).sum(0)
+    z = (z - z.mean(0) if centered else z).flatten(0, 1)
+    G = z.T @ z
+    norm2, norms2 = of_copies(G.square())
+    trace2, traces2 = of_copies(torch.outer(G.diagonal(), G.diagonal()))
+    if kind is TangentAlignment:
+        projection = (
+            oracles.alignment(jac, oracles.one_hot(y, 3), centered)
+            * oracles.kernel(oracles.centred_features(jac) if centered else jac).square().sum().sqrt()
+        )
+        value, without = projection / norm2.sqrt(), projection / norms2.sqrt()
+    elif kind is TangentTrace:
+        each = G.diagonal().reshape(8, 4).mean(1)
+        value, without = each.mean(), (each.sum() - each) / 7
+    else:
+        value, without = trace2 / norm2, traces2 / norms2
+    error = ((without - without.mean()).square().sum() * 7 / 8).sqrt()
+    assert float(found.value) == pytest.approx(float(value), rel=1e-9)
+    assert float(found.standard_error) == pytest.approx(float(error), rel=1e-9)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_factored_sketches_are_within_their_errors(unbiased):
+    """Of 24 draws, in units of the standard errors that they report: about as far as a normal variable goes."""
+    model, x, y, group = problem()
+    options = {"groups": ("a", "b"), "unbiased": unbiased}
+    exact = feed(TangentAlignment(model, 3, method="exact", **options), x, y, group).compute()
+    scores = []
+    for seed in range(24):
+        metric = TangentAlignment(
+            model, 3, sketch="factored", sketch_dim=32, seed=seed, return_std_error=True, **options
+        )
+        found = feed(metric, x, y, group).compute()
+        scores.append([float((value - exact[name]) / error) for name, (value, error) in found.items()])
+    z = torch.tensor(scores)
+    assert z.mean(0).abs().max() < 3.5 / 24**0.5 * 1.5  # the ratio has a small bias of its own
+    assert 0.6 < z.std() < 1.7
+
+
+def test_which_sketch_is_chosen():
+    model, x, y, _ = problem()
+    for c, dim, expected in ((1, 64, "factored"), (2, 64, "factored"), (3, 64, "gaussian"), (3, 96, "factored")):
+        assert TangentTrace(model, c, sketch="auto", sketch_dim=dim).sketch == expected
+    assert TangentTrace(model, 1, sketch="auto", sketch_dim=63).sketch == "gaussian"
+    assert TangentTrace(model, 1).sketch == "gaussian"
+    chosen = feed(TangentTrace(model, 3, sketch="auto", sketch_dim=96), x, y).compute()
+    assert chosen == feed(TangentTrace(model, 3, sketch="factored", sketch_dim=96), x, y).compute()
+    with pytest.raises(ValueError, match="multiple of 8 for a factored sketch, got 63"):
+        TangentTrace(model, 1, sketch="factored", sketch_dim=63)
+    with pytest.raises(ValueError, match="sketch: expected 'gaussian', 'factored' or 'auto', got 'dense'"):
+        TangentTrace(model, 1, sketch="dense")

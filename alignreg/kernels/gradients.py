@@ -218,12 +218,19 @@ class OuterProducts(Sums):
     def project(self, factors: dict[str, Factors]) -> Tensor:
         """See the base class."""
         left, right = factors["weight"]
-        n, c, groups, out, _ = self.d.shape
+        n, c, groups, out, t = self.d.shape
+        copies = left.shape[0]
         total = self.d.new_zeros(n, c, *left.shape[:2], right.shape[1])
         for g in range(groups):
-            d = torch.einsum("ncot,ruo->nrcut", self.d[:, :, g], left[:, :, g * out : (g + 1) * out])
-            a = torch.einsum("nit,rvi->nrvt", self.a[:, g], right)
-            total += torch.einsum("nrcut,nrvt->ncruv", d, a)
+            d, p = self.d[:, :, g], left[:, :, g * out : (g + 1) * out]
+            a = right.flatten(0, 1) @ self.a[:, g]  # (n, copies·rank, t)
+            # Of two orders the one whose intermediate result is the smaller.
+            if t < out:
+                projected = (p.flatten(0, 1) @ d).reshape(n, c, copies, -1, t)
+                total += torch.einsum("ncrut,nrvt->ncruv", projected, a.reshape(n, copies, -1, t))
+            else:
+                mixed = (d.flatten(1, 2) @ a.mT).reshape(n, c, out, copies, -1)
+                total += torch.einsum("ncorv,ruo->ncruv", mixed, p)
         if self.bias:
             total += project_rows(self.d.sum(-1).flatten(2), *factors["bias"])
         return total

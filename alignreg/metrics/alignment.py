@@ -60,6 +60,10 @@ class TangentAlignment(SketchMetric):
         num_outputs: c.
         unbiased: estimate the alignment of the population rather than that of the sample.
         sketch_dim: m ≥ 3 directions; the error falls like 1/√m.
+        sketch: ``"gaussian"``: independent directions. ``"factored"``: for each weight, products of m/8 random vectors
+            on either side, in 8 independent copies; one backward pass for each output serves all of them. ``"auto"``:
+            factored for up to m/32 outputs, where it is several times cheaper. The attribute ``sketch`` says which it
+            is.
         seed: of the directions. Nothing is drawn from torch's global random state.
         centered: centre the kernel over the examples; ``False`` leaves it as it is. Targets are always centred.
         target_mean: expected mean of the targets ``(c,)``, if known; each batch's own mean otherwise. It changes the
@@ -101,12 +105,16 @@ class TangentAlignment(SketchMetric):
         return (None, None) if self.unbiased else super()._bounds
 
     def _of_moments(self, sums: Moments, *pairs: PairSums) -> Tensor:
-        return hsic.alignment(sums, *pairs) if pairs else moments.alignment(sums, centered=self.centered)
+        block = self._directions.block_size
+        if pairs:
+            return hsic.alignment(sums, pairs[0], block=block)
+        return moments.alignment(sums, centered=self.centered, block=block)
 
     def _error_of_moments(self, sums: Moments, *pairs: PairSums) -> Tensor:
+        block = self._directions.block_size
         if pairs:
-            return hsic.alignment_std_error(sums, *pairs)
-        return moments.alignment_std_error(sums, centered=self.centered)
+            return hsic.alignment_std_error(sums, pairs[0], block=block)
+        return moments.alignment_std_error(sums, centered=self.centered, block=block)
 
     def _of_kernel(self, K: Tensor, y: Tensor) -> Tensor:
         return functional.alignment(K, y, self.centered, unbiased=self.unbiased)

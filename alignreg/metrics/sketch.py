@@ -22,6 +22,11 @@ from alignreg.moments import Moments
 from alignreg.sharding import reshard
 from alignreg.targets import ConstantTargetError, encode
 
+COPIES = 8
+"""Of a factored sketch: what its standard errors are taken from."""
+OUTPUTS_PER_SKETCH_DIM = 1 / 32
+"""Up to how many outputs a factored sketch is at least four times cheaper than directions of the same error, if layers
+share their weights over positions (``benchmarks/scale.py``, part ``factored``)."""
 HASH_SIZE = 2**22
 """The most numbers that are kept of Φᵀy; more parameters are hashed to as many (:func:`.sketches.count_sketch`)."""
 Value = Tensor | Estimate | dict[str, Tensor] | dict[str, Estimate]
@@ -30,7 +35,7 @@ Value = Tensor | Estimate | dict[str, Tensor] | dict[str, Estimate]
 class SketchMetric(ProbeSetMetric, ABC):
     """A number of the tangent kernel of all examples of a stream, and of each group of them.
 
-    Features are pushed forward along m random directions; raw sums of them are all that is kept (:mod:`.moments`), row
+    Features are pushed forward along random directions; raw sums of them are all that is kept (:mod:`.moments`), row
     0 of each state for all examples and a row for each group. A subclass says what number it makes of the sums, or of
     the exact kernel. Names of states carry the options that they depend on and not the subclass, so that a
     ``MetricCollection`` updates subclasses of equal options once.
@@ -38,7 +43,8 @@ class SketchMetric(ProbeSetMetric, ABC):
     Args:
         model: the model, possibly wrapped; never registered, copied or changed. Clones watch the same live model.
         num_outputs: c.
-        sketch_dim: m ≥ 3 directions.
+        sketch_dim: m ≥ 3 directions, or of a factored sketch vectors for each side of a weight.
+        sketch: ``"gaussian"``, ``"factored"`` or ``"auto"``.
         seed: of the directions.
         centered: centre the kernel over the examples.
         target_mean: expected mean of the targets ``(c,)``, if known.
@@ -61,6 +67,7 @@ class SketchMetric(ProbeSetMetric, ABC):
         num_outputs: int,
         *,
         sketch_dim: int = 64,
+        sketch: Literal["gaussian", "factored", "auto"] = "gaussian",
         seed: int = 0,
         centered: bool = True,
         target_mean: Tensor | Sequence[float] | None = None,
@@ -79,13 +86,21 @@ class SketchMetric(ProbeSetMetric, ABC):
             )
         if method not in ("sketch", "exact"):
             raise ValueError(f"method: expected 'sketch' or 'exact', got {method!r}.")
+        if sketch not in ("gaussian", "factored", "auto"):
+            raise ValueError(f"sketch: expected 'gaussian', 'factored' or 'auto', got {sketch!r}.")
+        divides = sketch_dim % COPIES == 0
+        if sketch == "factored" and not divides:
+            raise ValueError(f"sketch_dim: expected a multiple of {COPIES} for a factored sketch, got {sketch_dim}.")
+        if sketch == "auto":
+            pays = divides and num_outputs <= sketch_dim * OUTPUTS_PER_SKETCH_DIM
+            sketch = "factored" if pays else "gaussian"
         guess = None if target_mean is None else torch.as_tensor(target_mean, dtype=torch.float64).detach().cpu()
         if guess is not None and (guess.shape != (num_outputs,) or not bool(torch.isfinite(guess).all())):
             raise ValueError(f"target_mean: expected {num_outputs} finite values, got {target_mean!r}.")
         names = _group_names(groups)
         # `centered` is left out: the raw sums are the same, so both kinds do share.
-        sketch = (sketch_dim, seed, None if guess is None else guess.tolist(), pairs) if method == "sketch" else ()
-        configuration = ("stream", method, num_outputs, len(names), sketch)
+        options = (sketch, sketch_dim, seed, None if guess is None else guess.tolist(), pairs)
+        configuration = ("stream", method, num_outputs, len(names), options if method == "sketch" else ())
         super().__init__(
             model,
             params=params,
@@ -96,6 +111,7 @@ class SketchMetric(ProbeSetMetric, ABC):
         )
         self.num_outputs = num_outputs
         self.sketch_dim = sketch_dim
+        self.sketch = sketch
         self.seed = seed
         self.centered = centered
         self.groups = names
@@ -105,10 +121,15 @@ class SketchMetric(ProbeSetMetric, ABC):
         if method == "exact":
             self._hold_examples()
             return
+        self._directions = (
+            sketches.factored(COPIES, sketch_dim // COPIES, seed)
+            if sketch == "factored"
+            else sketches.gaussian(sketch_dim, seed)
+        )
         self._fields: tuple[type[Moments] | type[PairSums], ...] = (Moments, PairSums) if pairs else (Moments,)
-        start = moments.zeros(num_outputs, sketch_dim, self._pulled)._asdict()
+        start = moments.zeros(num_outputs, self._directions.m, self._pulled)._asdict()
         if pairs:
-            start |= hsic.zeros(num_outputs, sketch_dim)._asdict()
+            start |= hsic.zeros(num_outputs, self._directions.m)._asdict()
             self._exact = (*self._exact, *start)  # differences of far larger sums
         for field, value in start.items():
             rows = value.new_zeros(1 + len(names), *value.shape)
@@ -169,8 +190,8 @@ class SketchMetric(ProbeSetMetric, ABC):
     def standard_error(self) -> Tensor | dict[str, Tensor]:
         """Return the standard error of ``compute()`` that the sketch causes, synced over ranks as it is.
 
-        It is a jackknife over the directions; value ± 2 standard errors holds the exact value for these examples in
-        about 95 % of seeds. Zero for ``method="exact"``.
+        It is a jackknife over the directions, or the copies of a factored sketch; value ± 2 standard errors holds the
+        exact value for these examples in about 95 % of seeds. Zero for ``method="exact"``.
 
         Raises:
             ConstantTargetError: as :meth:`compute`.
@@ -270,7 +291,7 @@ class SketchMetric(ProbeSetMetric, ABC):
         return [sample if count else None for count, sample in zip(counts, zip(*kinds, strict=True), strict=True)]
 
     def _sums(self, batch: Batch, y: Tensor | None, members: Tensor) -> dict[str, Tensor]:
-        z = self._features.pushforward(batch, sketches.gaussian(self.sketch_dim, self.seed))
+        z = self._features.pushforward(batch, self._directions)
         self._check_width(z)
         z, sets = z.to(self.device), self._sets(members)
         if y is None:

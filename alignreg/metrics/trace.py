@@ -44,6 +44,7 @@ class TangentTrace(SketchMetric):
         model: the model, possibly wrapped; never registered, copied or changed.
         num_outputs: c.
         sketch_dim: m ≥ 3 directions.
+        sketch: ``"gaussian"``, ``"factored"`` or ``"auto"``, as for :class:`TangentAlignment`.
         seed: of the directions.
         centered: centre the kernel over the examples, each group by itself; ``False`` leaves it as it is.
         target_mean: as for :class:`TangentAlignment`, to share with it.
@@ -73,7 +74,7 @@ class TangentTrace(SketchMetric):
         return moments.trace(sums, centered=self.centered)
 
     def _error_of_moments(self, sums: Moments, *pairs: PairSums) -> Tensor:  # noqa: ARG002
-        return moments.trace_std_error(sums, centered=self.centered)
+        return moments.trace_std_error(sums, centered=self.centered, block=self._directions.block_size)
 
     def _of_kernel(self, K: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002
         K = functional.center(K) if self.centered else K

@@ -1,6 +1,6 @@
 """Metrics of a sketch on small samples, many parameters and many outputs.
 
-    python benchmarks/scale.py [--part samples|hash|factored|large|outputs] [--json benchmarks/scale.json]
+    python benchmarks/scale.py [--part samples|hash|factored|large|outputs|memory] [--json benchmarks/scale.json]
 
 samples  Alignment of n = 50 to 1600 of the 1,797 digits, m = 64, as the paper defines it and unbiased: mean and
          standard error over random subsets, each with directions of its own; the MLP and the CNN of sketch_metrics.py,
@@ -12,6 +12,8 @@ factored Alignment of 20 images or sequences by the networks of exact_kernel.py 
 large    A Transformer of 100 million random weights on 256 sequences of 8 tokens, m = 32: wall time and the peak memory
          of the process, in one of its own.
 outputs  ResNet18 of width 16 with 1,000 outputs, n = 64, m = 32: the same.
+memory   An MLP 784-w-w-c in batches of 100 examples, m = 32: the same against the number of examples, the width and the
+         number of outputs, each alone.
 
 float32; samples, hash and factored with one thread, the others with all.
 """
@@ -141,14 +143,17 @@ class Tokens(nn.Module):
         return self.head(self.encoder(self.embed(tokens)).mean(1))
 
 
-def measured(what):
+def measured(what, n=100, width=256, c=10):
     torch.manual_seed(0)
     if what == "large":
         net, c, n, batch = Tokens(), 10, 256, 128
         x = torch.randint(19_500, (n, 8))
-    else:
+    elif what == "outputs":
         net, c, n, batch = exact_kernel.resnet(16, 1000).eval(), 1000, 64, 64
         x = torch.randn(n, 3, 32, 32)
+    else:
+        layers = nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, c)
+        net, batch, x = nn.Sequential(*layers), 100, torch.randn(n, 784)
     y = torch.arange(n) % c
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     metric = TangentAlignment(net, c, sketch_dim=32)
@@ -163,10 +168,10 @@ def measured(what):
     return row
 
 
-def in_process(what):
+def in_process(what, **sizes):
     """Measure in a process of its own, whose peak memory is nobody else's."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        row = pool.submit(measured, what).result()
+        row = pool.submit(measured, what, **sizes).result()
     print(
         f"{what}: {row['parameters'] / 1e6:.1f} M parameters, {row['outputs']} outputs, {row['examples']} examples: "
         f"{row['seconds']:.0f} s with {row['threads']} threads, peak {row['peak_mib']:.0f} MiB, of which "
@@ -175,12 +180,18 @@ def in_process(what):
     return [row]
 
 
+def memory():
+    sizes = [{"n": 100}, {"n": 1000}, {"n": 10_000}, {"width": 1024}, {"width": 4096}, {"c": 100}, {"c": 1000}]
+    return [row for size in sizes for row in in_process("memory", **size)]
+
+
 PARTS = {
     "samples": lambda _: samples(),
     "hash": lambda args: hashing(args.draws),
     "factored": lambda args: factored(max(8, args.draws // 10)),
     "large": lambda _: in_process("large"),
     "outputs": lambda _: in_process("outputs"),
+    "memory": lambda _: memory(),
 }
 
 

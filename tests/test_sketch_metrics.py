@@ -438,12 +438,12 @@ def test_factored_sketches_are_within_their_errors(unbiased):
 
 def test_which_sketch_is_chosen():
     model, x, y, _ = problem()
-    for c, dim, expected in ((1, 64, "factored"), (2, 64, "factored"), (3, 64, "gaussian"), (3, 96, "factored")):
+    for c, dim, expected in ((1, 64, "factored"), (2, 64, "gaussian"), (2, 128, "factored"), (3, 184, "gaussian")):
         assert TangentTrace(model, c, sketch="auto", sketch_dim=dim).sketch == expected
-    assert TangentTrace(model, 1, sketch="auto", sketch_dim=63).sketch == "gaussian"
+    assert TangentTrace(model, 1, sketch="auto", sketch_dim=70).sketch == "gaussian"
     assert TangentTrace(model, 1).sketch == "gaussian"
-    chosen = feed(TangentTrace(model, 3, sketch="auto", sketch_dim=96), x, y).compute()
-    assert chosen == feed(TangentTrace(model, 3, sketch="factored", sketch_dim=96), x, y).compute()
+    chosen = feed(TangentTrace(model, 3, sketch="auto", sketch_dim=192), x, y).compute()
+    assert chosen == feed(TangentTrace(model, 3, sketch="factored", sketch_dim=192), x, y).compute()
     with pytest.raises(ValueError, match="multiple of 8 for a factored sketch, got 63"):
         TangentTrace(model, 1, sketch="factored", sketch_dim=63)
     with pytest.raises(ValueError, match="sketch: expected 'gaussian', 'factored' or 'auto', got 'dense'"):

@@ -62,7 +62,7 @@ class TangentAlignment(SketchMetric):
         sketch_dim: m ≥ 3 directions; the error falls like 1/√m.
         sketch: ``"gaussian"``: independent directions. ``"factored"``: for each weight, products of m/8 random vectors
             on either side, in 8 independent copies; one backward pass for each output serves all of them. ``"auto"``:
-            factored for up to m/32 outputs, where it is several times cheaper. The attribute ``sketch`` says which it
+            factored for up to m/64 outputs, where it is several times cheaper. The attribute ``sketch`` says which it
             is.
         seed: of the directions. Nothing is drawn from torch's global random state.
         centered: centre the kernel over the examples; ``False`` leaves it as it is. Targets are always centred.

@@ -24,9 +24,9 @@ from alignreg.targets import ConstantTargetError, encode
 
 COPIES = 8
 """Of a factored sketch: what its standard errors are taken from."""
-OUTPUTS_PER_SKETCH_DIM = 1 / 32
-"""Up to how many outputs a factored sketch is at least four times cheaper than directions of the same error, if layers
-share their weights over positions (``benchmarks/scale.py``, part ``factored``)."""
+SKETCH_DIM_PER_OUTPUT = 64
+"""From how large a ``sketch_dim`` for each output a factored sketch is several times cheaper than directions of the same
+error (``benchmarks/scale.py``, part ``factored``): it takes a backward pass for each output, they take one pass each."""
 HASH_SIZE = 2**22
 """The most numbers that are kept of Φᵀy; more parameters are hashed to as many (:func:`.sketches.count_sketch`)."""
 Value = Tensor | Estimate | dict[str, Tensor] | dict[str, Estimate]
@@ -92,7 +92,7 @@ class SketchMetric(ProbeSetMetric, ABC):
         if sketch == "factored" and not divides:
             raise ValueError(f"sketch_dim: expected a multiple of {COPIES} for a factored sketch, got {sketch_dim}.")
         if sketch == "auto":
-            pays = divides and num_outputs <= sketch_dim * OUTPUTS_PER_SKETCH_DIM
+            pays = divides and num_outputs * SKETCH_DIM_PER_OUTPUT <= sketch_dim
             sketch = "factored" if pays else "gaussian"
         guess = None if target_mean is None else torch.as_tensor(target_mean, dtype=torch.float64).detach().cpu()
         if guess is not None and (guess.shape != (num_outputs,) or not bool(torch.isfinite(guess).all())):

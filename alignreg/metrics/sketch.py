@@ -25,8 +25,8 @@ from alignreg.targets import ConstantTargetError, encode
 COPIES = 8
 """Of a factored sketch: what its standard errors are taken from."""
 SKETCH_DIM_PER_OUTPUT = 64
-"""From how large a ``sketch_dim`` for each output a factored sketch is several times cheaper than directions of the same
-error (``benchmarks/scale.py``, part ``factored``): it takes a backward pass for each output, they take one pass each."""
+"""From how large a ``sketch_dim`` for each output a factored sketch is several times cheaper than directions of equal
+error (``benchmarks/scale.py``, part ``factored``): it takes a pass for each output, they one for each direction."""
 HASH_SIZE = 2**22
 """The most numbers that are kept of Φᵀy; more parameters are hashed to as many (:func:`.sketches.count_sketch`)."""
 Value = Tensor | Estimate | dict[str, Tensor] | dict[str, Estimate]

@@ -71,6 +71,28 @@ def test_sums_of_a_sketch(c):
     assert float(hsic.alignment_std_error(sums, pairs)) == pytest.approx(float(error.sqrt()), rel=1e-9)
 
 
+def test_blocks_of_dependent_columns():
+    """Norms come from pairs of columns of different blocks, errors from leaving blocks out."""
+    phi, y = sample(6, 2, 8)
+    z = phi @ torch.randn(8, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    L = kernel(y[..., None])
+    of_columns = [kernel(z[..., a : a + 1]) for a in range(6)]
+    sums, pairs = moments.of(z, y), hsic.of(z, y)
+
+    def value(blocks):
+        columns = [a for block in blocks for a in (2 * block, 2 * block + 1)]
+        products = [oracles.mean_over_different(of_columns[a], L) for a in columns]
+        across = [(a, b) for a in columns for b in columns if a // 2 != b // 2]
+        norms = [oracles.mean_over_different(of_columns[a], of_columns[b]) for a, b in across]
+        scale = torch.stack(norms).mean() * oracles.mean_over_different(L, L)
+        return torch.stack(products).mean() / scale.sqrt()
+
+    assert float(hsic.alignment(sums, pairs, block=2)) == pytest.approx(float(value([0, 1, 2])), rel=1e-9)
+    without = torch.stack([value(rest) for rest in ([1, 2], [0, 2], [0, 1])])
+    error = ((without - without.mean()).square().sum() * 2 / 3).sqrt()
+    assert float(hsic.alignment_std_error(sums, pairs, block=2)) == pytest.approx(float(error), rel=1e-9)
+
+
 def test_the_exact_numerator_counts():
     phi, y = sample(8, 2, 6)
     S = torch.randn(6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

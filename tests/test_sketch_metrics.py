@@ -6,7 +6,7 @@ import torch
 from cases import build
 from torchmetrics import MetricCollection
 
-from alignreg import TangentFeatures, moments, sketches
+from alignreg import TangentFeatures, hsic, moments, sketches
 from alignreg.metrics import (
     Estimate,
     LayerwiseAlignment,
@@ -416,6 +416,16 @@ def test_factored_sketches_against_their_directions(kind, centered):
     error = ((without - without.mean()).square().sum() * 7 / 8).sqrt()
     assert float(found.value) == pytest.approx(float(value), rel=1e-9)
     assert float(found.standard_error) == pytest.approx(float(error), rel=1e-9)
+
+
+def test_copies_count_for_unbiased_alignment_too():
+    model, x, y, _ = problem(20)
+    metric = TangentAlignment(model, 3, sketch="factored", sketch_dim=16, unbiased=True, return_std_error=True)
+    metric.update(x, y)
+    ((sums, pairs),) = metric._moments()
+    value, error = metric.compute()
+    assert value == hsic.alignment(sums, pairs, block=4) != hsic.alignment(sums, pairs)
+    assert error == hsic.alignment_std_error(sums, pairs, block=4) != hsic.alignment_std_error(sums, pairs)
 
 
 @pytest.mark.parametrize("unbiased", [False, True])

@@ -6,8 +6,8 @@ samples  Alignment of n = 50 to 1600 of the 1,797 digits, m = 64, as the paper d
          standard error over random subsets, each with directions of its own; the MLP and the CNN of sketch_metrics.py,
          trained. Beside it the mean standard error that the metrics report.
 hash     ‖hash‖²/‖Φᵀy‖² − 1 over seeds: the MLP's product with the targets of 200 digits, to 2^10 to 2^16 numbers.
-factored Alignment of 20 images or sequences by the networks of exact_kernel.py with 1, 2, 10 and 100 outputs, from 64
-         directions and from a factored sketch of as many vectors: mean and spread over draws against the exact
+factored Alignment of 20 images or sequences by the networks of exact_kernel.py with 1, 2, 10 and 100 outputs, from
+         directions and from factored sketches, ``sketch_dim`` 64: mean and spread over draws against the exact
          alignment, CPU seconds of a draw, and what 5 % of error takes, which falls like one over the root of the cost.
 large    A Transformer of 100 million random weights on 256 sequences of 8 tokens, m = 32: wall time and the peak memory
          of the process, in one of its own.
@@ -188,7 +188,7 @@ def memory():
 PARTS = {
     "samples": lambda _: samples(),
     "hash": lambda args: hashing(args.draws),
-    "factored": lambda args: factored(max(8, args.draws // 10)),
+    "factored": lambda args: factored(max(8, args.draws // 12)),
     "large": lambda _: in_process("large"),
     "outputs": lambda _: in_process("outputs"),
     "memory": lambda _: memory(),

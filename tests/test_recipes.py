@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from recipe_runs import KEYS, RECIPES, ROOT, SPAWN, finish, load, parse, read, read_wandb, run, start
+from recipe_runs import KEYS, RECIPES, ROOT, SPAWN, TINY, finish, load, parse, read, read_wandb, recipe, run, start
 from safetensors.torch import load_file
 
 
@@ -106,16 +106,18 @@ def test_wandb_offline(tmp_path):
         "--model cnn --weight_decay 0.01 --label_noise 0.4 --augment",
     ],
 )
-def test_other_data_and_models(flags, tmp_path):
-    result = run("--output_dir", tmp_path / "run", *flags.split())
-    assert result.returncode == 0, result.stderr
+@pytest.mark.usefixtures("recipes_in_this_process")
+def test_other_data_and_models(flags, tmp_path, monkeypatch):
+    recipe("train", monkeypatch, *TINY.split(), *flags.split(), "--output_dir", tmp_path / "run")
     assert len(read(tmp_path / "run")) == 3
 
 
-def test_overlay_of_two_runs(first, tmp_path):
+@pytest.mark.usefixtures("recipes_in_this_process")
+def test_overlay_of_two_runs(first, tmp_path, monkeypatch):
     folder, _ = first
     other = tmp_path / "other"
-    assert run("--output_dir", other, *["--regularizer", "complexity", "--weight", "0.5"]).returncode == 0
+    flags = [*TINY.split(), "--regularizer", "complexity", "--weight", "0.5"]
+    recipe("train", monkeypatch, *flags, "--output_dir", other)
     command = [sys.executable, str(RECIPES / "overlay.py"), "--output_dir", str(tmp_path / "both")]
     twin = shutil.copytree(other, tmp_path / "twin")
     result = subprocess.run([*command, folder, other, twin], capture_output=True, text=True, check=False)
@@ -134,15 +136,6 @@ def test_overlay_of_two_runs(first, tmp_path):
     result = subprocess.run([*command, tmp_path / "nowhere"], capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "expected the folder of a run" in result.stderr
-
-
-def test_folder_of_another_run_is_left_as_it_is(first):
-    folder, _ = first
-    before = {path: path.read_bytes() for path in folder.iterdir()}
-    result = run("--output_dir", folder)
-    assert result.returncode != 0
-    assert "holds another run" in result.stderr
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 BAD = {
@@ -228,11 +221,12 @@ FEW = {
 }
 
 
+@pytest.mark.usefixtures("recipes_in_this_process")
 @pytest.mark.parametrize("flags", FEW)
-def test_data_that_do_not_fit_make_nothing(flags, tmp_path):
-    result = run("--output_dir", tmp_path / "run", *flags.split())
-    assert result.returncode == 1
-    assert FEW[flags] in " ".join(result.stderr.split())
+def test_data_that_do_not_fit_make_nothing(flags, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit) as stop:
+        recipe("train", monkeypatch, *TINY.split(), *flags.split(), "--output_dir", tmp_path / "run")
+    assert FEW[flags] in " ".join(str(stop.value).split())
     assert not (tmp_path / "run").exists()
 
 

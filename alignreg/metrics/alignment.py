@@ -60,10 +60,10 @@ class TangentAlignment(SketchMetric):
         num_outputs: c.
         unbiased: estimate the alignment of the population rather than that of the sample.
         sketch_dim: m ≥ 3 directions; the error falls like 1/√m.
-        sketch: ``"gaussian"``: independent directions. ``"factored"``: for each weight, products of m/8 random vectors
-            on either side, in 8 independent copies; one backward pass for each output serves all of them. ``"auto"``:
-            factored for up to m/64 outputs, where it is several times cheaper. The attribute ``sketch`` says which it
-            is.
+        sketch: ``"gaussian"``: independent directions. ``"factored"``: for each weight, products of 2m random vectors
+            on either side, 4 by 4, of about the same error; one backward pass for each output serves all of them. The
+            state then has (8m)² + P numbers. ``"auto"``: factored for up to m/64 outputs, where it is several times
+            cheaper. The attribute ``sketch`` says which it is.
         seed: of the directions. Nothing is drawn from torch's global random state.
         centered: centre the kernel over the examples; ``False`` leaves it as it is. Targets are always centred.
         target_mean: expected mean of the targets ``(c,)``, if known; each batch's own mean otherwise. It changes the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
@@ -22,8 +23,9 @@ from alignreg.moments import Moments
 from alignreg.sharding import reshard
 from alignreg.targets import ConstantTargetError, encode
 
-COPIES = 8
-"""Of a factored sketch: what its standard errors are taken from."""
+RANK = 4
+"""Of each copy in a factored sketch, whose errors then are about those of ``sketch_dim`` directions with 2 · sketch_dim
+vectors for each side (``benchmarks/scale.py``, part ``factored``)."""
 SKETCH_DIM_PER_OUTPUT = 64
 """From how large a ``sketch_dim`` for each output a factored sketch is several times cheaper than directions of equal
 error (``benchmarks/scale.py``, part ``factored``): it takes a pass for each output, they one for each direction."""
@@ -43,7 +45,7 @@ class SketchMetric(ProbeSetMetric, ABC):
     Args:
         model: the model, possibly wrapped; never registered, copied or changed. Clones watch the same live model.
         num_outputs: c.
-        sketch_dim: m ≥ 3 directions, or of a factored sketch vectors for each side of a weight.
+        sketch_dim: m ≥ 3 directions; of a factored sketch, 2m vectors for each side of a weight.
         sketch: ``"gaussian"``, ``"factored"`` or ``"auto"``.
         seed: of the directions.
         centered: centre the kernel over the examples.
@@ -88,12 +90,8 @@ class SketchMetric(ProbeSetMetric, ABC):
             raise ValueError(f"method: expected 'sketch' or 'exact', got {method!r}.")
         if sketch not in ("gaussian", "factored", "auto"):
             raise ValueError(f"sketch: expected 'gaussian', 'factored' or 'auto', got {sketch!r}.")
-        divides = sketch_dim % COPIES == 0
-        if sketch == "factored" and not divides:
-            raise ValueError(f"sketch_dim: expected a multiple of {COPIES} for a factored sketch, got {sketch_dim}.")
         if sketch == "auto":
-            pays = divides and num_outputs * SKETCH_DIM_PER_OUTPUT <= sketch_dim
-            sketch = "factored" if pays else "gaussian"
+            sketch = "factored" if num_outputs * SKETCH_DIM_PER_OUTPUT <= sketch_dim else "gaussian"
         guess = None if target_mean is None else torch.as_tensor(target_mean, dtype=torch.float64).detach().cpu()
         if guess is not None and (guess.shape != (num_outputs,) or not bool(torch.isfinite(guess).all())):
             raise ValueError(f"target_mean: expected {num_outputs} finite values, got {target_mean!r}.")
@@ -122,7 +120,7 @@ class SketchMetric(ProbeSetMetric, ABC):
             self._hold_examples()
             return
         self._directions = (
-            sketches.factored(COPIES, sketch_dim // COPIES, seed)
+            sketches.factored(max(3, math.ceil(2 * sketch_dim / RANK)), RANK, seed)
             if sketch == "factored"
             else sketches.gaussian(sketch_dim, seed)
         )

@@ -377,7 +377,7 @@ def test_a_parameter_without_axes():
 
 
 def of_copies(statistic):
-    """Mean over pairs of different copies of a statistic of two directions ``(4·16, 4·16)``, and without each of them."""
+    """Mean of a statistic of two directions ``(4·16, 4·16)`` over pairs of different copies, and without each copy."""
     each = statistic.reshape(4, 16, 4, 16).mean((1, 3))
 
     def mean(kept):

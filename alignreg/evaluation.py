@@ -23,6 +23,17 @@ T = TypeVar("T")
 
 
 @final
+class NonFiniteOutputError(ValueError):
+    """The model's outputs contain NaN or inf."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model's outputs contain NaN or inf, so they have no tangent features. "
+            "Look for a diverged training run or for missing values in the inputs."
+        )
+
+
+@final
 class Bound(nn.Module):
     """Model and ``forward_fn`` as one module, so that ``functional_call`` reaches through both."""
 
@@ -82,10 +93,7 @@ class Evaluation:
         dtypes = {y.dtype, *saved.dtypes, *(p.dtype for p in self.params.values())}
         self.precision = max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
         if not bool(torch.isfinite(self.y).all()):
-            raise ValueError(
-                "the model's outputs contain NaN or inf, so they have no tangent features. "
-                "Look for a diverged training run or for missing values in the inputs."
-            )
+            raise NonFiniteOutputError
         if not y.requires_grad:
             raise ValueError(
                 f"the model's output does not depend on the selected parameters {list(leaves)}: nothing to "

@@ -16,11 +16,14 @@ ORDER = [
     {"kernels"},
     {"tangents"},
     {"metrics", "losses", "complexity"},
+    {"callbacks"},
 ]
+# Inside a function, or in a module that nothing else imports, so that importing the package does not need it.
 OPTIONAL = {
     "progress": {"rich"},
     "plotting": {"matplotlib"},
-}  # inside a function, so that importing the package does not need it
+    "callbacks": {"lightning", "pytorch_lightning", "transformers", "accelerate"},
+}
 ALLOWED = {"torch", "torchmetrics", "einops", "alignreg"} | set(sys.stdlib_module_names)
 
 
@@ -58,10 +61,14 @@ def test_oracles_import_nothing_of_ours():
 
 
 def test_import_brings_nothing_optional():
-    code = "import sys, torch, torchmetrics; old = set(sys.modules); import alignreg; print(*set(sys.modules) - old)"
+    code = (
+        "import sys, torch, torchmetrics; old = set(sys.modules); import alignreg, alignreg.callbacks; "
+        "print(*set(sys.modules) - old)"
+    )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     new = {name.split(".")[0] for name in output.split()}
     assert not new & {"accelerate", "wandb", "matplotlib", "sklearn", "datasets", "rich"}
+    assert not new & {"lightning", "pytorch_lightning", "transformers"}
 
 
 def test_every_class_is_final_or_abstract():

@@ -1,0 +1,1 @@
+"""Metrics and losses in training loops of other packages; a module for each package, which it imports."""

@@ -1,0 +1,181 @@
+"""Metrics and losses in transformers' Trainer. Needs the package transformers.
+
+The Trainer tells its callbacks of an evaluation when it has been logged, shows them no batch, and reports to loggers
+before it asks callbacks. So this is no callback, but a Trainer: what it measures is among the metrics of the evaluation
+before anybody sees them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable
+from typing import Any, final
+
+from torch import nn
+
+from alignreg.callbacks.monitor import MakeMetrics, Monitor, Unpack, unpack_batch
+from alignreg.losses.base import TangentLoss
+
+try:
+    from accelerate.utils import find_batch_size, slice_tensors
+    from transformers import Trainer
+except ImportError as error:
+    raise ImportError(
+        "alignreg.callbacks.transformers: expected the packages transformers and accelerate. "
+        "Install them: pip install transformers accelerate."
+    ) from error
+
+
+class TangentMixin(Trainer, ABC):
+    """For a Trainer of your own: ``class Mine(TangentMixin, Seq2SeqTrainer)`` does what :class:`TangentTrainer` does.
+
+    Args:
+        args: of the Trainer.
+        metrics: model → metric or ``MetricCollection``, of the bare model.
+        regularizer: model → loss, of the wrapped model.
+        unpack: batch → keywords for ``metric.update``, of which the loss takes ``inputs`` and ``target``; by default
+            ``labels`` are the target, everything else the model's inputs.
+        max_batches: how many batches of an evaluation to show the metrics, on each rank; ``None`` for all.
+        prefix: of the names.
+        reset: forget the last evaluation before the next; ``False`` for ``PathComplexity``.
+        kwargs: of the Trainer.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        metrics: MakeMetrics | None = None,
+        regularizer: Callable[[nn.Module], TangentLoss] | None = None,
+        unpack: Unpack | None = None,
+        max_batches: int | None = None,
+        prefix: str = "tangent",
+        reset: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        options: dict[str, Any] = {"unpack": unpack, "max_batches": max_batches, "prefix": prefix, "reset": reset}
+        self._monitor = None if metrics is None else Monitor(metrics, **options)
+        self._make_loss = regularizer
+        self._unpack = unpack or unpack_batch
+        self._batches: int | None = None  # of this evaluation so far; None outside
+        self._regularized: tuple[nn.Module, TangentLoss] | None = None
+        self._last = (-1, 0)  # step of the optimiser, micro-batch within it
+        super().__init__(*args, **kwargs)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Run the Trainer's loop, and add the values to its metrics."""
+        watched = self._monitor is not None and description != "Prediction"
+        if self._monitor is not None and watched:
+            self._monitor.start(self.model)
+            self._batches = 0
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        finally:
+            self._batches = None
+        if self._monitor is not None and watched:
+            (values,) = self._monitor.values()
+            output.metrics.update({f"{metric_key_prefix}_{name}": float(value) for name, value in values.items()})
+        return output
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the Trainer's step, and show the metrics the batch."""
+        if self._monitor is not None and self._batches is not None:
+            rows = self._rows(find_batch_size(inputs))
+            if rows > 0:
+                batch = slice_tensors(self._prepare_inputs(inputs), slice(rows))
+                self._monitor.update(batch, self._batches)
+            self._batches += 1
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """Return the Trainer's loss, in training with the regularizer added."""
+        if self._make_loss is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        batch = self._unpack(inputs)  # the Trainer may take the labels out
+        regularizer = self._loss_of(model, self._make_loss)  # which must see the wrapper's next forward pass
+        task, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        extra = regularizer(batch["inputs"], batch.get("target"))
+        loss = task + extra / self._divisor(kwargs.get("num_items_in_batch"))
+        return (loss, outputs) if return_outputs else loss
+
+    def _rows(self, n: int) -> int:
+        """Return how many examples of this rank's batch count: Accelerate fills the last ones up with others."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return n
+        rows: int = min(n, state.remainder - n * self.accelerator.process_index)
+        return rows
+
+    def _loss_of(self, model: nn.Module, make: Callable[[nn.Module], TangentLoss]) -> TangentLoss:
+        """Return the loss, of the model as it is wrapped now, at the Trainer's step, which checkpoints restore."""
+        if self._regularized is None:
+            self._regularized = model, make(model)
+        bound, loss = self._regularized
+        if bound is not model:
+            loss.bind(model)
+            self._regularized, self._last = (model, loss), (-1, 0)
+        step, micro = self._last
+        self._last = self.state.global_step, (micro + 1 if step == self.state.global_step else 0)
+        loss.gradient_accumulation_steps = self.args.gradient_accumulation_steps
+        loss.step.fill_(self._last[0] * loss.gradient_accumulation_steps + self._last[1])
+        return loss
+
+    def _divisor(self, num_items_in_batch: Any) -> int:
+        """Return by what to divide for the mean over micro-batches, where ``training_step`` will not."""
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            scaled = self.compute_loss_func is not None or (
+                self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            )
+        return int(self.current_gradient_accumulation_steps) if scaled else 1
+
+
+@final
+class TangentTrainer(TangentMixin):
+    """The Trainer, with metrics of each evaluation and a regularizer.
+
+    Metrics are shown each batch of each evaluation, without the examples that Accelerate repeats to make batches equal
+    on all ranks. Values are among what ``evaluate()`` returns, in ``state.log_history`` and in what goes to loggers,
+    under ``eval_PREFIX/NAME``, those of a metric that returns a dict under ``eval_PREFIX/NAME/KEY``, standard errors,
+    where the metric returns them, under ``.../standard_error``; ``metric_for_best_model`` can name them. Under DDP the
+    metrics sync by themselves. What is undefined is NaN, with a warning. ``predict()`` measures nothing.
+
+    The regularizer is made of the wrapped model and added to the Trainer's loss, whose scaling for gradient
+    accumulation it follows: an optimiser step has the mean over micro-batches and ranks. It counts the Trainer's
+    optimiser steps, also after a checkpoint; its ``gradient_accumulation_steps`` is set to the Trainer's. The loss that
+    is logged in training is the sum of both.
+
+    Args:
+        args: of the Trainer.
+        metrics: model → metric or ``MetricCollection``, of the bare model.
+        regularizer: model → loss, of the wrapped model.
+        unpack: batch → keywords for ``metric.update``, of which the loss takes ``inputs`` and ``target``; by default
+            ``labels`` are the target, everything else the model's inputs.
+        max_batches: how many batches of an evaluation to show the metrics, on each rank; ``None`` for all.
+        prefix: of the names.
+        reset: forget the last evaluation before the next; ``False`` for ``PathComplexity``.
+        kwargs: of the Trainer.
+
+    Raises:
+        TypeError: if ``metrics`` is no function.
+        ValueError: if ``max_batches`` is not positive.
+
+    Example:
+        >>> from alignreg.callbacks.transformers import TangentTrainer
+        >>> from alignreg.losses import ComplexityPenalty
+        >>> from alignreg.metrics import TangentAlignment
+        >>> def logits(model, inputs):
+        ...     return model(**inputs).logits
+        >>> tangents = {
+        ...     "metrics": lambda model: TangentAlignment(model, num_outputs=10, forward_fn=logits),
+        ...     "regularizer": lambda model: ComplexityPenalty(model, weight=0.016, forward_fn=logits),
+        ... }  # trainer = TangentTrainer(model, args, train_dataset=..., eval_dataset=..., **tangents)
+    """

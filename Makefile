@@ -1,11 +1,12 @@
-# make demo | test | check | format | clean. Everything lives in .venv, which is rebuilt when its inputs change.
+# make demo | test | check | format | docs | clean. Everything lives in .venv, which is rebuilt when its inputs change.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BIN := .venv/bin
 STAMP := .venv/installed
+DOCS_STAMP := .venv/installed-docs
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format docs clean
 
 # Two runs under label noise, without and with a regularizer, in one new folder, and both in one figure; then a few
 # more, each method tuned, and a table.
@@ -30,6 +31,15 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Warnings are errors, broken links and references among them; the tutorials are run.
+docs: $(DOCS_STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -b html -W --keep-going -n docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	@touch $@
+
 # One stamp for recipes and dev together: `make test` after `make demo` finds pytest.
 $(STAMP): pyproject.toml constraints.txt Makefile
 	@test -n "$(PYTHON)" || { echo "make: no python3 found; install Python >= 3.10 or pass PYTHON=..."; exit 1; }
@@ -39,4 +49,4 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	@touch $@
 
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv build dist docs/_build docs/api docs/learn docs/benchmarks.md

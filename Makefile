@@ -1,11 +1,13 @@
-# make demo | test | check | format | clean. Everything lives in .venv, which is rebuilt when its inputs change.
+# make demo | test | check | format | docs | clean. Everything lives in .venv, which is rebuilt when its inputs change.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BIN := .venv/bin
 STAMP := .venv/installed
+DOCS_STAMP := .venv/installed-docs
+ADAPTERS := .venv/adapters
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format docs clean
 
 # Two runs under label noise, without and with a regularizer, in one new folder, and both in one figure; then a few
 # more, each method tuned, and a table.
@@ -18,8 +20,17 @@ demo: $(STAMP)
 	$(BIN)/python recipes/overlay.py $$folder/none $$folder/complexity --output_dir $$folder; \
 	echo "3/3: a small comparison with weight decay"; $(BIN)/python recipes/compare.py --short --output_dir $$folder/comparison
 
-test: $(STAMP)
+test: $(STAMP) $(ADAPTERS)/installed
 	$(BIN)/python -m pytest
+	$(ADAPTERS)/bin/python -m pytest tests/test_callbacks.py alignreg/callbacks
+
+# An environment on top of the other: torchmetrics imports transformers wherever it is installed, which takes seconds.
+$(ADAPTERS)/installed: $(STAMP)
+	$(BIN)/python -m venv $(ADAPTERS)
+	$(BIN)/python -c "import glob, site; here, = glob.glob('$(ADAPTERS)/lib/*/site-packages'); \
+	  open(here + '/below.pth', 'w').write(f'import site; site.addsitedir({site.getsitepackages()[0]!r})\n')"
+	$(ADAPTERS)/bin/python -m pip install --quiet -c constraints.txt lightning transformers
+	@touch $@
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -30,6 +41,15 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Warnings are errors, broken links and references among them; the tutorials are run.
+docs: $(DOCS_STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -b html -W --keep-going -n docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	@touch $@
+
 # One stamp for recipes and dev together: `make test` after `make demo` finds pytest.
 $(STAMP): pyproject.toml constraints.txt Makefile
 	@test -n "$(PYTHON)" || { echo "make: no python3 found; install Python >= 3.10 or pass PYTHON=..."; exit 1; }
@@ -39,4 +59,4 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	@touch $@
 
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv build dist docs/_build docs/api docs/learn docs/benchmarks.md

@@ -37,7 +37,7 @@ def rademacher_bound(lengths: Tensor, traces: Tensor, num_examples: int) -> Tens
     Args:
         lengths: m_t ≥ 0, lengths of the steps in parameter space, ``(T,)``.
         traces: tr K_t ≥ 0 at the start of each step, of the n examples, uncentred, ``(T,)``.
-        num_examples: n.
+        num_examples: their number n.
 
     Raises:
         ValueError: if the shapes differ, a value is negative or not finite, or n is no positive integer.

@@ -27,7 +27,9 @@ class Estimate(NamedTuple):
     """An estimate and its standard error."""
 
     value: Tensor
+    """The estimate."""
     standard_error: Tensor
+    """Its standard deviation, as far as that is known."""
 
 
 def gram(columns: Mapping[str, Tensor]) -> Tensor:

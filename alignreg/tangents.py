@@ -114,7 +114,7 @@ class TangentFeatures:
 
     @property
     def layers(self) -> dict[str, list[str]]:
-        """Parameter names by layer: the path of the module that owns them."""
+        """The names of each layer's parameters; a layer is the path of the module that owns them."""
         owners: dict[str, list[str]] = {}
         for name in self._shapes:
             owners.setdefault(name.rpartition(".")[0], []).append(name)

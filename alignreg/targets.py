@@ -27,7 +27,7 @@ def encode(target: Tensor, num_outputs: int, n: int | None = None) -> Tensor:
 
     Args:
         target: class indices or values.
-        num_outputs: c.
+        num_outputs: their number c.
         n: the number of examples that there must be, if known.
 
     Raises:

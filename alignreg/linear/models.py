@@ -172,9 +172,9 @@ class SuperNat(LinearModel):
 
     Args:
         features: see :class:`LinearModel`, as are the next three.
-        targets: y.
+        targets: the values y.
         lr: η.
-        loss: L.
+        loss: the function L.
         gauge: κ, which the bound leaves open and which acts as a learning rate: "max" keeps the largest eigenvalue,
             "trace" their sum, "mean" is κ = mean |a_j|, a number is κ itself. With a number, training freezes once
             all |a_j| are below it; else it goes on. All but "max" let eigenvalues grow: the default lr may diverge.

@@ -57,7 +57,7 @@ class TangentAlignment(SketchMetric):
     Args:
         model: the model, possibly wrapped (DDP, ``torch.compile``, Accelerate); never registered, copied or
             changed. Clones of the metric watch the same live model.
-        num_outputs: c.
+        num_outputs: their number c.
         unbiased: estimate the alignment of the population rather than that of the sample.
         sketch_dim: m ≥ 3 directions; the error falls like 1/√m.
         sketch: ``"gaussian"``: independent directions. ``"factored"``: for each weight, products of 2m random vectors

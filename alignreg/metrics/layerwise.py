@@ -44,7 +44,7 @@ class LayerwiseAlignment(ProbeSetMetric):
     Args:
         model: the model, possibly wrapped (DDP, ``torch.compile``, Accelerate); never registered, copied or
             changed. Clones of the metric watch the same live model.
-        num_outputs: c.
+        num_outputs: their number c.
         centered: centre the kernels over the examples; ``False`` leaves them as they are. Targets are always centred.
         max_examples: how many examples are kept: the first ones, of several ranks in turn. The exact kernel of each
             layer has (max_examples · c)² numbers.

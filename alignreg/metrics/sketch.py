@@ -44,7 +44,7 @@ class SketchMetric(ProbeSetMetric, ABC):
 
     Args:
         model: the model, possibly wrapped; never registered, copied or changed. Clones watch the same live model.
-        num_outputs: c.
+        num_outputs: their number c.
         sketch_dim: m ≥ 3 directions; of a factored sketch, 2m vectors for each side of a weight.
         sketch: ``"gaussian"``, ``"factored"`` or ``"auto"``.
         seed: of the directions.

@@ -41,7 +41,7 @@ class TangentSpectrum(ProbeSetMetric):
     Args:
         model: the model, possibly wrapped (DDP, ``torch.compile``, Accelerate); never registered, copied or
             changed. Clones of the metric watch the same live model.
-        num_outputs: c.
+        num_outputs: their number c.
         k: for which trace ratios; with more than n·c they are 1.
         per_layer: whether to give the alignment of each layer. The kernels of all layers are then held together.
         centered: centre the kernel over the examples, as the paper does; ``False`` leaves it as it is.

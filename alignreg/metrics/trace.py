@@ -42,7 +42,7 @@ class TangentTrace(SketchMetric):
 
     Args:
         model: the model, possibly wrapped; never registered, copied or changed.
-        num_outputs: c.
+        num_outputs: their number c.
         sketch_dim: m ≥ 3 directions.
         sketch: ``"gaussian"``, ``"factored"`` or ``"auto"``, as for :class:`TangentAlignment`.
         seed: of the directions.

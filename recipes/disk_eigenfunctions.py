@@ -62,7 +62,7 @@ class DiskEigenfunctions(_study.Study):
                     signed=values is signed,
                 )
             for axis in axes:
-                axis.set(xticks=[], yticks=[], xlabel="")
+                axis.set(xticks=[], yticks=[], xlabel="", ylabel="")
             axes[0].set_ylabel(f"step {step}", fontsize=9)
         axis = drawing.add_subplot(grid[:, -2:])
         _study.band(axis, found, "plane/ratio_20", color=COLORS[0], label="kernel as it is")

@@ -7,6 +7,7 @@ from alignreg import linear as linear
 from alignreg import losses as losses
 from alignreg import metrics as metrics
 from alignreg import moments as moments
+from alignreg import plotting as plotting
 from alignreg import sketches as sketches
 from alignreg.tangents import TangentFeatures as TangentFeatures
 

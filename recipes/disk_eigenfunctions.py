@@ -18,8 +18,11 @@ from typing import ClassVar, final
 
 import _study
 import matplotlib.pyplot as plt
+import torch
 from _figure import COLORS, finish
 from safetensors.torch import load_file
+
+from alignreg import plotting
 
 FUNCTIONS = 4
 
@@ -39,32 +42,28 @@ class DiskEigenfunctions(_study.Study):
         found = _study.logs(folders)
         steps = [int(line["step"]) for line in found[0]]
         shown = [steps[0], steps[len(steps) // 2], steps[-1]]
-        columns = ["f", *(f"eigenfunction {j + 1}" for j in range(FUNCTIONS)), "|∂f/∂x|", "|∂f/∂w|"]
-        drawing = plt.figure(figsize=(1.55 * len(columns) + 3.4, 5.2), layout="constrained")
-        grid = drawing.add_gridspec(len(shown), len(columns) + 2)
+        names = ["f", *(f"eigenfunction {j + 1}" for j in range(FUNCTIONS)), "|∂f/∂x|", "|∂f/∂w|"]
+        drawing = plt.figure(figsize=(1.55 * len(names) + 3.4, 5.2), layout="constrained")
+        grid = drawing.add_gridspec(len(shown), len(names) + 2)
         for row, step in enumerate(shown):
             plane = load_file(folders[0] / f"plane-{step}.safetensors")
-            side = round(len(plane["outputs"]) ** 0.5)
-            boundary = plane["outputs"].reshape(side, side).T.numpy()
-            maps = [plane["outputs"], *plane["eigenfunctions"][:, :FUNCTIONS].T]
-            for column, values in enumerate([*maps, plane["input_gradient"], plane["tangent_norm"]]):
-                axis = drawing.add_subplot(grid[row, column])
-                signed = column <= FUNCTIONS
-                bound = float(values.abs().max())
-                axis.imshow(
-                    values.reshape(side, side).T.numpy(),
-                    origin="lower",
-                    extent=(-1, 1, -1, 1),
-                    cmap="RdBu" if signed else "magma",
-                    vmin=-bound if signed else 0,
-                    vmax=bound,
+            side = torch.linspace(-1, 1, round(len(plane["outputs"]) ** 0.5))
+            axes = [drawing.add_subplot(grid[row, column]) for column in range(len(names))]
+            signed = torch.column_stack([plane["outputs"], plane["eigenfunctions"][:, :FUNCTIONS]])
+            norms = torch.column_stack([plane["input_gradient"], plane["tangent_norm"]])
+            for values, columns in ((signed, slice(None, FUNCTIONS + 1)), (norms, slice(FUNCTIONS + 1, None))):
+                plotting.plane(
+                    values,
+                    side,
+                    side,
+                    axes[columns],
+                    names=names[columns] if row == 0 else [""] * values.shape[1],
+                    boundary=plane["outputs"],
+                    signed=values is signed,
                 )
-                axis.contour(boundary, [0], extent=(-1, 1, -1, 1), colors="k", linewidths=0.6)
-                axis.set(xticks=[], yticks=[])
-                if row == 0:
-                    axis.set_title(columns[column], fontsize=9)
-                if column == 0:
-                    axis.set_ylabel(f"step {step}", fontsize=9)
+            for axis in axes:
+                axis.set(xticks=[], yticks=[], xlabel="", ylabel="")
+            axes[0].set_ylabel(f"step {step}", fontsize=9)
         axis = drawing.add_subplot(grid[:, -2:])
         _study.band(axis, found, "plane/ratio_20", color=COLORS[0], label="kernel as it is")
         _study.band(axis, found, "plane/ratio_20_centered", color=COLORS[1], label="centred")

@@ -92,16 +92,16 @@ def test_differentiable(name):
     if name == "coupled examples":
         del scalars["kernel"]
     for label, fn in scalars.items():
-        if name == "checkpointed" and label == "pushforward":
-            with pytest.raises(torch.utils.checkpoint.CheckpointError):
-                torch.autograd.grad(fn(True), parameters)
-            continue
         value = fn(True)
         if not value.requires_grad:
             assert name == "frozen backbone"  # the features of a linear head do not depend on the head
             continue
         torch.testing.assert_close(value.detach(), fn(False), rtol=1e-9, atol=1e-12)
-        grads = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
+        try:
+            grads = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
+        except torch.utils.checkpoint.CheckpointError:
+            assert (name, label) == ("checkpointed", "pushforward")  # an error where torch cannot, or right as others
+            continue
         step = [torch.randn_like(p) for p in parameters]
         slope = sum((g * s).sum() for g, s in zip(grads, step, strict=True))
         eps, ends = 1e-5, []

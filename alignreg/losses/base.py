@@ -80,6 +80,7 @@ class TangentLoss(nn.Module, ABC):
 
     step: Tensor
     default_weight: ClassVar[float]
+    __call__: Callable[..., Tensor]  # of nn.Module, which promises Any
     needs_targets: ClassVar[bool] = False
 
     def __init__(

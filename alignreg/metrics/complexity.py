@@ -174,7 +174,7 @@ class PathComplexity(TangentMetric):
             return self._history()
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Draw C as it has grown, interval by interval.
+        """Draw C as it has grown, interval by interval; :func:`.plotting.path` also draws the factors of its terms.
 
         Args:
             val: a result of ``compute``, or a sequence of them, to draw instead.
@@ -189,7 +189,7 @@ class PathComplexity(TangentMetric):
         if val is None:
             terms = self._terms(self.history())
             val = torch.cat([terms.new_zeros(1), terms.cumsum(0)])
-        return plotting.estimates(val, ax, type(self).__name__, (self.plot_lower_bound, None))
+        return plotting.estimates(val, ax, label=type(self).__name__, bounds=(self.plot_lower_bound, None))
 
     def _terms(self, history: PathHistory) -> Tensor:
         """Return ‖δw_t‖‖Φ_t‖_F of each interval."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, final
 
 import torch
@@ -16,6 +16,8 @@ from alignreg.metrics.base import positive
 from alignreg.metrics.probe_set import Examples, ProbeSetMetric
 from alignreg.metrics.records import canonical_order
 from alignreg.targets import ConstantTargetError
+
+Layers = dict[str, Tensor] | dict[str, Estimate]
 
 
 @final
@@ -118,7 +120,7 @@ class LayerwiseAlignment(ProbeSetMetric):
         """
         self._add(inputs, target)
 
-    def compute(self) -> dict[str, Tensor] | dict[str, Estimate]:
+    def compute(self) -> Layers:
         """Return the alignment of each layer over all examples of all ranks.
 
         Raises:
@@ -190,11 +192,12 @@ class LayerwiseAlignment(ProbeSetMetric):
                 total[name] = total[name] + value if name in total else value
         return total
 
-    def plot(self, val: dict[str, Tensor] | dict[str, Estimate] | None = None, ax: Any = None) -> Any:
+    def plot(self, val: Layers | Sequence[Layers] | None = None, ax: Any = None) -> Any:
         """Draw a bar for each layer, with an error bar of ± 2 standard errors where one is known.
 
         Args:
-            val: a result of ``forward`` or ``compute``; ``compute()`` by default.
+            val: a result of ``forward`` or ``compute``, or a sequence of them, drawn as a heat map of layers along
+                training; ``compute()`` with its standard errors by default.
             ax: matplotlib axes; new ones by default.
 
         Returns:
@@ -206,4 +209,4 @@ class LayerwiseAlignment(ProbeSetMetric):
         if val is None:
             with self._synced():
                 val = self._estimates()
-        return plotting.layers(val, ax)
+        return plotting.bars(val, ax) if isinstance(val, Mapping) else plotting.heat_map(val, ax)

@@ -216,7 +216,7 @@ class SketchMetric(ProbeSetMetric, ABC):
         if val is None:
             with self._synced():
                 val = self._named(self._estimates())
-        return plotting.estimates(val, ax, type(self).__name__, self._bounds)
+        return plotting.estimates(val, ax, label=type(self).__name__, bounds=self._bounds)
 
     @property
     def _bounds(self) -> tuple[float | None, float | None]:

@@ -130,7 +130,8 @@ class TangentSpectrum(ProbeSetMetric):
         """Draw the eigenvalues, the cumulative trace, and with ``per_layer=True`` the alignment of each layer.
 
         Args:
-            val: not used: a dict of numbers does not hold the spectrum. Calls ``compute()``.
+            val: a sequence of results of ``forward`` or ``compute``, whose ranks are then drawn as curves instead. A
+                single result does not hold the spectrum, which ``compute()`` gives.
             ax: as many matplotlib axes as there are plots; new ones by default.
 
         Returns:
@@ -139,11 +140,13 @@ class TangentSpectrum(ProbeSetMetric):
         Raises:
             ImportError: if matplotlib is missing.
         """
-        del val
+        if isinstance(val, Sequence):
+            ranks = [{name: one[name] for name in ("effective_rank", "participation_ratio")} for one in val]
+            return plotting.estimates(ranks, ax, label="rank of the tangent kernel", bounds=(0, None))
         found = self.compute()
         assert self._spectrum is not None
-        bars = {name.removeprefix("alignment/"): float(v) for name, v in found.items() if name.startswith("alignment/")}
-        return plotting.spectrum(self._spectrum, bars, ax)
+        layers = {name.removeprefix("alignment/"): v for name, v in found.items() if name.startswith("alignment/")}
+        return plotting.spectrum(self._spectrum, layers, ax)
 
     def _alignment(self, K: Tensor, y: Tensor) -> Tensor:
         if bool(y.isnan().any()):

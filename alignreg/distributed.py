@@ -39,7 +39,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     for path, kind in _out_of_reach(model):
         raise TypeError(
             f"model: {path or 'the model itself'} is sharded by {kind}, whose parameters hold one rank's shard only. "
-            "Use fully_shard (FSDP2), for the losses, or DistributedDataParallel; or pass a gathered copy."
+            "Use fully_shard (FSDP2) or DistributedDataParallel, or pass a gathered copy."
         )
     *_, bare = _chain(model)
     return bare

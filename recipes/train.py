@@ -9,7 +9,7 @@ that the network is trained on, redrawn ones included; test labels are clean.
     accelerate launch --config_file recipes/configs/single.yaml recipes/train.py --label_noise 0.4 \
         --regularizer complexity --weight 0.016
     accelerate launch --config_file recipes/configs/single.yaml recipes/train.py \
-        --config recipes/configs/cifar10-vgg19.yaml --data_path FOLDER
+        --config recipes/configs/paper/cifar10-vgg19.yaml --data_path FOLDER
     torchrun --nproc_per_node 2 recipes/train.py --cpu                        # two CPU processes
     WANDB_MODE=offline accelerate launch --config_file recipes/configs/single.yaml recipes/train.py --with_tracking
 

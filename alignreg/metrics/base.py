@@ -115,7 +115,8 @@ class TangentMetric(Metric, ABC):
         if not self._gathers and is_sharded(unwrap(model)):
             raise TypeError(
                 "model: its parameters are sharded by fully_shard, and must be gathered by all ranks together, which "
-                'this metric does not do. Take a metric of sketches, method="sketch", or pass a gathered copy.'
+                "this metric does not do. Take TangentAlignment, TangentTrace or TangentParticipationRatio with "
+                'method="sketch", or pass a gathered copy.'
             )
 
     def _name(self, field: str) -> str:

@@ -21,7 +21,7 @@ demo: $(STAMP)
 	echo "3/3: a small comparison with weight decay"; $(BIN)/python recipes/compare.py --short --output_dir $$folder/comparison
 
 test: $(STAMP) $(ADAPTERS)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 	OMP_NUM_THREADS=1 $(ADAPTERS)/bin/python -m pytest tests/test_callbacks.py alignreg/callbacks
 
 # An environment on top of the other: torchmetrics imports transformers wherever it is installed, which takes seconds.

@@ -59,7 +59,7 @@ METRICS = {
     "alignment, error": Row(TangentAlignment, {**SKETCH, "return_std_error": True}, OTHER_SEED, scalar=False),
     "alignment, groups": Row(TangentAlignment, {**SKETCH, **GROUPS}, {"params": "0.*"}, scalar=False),
     "alignment, unbiased": Row(TangentAlignment, {**SKETCH, "unbiased": True}, OTHER_SEED),
-    "alignment, factored": Row(TangentAlignment, {"sketch": "factored", "sketch_dim": 8}, SKETCH),
+    "alignment, factored": Row(TangentAlignment, {**SKETCH, "sketch": "factored"}, {"sketch": "gaussian"}),
     "alignment, exact": Row(TangentAlignment, EXACT, OTHER_LAYER),
     "alignment, exact, groups": Row(TangentAlignment, {**EXACT, **GROUPS}, OTHER_LAYER, scalar=False),
     "trace": Row(TangentTrace, SKETCH, OTHER_SEED),

@@ -26,10 +26,10 @@ def draw(runs: dict[str, Log], title: str, path: Path) -> None:
     for axis, panel in zip(axes[0], panels, strict=True):
         for index, log in enumerate(runs.values()):
             panel(axis, log, [line["step"] + 1 for line in log], COLORS[index % len(COLORS)])
-        title, *names = TITLES[panel]
+        heading, *names = TITLES[panel]
         for style, name in zip("-:", names, strict=False):
             axis.plot([], [], style, color="0.3", label=name)
-        finish(axis, title, legend=bool(names))
+        finish(axis, heading, legend=bool(names))
     figure.suptitle(title, fontsize=11)
     if len(runs) > 1:
         handles = [plt.Line2D([], [], color=COLORS[index % len(COLORS)]) for index in range(len(runs))]

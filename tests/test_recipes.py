@@ -112,6 +112,20 @@ def test_other_data_and_models(flags, tmp_path, monkeypatch):
     assert len(read(tmp_path / "run")) == 3
 
 
+def test_figure_has_its_title(first, tmp_path, monkeypatch):
+    figure, drawn = load("_figure"), []
+    monkeypatch.setattr(figure.plt.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    figure.draw({"none": read(first[0])}, "the task", tmp_path / "figure.png")
+    assert drawn[0].get_suptitle() == "the task"
+    titles = [axis.get_title() for axis in drawn[0].axes]
+    assert titles == [
+        "accuracy",
+        "alignment with the labels, ± 2 s.e.",
+        "rank of the centred tangent kernel",
+        "path complexity",
+    ]
+
+
 @pytest.mark.usefixtures("recipes_in_this_process")
 def test_overlay_of_two_runs(first, tmp_path, monkeypatch):
     folder, _ = first

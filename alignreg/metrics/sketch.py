@@ -109,7 +109,7 @@ class SketchMetric(ProbeSetMetric, ABC):
         )
         self.num_outputs = num_outputs
         self.sketch_dim = sketch_dim
-        self.sketch = sketch
+        self.sketch = sketch if method == "sketch" else None
         self.seed = seed
         self.centered = centered
         self.groups = names

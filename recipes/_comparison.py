@@ -124,7 +124,7 @@ def report(place: Path, files: list[Path]) -> None:
             (place / f"{name}.md").write_text(text)
         for figure in _comparison_figures.draw(place, settings, found["seeds"]):
             print(f"figure: {figure}")
-    print(f"{found['runs']} runs, {found['minutes']:.0f} minutes: {source}")
+    print(f"{found['runs']} runs, {found['minutes']:.0f} min: {source}")
 
 
 def filled(text: str, found: dict[str, Any]) -> str:

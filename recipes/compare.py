@@ -73,7 +73,7 @@ def main() -> None:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     plan.save(folder)
     minutes = max(1, round(plan.estimated_minutes(arguments.jobs)))
-    print(f"{plan.runs} runs, about {minutes} minutes in all with {arguments.jobs} at a time", flush=True)
+    print(f"{plan.runs} runs, about {minutes} min in all with {arguments.jobs} at a time", flush=True)
     try:
         with _jobs.Workers(arguments.jobs, folder) as workers:
             chosen = _choose(plan, folder, workers)

@@ -6,6 +6,7 @@ default), and returns the figure and the axes. matplotlib is imported only when 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
@@ -58,6 +59,8 @@ def estimates(
     single = isinstance(values, (Estimate, Mapping, float, int)) or (isinstance(values, Tensor) and values.ndim == 0)
     moments = [values] if single else list(cast("Sequence[Value]", values))
     curves = _by_name(moments)
+    if any(math.isfinite(error) and error > 0 for curve in curves.values() for _, error in curve):
+        label += ", ± 2 s.e."
     at, axis_label = _steps(steps, len(moments))
     for index, (name, curve) in enumerate(curves.items()):
         points = [float(value) for value, _ in curve]

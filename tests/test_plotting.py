@@ -50,7 +50,7 @@ def test_a_value(value):
     _, ax = plotting.estimates(value, label="size", bounds=(0, None))
     (drawn,) = ax.containers
     assert y_of(drawn.lines[0]) == [2.0]
-    assert ax.get_ylabel() == "size"
+    assert ax.get_ylabel() == ("size, ± 2 s.e." if isinstance(value, Estimate) else "size")
     assert ax.get_xlabel() == ""
     assert ax.get_ylim()[0] == 0
     assert not ax.get_xticks().size
@@ -68,7 +68,7 @@ def test_curves_have_names_and_bands():
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
     band = {tuple(point) for point in ax.collections[0].get_paths()[0].vertices.tolist()}
     assert {(10, 0), (10, 2), (100, 2), (100, 4)} <= band
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("step", "rank")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("step", "rank, ± 2 s.e.")
     _, ax = plotting.estimates(torch.tensor([1.0, 3.0]))
     assert (x_of(ax.lines[0]), y_of(ax.lines[0])) == ([0, 1], [1, 3])
     assert ax.get_xlabel() == "moment"

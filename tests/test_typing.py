@@ -1,10 +1,14 @@
 """The package's types reach its users."""
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from alignreg import losses, metrics
 
 ROOT = Path(__file__).parent.parent
 pytest.importorskip("mypy")
@@ -22,3 +26,27 @@ def complaints(program, folder):
 
 def test_a_program_of_the_public_names_is_strict(tmp_path):
     assert complaints((ROOT / "tests" / "typed_user.py").read_text(), tmp_path).startswith("Success")
+
+
+PUBLIC = [
+    kind
+    for module in (metrics, losses)
+    for kind in vars(module).values()
+    if isinstance(kind, type) and issubclass(kind, torch.nn.Module)
+]
+OWN_DEFAULTS = {"KARELoss": {"examples"}}
+
+
+@pytest.mark.parametrize("kind", PUBLIC)
+def test_options_are_spelt_out(kind):
+    """And where a class hands them on, with the defaults of its base."""
+    given = inspect.signature(kind).parameters
+    assert [p.name for p in given.values() if p.kind is p.VAR_KEYWORD] in ([], ["metric_kwargs"])
+    for base in kind.__mro__[1:]:
+        if base.__module__.startswith("alignreg") and "__init__" in vars(base):
+            inherited = inspect.signature(base.__init__).parameters
+            for name in (given.keys() & inherited.keys()) - OWN_DEFAULTS.get(kind.__name__, set()):
+                if inherited[name].default is not inspect.Parameter.empty:
+                    assert given[name].default == inherited[name].default, name
+    if issubclass(kind, losses.base.TangentLoss):
+        assert len(given) >= 11

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, final
+from collections.abc import Sequence
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from alignreg import functional
 from alignreg.batch import map_tensors, size
 from alignreg.distributed import concatenate_over_ranks, sizes_of_ranks
-from alignreg.losses.base import Sample, TangentLoss
+from alignreg.evaluation import ForwardFn
+from alignreg.losses.base import Sample, TangentLoss, Weight
 from alignreg.targets import encode
 
 
@@ -62,8 +64,35 @@ class KARELoss(TangentLoss):
     default_weight: ClassVar[float] = 1.0
     needs_targets: ClassVar[bool] = True
 
-    def __init__(self, model: nn.Module, *, ridge: float = 0.1, examples: int | None = 16, **options: Any) -> None:
-        super().__init__(model, examples=examples, **options)
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        ridge: float = 0.1,
+        weight: Weight | None = None,
+        examples: int | None = 16,
+        every_n_steps: int = 3,
+        gradient_accumulation_steps: int = 1,
+        seed: int = 0,
+        centered: bool = True,
+        per_layer: bool = False,
+        sync: bool = False,
+        params: str | Sequence[str] | None = None,
+        forward_fn: ForwardFn | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            weight=weight,
+            examples=examples,
+            every_n_steps=every_n_steps,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            seed=seed,
+            centered=centered,
+            per_layer=per_layer,
+            sync=sync,
+            params=params,
+            forward_fn=forward_fn,
+        )
         if not (math.isfinite(ridge) and ridge > 0):
             raise ValueError(f"ridge: expected a positive number, got {ridge!r}.")
         self.ridge = ridge

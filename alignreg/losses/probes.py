@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from alignreg import estimators, sketches
 from alignreg.batch import flat, size
 from alignreg.distributed import rank, sizes_of_ranks, sum_over_ranks
-from alignreg.losses.base import Sample, TangentLoss, check_count
+from alignreg.evaluation import ForwardFn
+from alignreg.losses.base import Sample, TangentLoss, Weight, check_count
 from alignreg.targets import encode
 
 
@@ -42,7 +44,16 @@ class ProbeLoss(TangentLoss, ABC):
     Args:
         model: the model.
         probes: m; as many as the loss does well with by default.
-        options: of :class:`.TangentLoss`.
+        weight: this, and the others, as for :class:`.TangentLoss`.
+        examples: see there.
+        every_n_steps: see there.
+        gradient_accumulation_steps: see there.
+        seed: see there.
+        centered: see there.
+        per_layer: see there.
+        sync: see there.
+        params: see there.
+        forward_fn: see there.
     """
 
     default_probes: ClassVar[int]
@@ -50,8 +61,35 @@ class ProbeLoss(TangentLoss, ABC):
     undefined: ClassVar[str] = ""
     """What to say where no kernel has a value; nothing if that is plain."""
 
-    def __init__(self, model: nn.Module, *, probes: int | None = None, **options: Any) -> None:
-        super().__init__(model, **options)
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        probes: int | None = None,
+        weight: Weight | None = None,
+        examples: int | None = 32,
+        every_n_steps: int = 3,
+        gradient_accumulation_steps: int = 1,
+        seed: int = 0,
+        centered: bool = True,
+        per_layer: bool = False,
+        sync: bool = False,
+        params: str | Sequence[str] | None = None,
+        forward_fn: ForwardFn | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            weight=weight,
+            examples=examples,
+            every_n_steps=every_n_steps,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            seed=seed,
+            centered=centered,
+            per_layer=per_layer,
+            sync=sync,
+            params=params,
+            forward_fn=forward_fn,
+        )
         self.probes = self.default_probes if probes is None else probes
         check_count("probes", self.probes, self.least_probes)
 

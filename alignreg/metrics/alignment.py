@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, final
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, final
 
 from torch import Tensor, nn
 
 from alignreg import functional, hsic, moments
+from alignreg.evaluation import ForwardFn
 from alignreg.hsic import PairSums
 from alignreg.metrics.sketch import SketchMetric
 from alignreg.moments import Moments
@@ -94,10 +96,42 @@ class TangentAlignment(SketchMetric):
     plot_upper_bound: float = 1.0
     _needs_targets: ClassVar[bool] = True
 
-    def __init__(self, model: nn.Module, num_outputs: int, *, unbiased: bool = False, **options: Any) -> None:
-        if unbiased and not options.get("centered", True):
+    def __init__(
+        self,
+        model: nn.Module,
+        num_outputs: int,
+        *,
+        unbiased: bool = False,
+        sketch_dim: int = 64,
+        sketch: Literal["gaussian", "factored", "auto"] = "gaussian",
+        seed: int = 0,
+        centered: bool = True,
+        target_mean: Tensor | Sequence[float] | None = None,
+        groups: int | Sequence[str] | None = None,
+        method: Literal["sketch", "exact"] = "sketch",
+        params: str | Sequence[str] | None = None,
+        forward_fn: ForwardFn | None = None,
+        return_std_error: bool = False,
+        **metric_kwargs: Any,
+    ) -> None:
+        if unbiased and not centered:
             raise ValueError("unbiased: expected the centred kernel with it. Leave centered out, or unbiased.")
-        super().__init__(model, num_outputs, pairs=unbiased, **options)
+        super().__init__(
+            model,
+            num_outputs,
+            sketch_dim=sketch_dim,
+            sketch=sketch,
+            seed=seed,
+            centered=centered,
+            target_mean=target_mean,
+            groups=groups,
+            method=method,
+            params=params,
+            forward_fn=forward_fn,
+            return_std_error=return_std_error,
+            pairs=unbiased,
+            **metric_kwargs,
+        )
         self.unbiased = unbiased
 
     @property

@@ -287,7 +287,9 @@ def mean_without(values: Tensor, block: int = 1) -> Tensor:
         >>> estimators.mean_without(torch.tensor([1.0, 2.0, 4.0, 6.0]), block=2)
         tensor([5.0000, 1.5000])
     """
-    count = _count_blocks(len(values), block, at_least=2)
+    count = _count_blocks(len(values), block)
+    if count < 2:
+        raise ValueError(f"values: expected those of at least two blocks of columns, got {count}.")
     each = values.reshape(count, block).mean(1)
     return (each.sum() - each) / (count - 1)
 
@@ -323,14 +325,14 @@ def _traces(G: Tensor, block: int, *, at_least: int) -> Tensor:
 
 def _columns(G: Tensor, *, at_least: int, block: int = 1) -> int:
     """Return how many independent blocks of columns there are."""
-    if G.ndim != 2 or G.shape[0] != G.shape[1]:
-        raise ValueError(f"G: expected the Gram matrix (m, m) of the columns of a sketch, got shape {tuple(G.shape)}.")
-    return _count_blocks(len(G), block, at_least=at_least)
+    if G.ndim != 2 or G.shape[0] != G.shape[1] or G.shape[0] < at_least * block:
+        raise ValueError(
+            f"G: expected the Gram matrix (m, m) of at least {at_least * block} columns, got shape {tuple(G.shape)}."
+        )
+    return _count_blocks(len(G), block)
 
 
-def _count_blocks(m: int, block: int, *, at_least: int) -> int:
+def _count_blocks(m: int, block: int) -> int:
     if block < 1 or m % block:
         raise ValueError(f"block: expected a number that divides the {m} columns, got {block!r}.")
-    if m < at_least * block:
-        raise ValueError(f"expected at least {at_least} {'columns' if block == 1 else 'blocks'}, got {m // block}.")
     return m // block

@@ -1,7 +1,6 @@
 """Adapters, with the packages that they adapt to, against plain loops."""
 
 import importlib
-import re
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from callback_cases import VALIDATED, Keywords, Scaled, data, difference, distance, flat, measured, trained_plainly
 from ranks import run_two
+from test_docs import python_blocks, run_blocks
 from torch import nn
 from torchmetrics import SumMetric
 
@@ -248,8 +248,5 @@ def test_errors(runs):
 
 def test_documented_code_runs(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 3
-    names = {}
-    for block in blocks:
-        exec(compile(block, str(DOCS), "exec"), names)
+    assert len(python_blocks(DOCS)) == 3
+    run_blocks(DOCS)

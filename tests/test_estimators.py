@@ -157,8 +157,14 @@ def test_gram_of_lower_precision():
 def test_too_few_columns(fn, least):
     assert fn(torch.eye(least)).isfinite().all()
     for bad in (torch.zeros(least - 1, least - 1), torch.zeros(3, 4), torch.zeros(4)):
-        with pytest.raises(ValueError, match=r"expected the Gram matrix|expected at least"):
+        with pytest.raises(ValueError, match=f"of at least {least} columns"):
             fn(bad)
+
+
+@pytest.mark.parametrize(("count", "block"), [(0, 1), (1, 1), (3, 3)])
+def test_one_block_cannot_be_left_out(count, block):
+    with pytest.raises(ValueError, match=f"at least two blocks of columns, got {count // block}"):
+        estimators.mean_without(torch.ones(count), block)
 
 
 def test_jackknife():

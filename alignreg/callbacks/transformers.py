@@ -29,16 +29,7 @@ except ImportError as error:
 class TangentMixin(Trainer, ABC):
     """For a Trainer of your own: ``class Mine(TangentMixin, Seq2SeqTrainer)`` does what :class:`TangentTrainer` does.
 
-    Args:
-        args: of the Trainer.
-        metrics: model → metric or ``MetricCollection``, of the bare model.
-        regularizer: model → loss, of the wrapped model.
-        unpack: batch → keywords for ``metric.update``, of which the loss takes ``inputs`` and ``target``; by default
-            ``labels`` are the target, everything else the model's inputs.
-        max_batches: how many batches of an evaluation to show the metrics, on each rank; ``None`` for all.
-        prefix: of the names.
-        reset: forget the last evaluation before the next; ``False`` for ``PathComplexity``.
-        kwargs: of the Trainer.
+    Its arguments are those of :class:`TangentTrainer`, beside those of the other Trainer.
     """
 
     def __init__(

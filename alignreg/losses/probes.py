@@ -44,16 +44,8 @@ class ProbeLoss(TangentLoss, ABC):
     Args:
         model: the model.
         probes: m; as many as the loss does well with by default.
-        weight: this, and the others, as for :class:`.TangentLoss`.
-        examples: see there.
-        every_n_steps: see there.
-        gradient_accumulation_steps: see there.
-        seed: see there.
-        centered: see there.
-        per_layer: see there.
-        sync: see there.
-        params: see there.
-        forward_fn: see there.
+
+    The other options are those of :class:`.TangentLoss`.
     """
 
     default_probes: ClassVar[int]

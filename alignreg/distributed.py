@@ -113,6 +113,33 @@ class _Sum(torch.autograd.Function):
         return gradient * ctx.ranks, None
 
 
+@final
+class AllReduce(torch.autograd.Function):
+    """The sum over ranks, differentiated any number of times: the gradient of a rank's part is the sum of all ranks'.
+
+    For what each rank makes differently of the sum, where :func:`sum_over_ranks` takes all to make the same of it.
+    """
+
+    @staticmethod
+    def sum(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """Return the sum over ranks, which must all call this, and go backward through it, together."""
+        total: Tensor = AllReduce.apply(value, group)  # type: ignore[no-untyped-call]
+        return total
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """Sum."""
+        ctx.group = group
+        total = value.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Sum the gradients."""
+        return AllReduce.sum(gradient, ctx.group), None
+
+
 def find_ddp(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
     """Return the ``DistributedDataParallel`` among the wrappers of ``model``, made ready for :func:`require_sync`."""
     for module in _chain(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar, final
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 
 from alignreg import graph
-from alignreg.batch import Batch, call, flat, map_tensors, size, tensors
+from alignreg.batch import Batch, call, flat, map_tensors, size, take, tensors
 from alignreg.directions import Directions
-from alignreg.frozen import Saved, failing_module, repeatably
+from alignreg.frozen import Frozen, Saved, draws, failing_module, repeatably
 from alignreg.jacobian import Block, Params, reduce_jacobian, signs, tolerance
 
 WORKING_MEMORY = 2 * 2**30
@@ -30,6 +31,17 @@ class NonFiniteOutputError(ValueError):
         super().__init__(
             "the model's outputs contain NaN or inf, so they have no tangent features. "
             "Look for a diverged training run or for missing values in the inputs."
+        )
+
+
+@final
+class NonFiniteGradientError(ValueError):
+    """The gradients of finite outputs contain NaN or inf."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the gradients of the model's outputs contain NaN or inf, though the outputs are finite. Look for the root "
+            "or the norm of zeros (a padded row), or a division of two tiny numbers, and add a small constant inside."
         )
 
 
@@ -54,7 +66,9 @@ class Evaluation:
     Args:
         bound: the model.
         parameters: those to differentiate with respect to, by name.
+        others: the model's other parameters, by name.
         x: the batch.
+        inside: the frozen model.
         chunk_size: how many directions or rows go through the model at once; ``None`` for what is quick.
         create_graph: make results differentiable.
         keep_graph: keep the graph of the first forward pass, for pullbacks of the whole batch.
@@ -64,7 +78,9 @@ class Evaluation:
         self,
         bound: Bound,
         parameters: Mapping[str, Tensor],
+        others: Mapping[str, Tensor],
         x: Batch,
+        inside: Frozen,
         chunk_size: int | None,
         *,
         create_graph: bool,
@@ -72,18 +88,28 @@ class Evaluation:
     ) -> None:
         self.create_graph = create_graph
         self._bound = bound
+        self._inside = inside
         self._chunk_size = chunk_size
-        chosen = {id(parameter) for parameter in parameters.values()}
-        self.params = {name: self._primal(p) for name, p in parameters.items()}
-        self._others = {name: self._primal(p) for name, p in bound.model.named_parameters() if id(p) not in chosen}
+        renormed = _renormed(bound.model)
+        self.params, self._others = (
+            {name: self._primal(p).clone() if name in renormed else self._primal(p) for name, p in some.items()}
+            for some in (parameters, others)
+        )
+        own = {id(p): name for name, p in bound.model.named_parameters()}
         self.x = map_tensors(self._primal, x)
         self._devices = {t.device for t in (*self.params.values(), *tensors(self.x))}
         self.n = size(x)
+        # Whether passes must be kept from what the first one did.
+        self._draws = self._writes_inputs = self._leaves_traces = False
 
         leaves = self.leaves()
         saved = Saved(besides=(*self.params.values(), *self._others.values()))
+        copied = map_tensors(torch.clone, self.x)
+        versions = [part._version for part in tensors(copied)]  # noqa: SLF001 - of changes in place
         with saved.recording():
-            y = self.function(leaves, self.x)
+            y, self._draws = draws(self.function, leaves, copied, devices=self._devices)
+        self._writes_inputs = versions != [part._version for part in tensors(copied)]  # noqa: SLF001
+        self._leaves_traces = inside.settle()
         self.y = y.detach()
         self._graph = (leaves, y) if keep_graph else None
         self.c = y.shape[1]
@@ -94,11 +120,33 @@ class Evaluation:
         self.precision = max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
         if not bool(torch.isfinite(self.y).all()):
             raise NonFiniteOutputError
-        if not y.requires_grad:
+        self.unused = self._unused(y, leaves, own)
+
+    def _unused(self, y: Tensor, leaves: Params, names: Mapping[int, str]) -> set[str]:
+        """Return which of the parameters the outputs do not depend on.
+
+        Raises:
+            ValueError: if there is no other, or the outputs depend on one past the place that it has.
+        """
+        used, elsewhere = graph.sources(y, leaves)
+        held = sorted({names[id(leaf)] for leaf in elsewhere if id(leaf) in names})
+        if held:
+            raise ValueError(
+                f"the model's outputs depend on {held} by something that was made of them before this pass, such as a "
+                "cached weight, which has no derivative here. Clear the cache, or let the model compute it in each "
+                "forward pass."
+            )
+        if not used:
             raise ValueError(
                 f"the model's output does not depend on the selected parameters {list(leaves)}: nothing to "
                 "differentiate. Does forward_fn detach, or run under no_grad?"
             )
+        return leaves.keys() - used
+
+    @property
+    def couples_examples(self) -> bool:
+        """Whether the outputs of an example depend on the others of the batch by its statistics, as they are to."""
+        return self._inside.couples_examples
 
     @property
     def gram_dtype(self) -> torch.dtype:
@@ -113,7 +161,15 @@ class Evaluation:
         # Buffers go in as copies: what a module writes to them in its forward pass is dropped with the copy.
         buffers = {name: buffer.detach().clone() for name, buffer in self._bound.model.named_buffers()}
         state = {f"model.{name}": value for name, value in {**self._others, **buffers, **params}.items()}
-        y = repeatably(functional_call, self._bound, state, (x,), devices=self._devices)
+        if self._writes_inputs:
+            x = map_tensors(torch.clone, x)
+        y = (
+            repeatably(functional_call, self._bound, state, (x,), devices=self._devices)
+            if self._draws
+            else functional_call(self._bound, state, (x,))
+        )
+        if self._leaves_traces:
+            self._inside.settle()
         return _checked_output(y, size(x))
 
     def reduce(
@@ -147,27 +203,49 @@ class Evaluation:
             rows=self._chunk_size or max(1, WORKING_MEMORY // 32 // per_row),
             pullback=pullback,
             before_whole_batch=self.require_independent_examples if independent else None,
+            whole_batch=self.couples_examples,
             create_graph=self.create_graph,
             precision=self.precision,
         )
 
     def require_independent_examples(self) -> None:
-        """Check that the outputs of an example do not depend on the others of its batch.
+        """Check that the outputs of an example do not depend on the others of its batch, unless they are to.
 
         Raises:
             ValueError: if they do: a kernel between two examples is then not defined.
         """
+        if self.couples_examples:
+            return
+        few = representatives(self.n)
+        orders = (
+            torch.arange(self.n),
+            torch.tensor(few).repeat(self.n)[: self.n],
+            torch.arange(self.n).flip(0),
+        )
         with torch.no_grad():
-            again = self.function(self.params, self.x)
-            alone = self.function(self.params, map_tensors(lambda t: t[:1].expand_as(t), self.x))
-        scale = float(torch.linalg.vector_norm(self.y[0].double()))
-        noise, change = (float(torch.linalg.vector_norm((y[0] - self.y[0]).double())) for y in (again, alone))
-        if change > 2 * noise + tolerance(self.precision) * scale:
+            noise, *changes = (
+                (self.function(self.params, take(self.x, order)) - self.y[order.to(self.y.device)]).abs().double()
+                for order in orders
+            )
+        allowed = 2 * noise.amax(0) + rounding(self.y, self.y, tolerance(self.precision), self.precision).amax(0)
+        if not all(bool((change <= allowed).all()) for change in changes):
             raise ValueError(
                 "the model's outputs for an example depend on the other examples of its batch, so there is no kernel "
-                "between examples. Where it normalises over the batch, use running statistics "
-                "(track_running_stats=True), or normalise each example by itself, as GroupNorm does."
+                "between examples. Where it normalizes over the batch, use running statistics "
+                "(track_running_stats=True), or normalize each example by itself, as GroupNorm does."
             )
+
+    def reproduces(self, outputs: Tensor, rows: Tensor, spread: Tensor) -> bool:
+        """Say whether outputs ``(n, c)`` at the examples ``rows`` are those of this batch, but for rounding.
+
+        Args:
+            outputs: of another pass.
+            rows: which of its examples this batch has.
+            spread: ``(n', c)``, from which the spread of each output over examples is taken.
+        """
+        difference = (outputs[rows.to(outputs.device)].to(self.y.device) - self.y).abs().double()
+        allowed = rounding(self.y, spread, torch.finfo(self.precision).eps ** 0.5, self.precision)
+        return bool((difference <= allowed).all())
 
     def pullback(
         self, cotangents: Tensor, *, create_graph: bool | None = None, examples: slice = slice(None)
@@ -181,12 +259,18 @@ class Evaluation:
         """
         create_graph = self.create_graph if create_graph is None else create_graph
         leaves, y = self._graph_of(examples)
-        return graph.pull(y, leaves, cotangents, create_graph=create_graph)
+        columns = graph.pull(y, leaves, cotangents, create_graph=create_graph)
+        if not all(bool(torch.isfinite(column.detach()).all()) for column in columns.values()):
+            raise NonFiniteGradientError
+        return columns
 
     def grams(self, cotangents: Tensor) -> Params:
         """Return ⟨Φᵀω_a, Φᵀω_b⟩ for cotangents ``(m, n, c)``, by parameter name ``(m, m)``."""
         leaves, y = self._graph_of(slice(None))
-        return graph.grams(y, leaves, cotangents, create_graph=self.create_graph)
+        products = graph.grams(y, leaves, cotangents, create_graph=self.create_graph)
+        if not all(bool(torch.isfinite(product.detach()).all()) for product in products.values()):
+            raise NonFiniteGradientError
+        return products
 
     def _graph_of(self, examples: slice) -> tuple[Params, Tensor]:
         if self._graph is not None and examples == slice(None):
@@ -201,14 +285,19 @@ class Evaluation:
         blocks = [(start, min(start + starts.step, directions.m)) for start in starts]
         if not blocks:
             return self.y.new_empty(self.n, self.c, 0)
+        # ⟨u, ΦS⟩ = ⟨Φᵀu, S⟩ for random signs u: both routes have ways to go wrong without an error, such as functions
+        # that may be differentiated once.
+        u = signs(self.y)
+        back = {name: value[0] for name, value in self.pullback(u[None], create_graph=False).items()}
+        check = partial(self._checked_pushforward, directions, blocks, u, back, create_graph=create_graph)
         try:
-            return self._checked_pushforward(self._forward_mode, directions, blocks, create_graph=create_graph)
+            return check(self._forward_mode)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - the plain forward pass ran, so this is forward mode's own failure
             failure = error
         try:
-            return self._checked_pushforward(self._double_reverse, directions, blocks, create_graph=create_graph)
+            return check(self._double_reverse)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it goes into the message
@@ -221,16 +310,14 @@ class Evaluation:
 
     def _checked_pushforward(
         self,
-        route: Callable[[Params, bool], Tensor],
         directions: Directions,
         blocks: Sequence[tuple[int, int]],
+        u: Tensor,
+        back: Params,
+        route: Callable[[Params, bool], Tensor],
         *,
         create_graph: bool,
     ) -> Tensor:
-        # ⟨u, ΦS⟩ = ⟨Φᵀu, S⟩ for random signs u: both routes have ways to go wrong without an error, such as functions
-        # that may be differentiated once.
-        u = signs(self.y)
-        back = self.pullback(u[None], create_graph=False)
         parts: list[Tensor] = []
         difference = torch.zeros((), dtype=torch.float64)
         norm = torch.zeros((), dtype=torch.float64)
@@ -291,13 +378,48 @@ class Evaluation:
         return max(1, min(fit, 8 if self.y.device.type == "cpu" else 64))
 
     def _primal(self, tensor: Tensor) -> Tensor:
+        """Return an alias that the user's hooks on gradients do not see."""
         if tensor.is_inference():
             return tensor.clone()  # made under inference_mode: autograd may not save it
-        return tensor if self.create_graph else tensor.detach()
+        return tensor.view_as(tensor) if self.create_graph else tensor.detach()
 
     def leaves(self) -> Params:
         """Return the parameters as tensors that require a gradient, whether they carry a graph or not."""
         return {name: p if p.requires_grad else p.detach().requires_grad_() for name, p in self.params.items()}
+
+
+def representatives(n: int, seed: int = 0) -> list[int]:
+    """Return the indices of the last example, of a random one and of the first."""
+    generator = torch.Generator().manual_seed(n + (seed << 32))
+    return list(dict.fromkeys((n - 1, int(torch.randint(n, (), generator=generator)), 0)))
+
+
+def rounding(y: Tensor, spread: Tensor, relative: float, precision: torch.dtype) -> Tensor:
+    """Return by how much outputs ``(k, c)`` may differ that are the same function's, in float64.
+
+    Relative to the spread of each output over examples, so that a large constant part hides nothing, and at least what
+    the last digits leave.
+
+    Args:
+        y: the outputs.
+        spread: outputs ``(n, c)`` of the same kind, to take the spread from.
+        relative: which part of the spread.
+        precision: the coarsest dtype on the way to them.
+    """
+    y, spread = y.detach().double(), spread.detach().to(y.device).double()
+    typical = spread.square().mean(0).sqrt()
+    # Of one example the size says as much as there is to know.
+    scale = spread.std(0) if len(spread) > 1 else typical
+    return relative * scale + 4 * torch.finfo(precision).eps * (y.abs() + typical.median())
+
+
+def _renormed(model: nn.Module) -> set[str]:
+    """Return the names of weights that the forward pass changes in place."""
+    return {
+        f"{path}.weight" if path else "weight"
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
+    }
 
 
 def _checked_output(y: Any, n: int) -> Tensor:

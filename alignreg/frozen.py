@@ -2,67 +2,151 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from operator import is_
 from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from alignreg import batch_statistics
+from alignreg.batch_statistics import Statistics
 from alignreg.normalization import PrimitiveNormalization
 from alignreg.sharding import gathered
+from alignreg.switches import DIFFERENTIABLE, RECURRENT
 
 T = TypeVar("T")
 
 
-@contextmanager
-def frozen(model: nn.Module, *, normalization: PrimitiveNormalization | None = None) -> Iterator[None]:
-    """Let the model be differentiated as a deterministic function of its parameters inside the block.
-
-    Inside: gradients are on, whatever the caller's ``no_grad`` or ``inference_mode``; every module is in evaluation
-    mode (dropout off, normalisation with its running statistics, which stay untouched); autocast is off, that
-    of a ``forward`` patched by Accelerate included; compiled parts run eagerly; attention takes the kernel
-    that can be differentiated twice and forward, recurrent layers leave the fused kernels that cannot; parameters
-    that ``fully_shard`` spread over ranks are whole.
-    Afterwards, also after an exception, everything is as before.
+@final
+class Frozen:
+    """What a model is like inside :func:`frozen`.
 
     Args:
         model: the bare model.
-        normalization: how to run normalisations for derivatives of derivatives; fused if there are none.
+        statistics: of the batch, or running ones.
+        over_ranks: take statistics of the batch over ranks where the model does.
     """
-    modules = list(model.modules())
+
+    def __init__(self, model: nn.Module, statistics: Statistics, *, over_ranks: bool) -> None:
+        self._modules = list(model.named_modules())
+        before = [_Attributes(module) for _, module in self._modules]
+        for _, module in self._modules:
+            attributes = module.__dict__
+            # Hooks on gradients are the user's, for the gradients of training: they would change the features.
+            for place in ("_backward_hooks", "_backward_pre_hooks"):
+                if attributes.get(place):
+                    attributes[place] = OrderedDict()
+            if "_original_forward" in attributes and "forward" in attributes:  # patched by Accelerate
+                attributes["forward"] = attributes["_original_forward"]
+            keeps = statistics == "training" and batch_statistics.keeps_running_statistics(module)
+            attributes["training"] = module.training and keeps
+            if own := batch_statistics.differentiable_forward(module, over_ranks=over_ranks):
+                attributes["forward"] = own
+        self.couples_examples = statistics == "training" and any(
+            batch_statistics.couples_examples(module) for _, module in self._modules
+        )
+        self._modes = [module.training for _, module in self._modules]
+        self._outside, self._inside = before, [_Attributes(module) for _, module in self._modules]
+
+    def settle(self) -> bool:
+        """Put back what a forward pass left on its modules, and say whether there was something.
+
+        Raises:
+            RuntimeError: if it switched their modes.
+        """
+        for (path, module), training in zip(self._modules, self._modes, strict=True):
+            if module.training != training:
+                raise RuntimeError(
+                    f"the forward pass switches {path or 'the model'!r} ({type(module).__name__}) to "
+                    f"{'training' if module.training else 'evaluation'} mode, so that what is differentiated is not "
+                    "the model as it predicts. Set modes outside of forward()."
+                )
+        changed = [attributes.restore() for attributes in self._inside]
+        return any(changed)
+
+    def leave(self) -> None:
+        """Put everything back."""
+        for attributes in self._outside:
+            attributes.restore()
+
+
+@final
+class _Attributes:
+    """The attributes of a module, and what the lists, dicts and sets among them hold."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._live = module.__dict__
+        self._values = dict(self._live)
+        self._contents = [(held, held.copy()) for held in self._values.values() if isinstance(held, list | dict | set)]
+
+    def restore(self) -> bool:
+        """Put them back, and say whether one had changed."""
+        changed = not _same(self._live, self._values)
+        if changed:
+            for name in self._live.keys() - self._values:
+                del self._live[name]
+            self._live.update(self._values)
+        for held, before in self._contents:
+            if not _same(held, before):
+                changed = True
+                held.clear()
+                held.extend(before) if isinstance(held, list) else held.update(before)
+        return changed
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Say whether two lists, dicts or sets hold the same objects."""
+    if len(one) != len(other):
+        return False
+    if isinstance(one, dict):
+        return all(map(is_, one, other)) and all(map(is_, one.values(), other.values()))
+    return bool(one == other) if isinstance(one, set) else all(map(is_, one, other))
+
+
+@contextmanager
+def frozen(
+    model: nn.Module,
+    *,
+    statistics: Statistics = "running",
+    over_ranks: bool = False,
+    normalization: PrimitiveNormalization | None = None,
+) -> Iterator[Frozen]:
+    """Let the model be differentiated as a deterministic function of its parameters inside the block.
+
+    Inside: gradients are on, whatever the caller's ``no_grad`` or ``inference_mode``; every module is in evaluation
+    mode (dropout off, normalization with running statistics, which stay untouched), except with
+    ``statistics="training"`` those that normalize by the statistics of the batch while they train; autocast is off,
+    that of a ``forward`` patched by Accelerate included; compiled parts run eagerly; attention takes the kernel
+    that can be differentiated twice and forward, recurrent layers leave the fused kernels that cannot; parameters
+    that ``fully_shard`` spread over ranks are whole; the modules' hooks on gradients are off.
+    Afterwards, also after an exception, everything is as before, attributes that the forward pass sets included.
+
+    Args:
+        model: the bare model.
+        statistics: with which modules in training mode normalize.
+        over_ranks: take the statistics of a ``SyncBatchNorm`` over ranks.
+        normalization: how to run normalizations for derivatives of derivatives; fused if there are none.
+    """
     with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        # A batching rule that torch lacks, and the switch of recurrent layers below: notes, the results are the same.
-        warnings.filterwarnings("ignore", message="There is a performance drop because")
-        warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")
+        stack.enter_context(DIFFERENTIABLE.held())
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            stack.enter_context(RECURRENT.held())
+        stack.enter_context(_alone())
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(gathered(model))
         for device in {"cpu", *(parameter.device.type for parameter in model.parameters())}:
             stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        # In evaluation mode attention would take a fused path that has no forward-mode derivative.
-        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-        torch.backends.mha.set_fastpath_enabled(False)
-        if any(isinstance(module, nn.RNNBase) for module in modules):
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-            if torch.cuda.is_available():
-                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        if "torch._dynamo" in sys.modules:  # only then can a part of the model be compiled
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for module in modules:
-            stack.callback(module.__dict__.__setitem__, "training", module.training)
-            module.__dict__["training"] = False
-            if "_original_forward" in module.__dict__ and "forward" in module.__dict__:
-                stack.callback(module.__dict__.__setitem__, "forward", module.__dict__["forward"])
-                module.__dict__["forward"] = module.__dict__["_original_forward"]
+        inside = Frozen(model, statistics, over_ranks=over_ranks)
+        stack.callback(inside.leave)
         if normalization is not None:
             stack.enter_context(normalization)
-        yield
+        yield inside
 
 
 def repeatably(fn: Callable[..., T], *args: Any, devices: set[torch.device]) -> T:
@@ -70,6 +154,58 @@ def repeatably(fn: Callable[..., T], *args: Any, devices: set[torch.device]) -> 
     cuda = [device for device in devices if device.type == "cuda"]
     with torch.random.fork_rng(devices=cuda):
         return fn(*args)
+
+
+def draws(fn: Callable[..., T], *args: Any, devices: set[torch.device]) -> tuple[T, bool]:
+    """Call ``fn`` and say whether it draws from the global random states, which are put back if it does.
+
+    If it does not, they are left alone: other threads may be drawing, whose numbers must not come twice.
+    """
+    before = _random_states(devices)
+    result = fn(*args)
+    after = _random_states(devices)
+    if all(map(torch.equal, before.values(), after.values())):
+        return result, False
+    if threading.active_count() > 1:
+        with torch.no_grad(), _Draws() as seen:  # type: ignore[no-untyped-call]
+            fn(*args)
+        if not seen.any:
+            return result, False
+    _set_random_states(before)
+    return result, True
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Put the CPU's random state back after the block, also after an exception, if no other thread can have moved it."""
+    before = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        if threading.active_count() == 1 and not torch.equal(before, torch.get_rng_state()):
+            torch.set_rng_state(before)
+
+
+def _random_states(devices: set[torch.device]) -> dict[torch.device, Tensor]:
+    states = {device: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
+    return {torch.device("cpu"): torch.get_rng_state(), **states}
+
+
+def _set_random_states(states: dict[torch.device, Tensor]) -> None:
+    for device, state in states.items():
+        torch.set_rng_state(state) if device.type == "cpu" else torch.cuda.set_rng_state(state, device)
+
+
+@final
+class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes whether an operation draws at random."""
+
+    any = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation."""
+        self.any |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
 
 
 @final

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,18 @@ def twice_differentiable(y: Tensor) -> bool:
 def leaves_of(value: Tensor) -> list[Tensor]:
     """Return the leaves, parameters mostly, that a value depends on."""
     return [node.variable for node in _nodes(value) if hasattr(node, "variable")]
+
+
+def sources(y: Tensor, params: Mapping[str, Tensor]) -> tuple[set[str], list[Tensor]]:
+    """Return the names of the tensors that y depends on, and the leaves that it depends on past them."""
+    places = {get_gradient_edge(p).node: name for name, p in params.items()}
+    used, elsewhere = set(), []
+    for node in _nodes(y, stop=places):
+        if node in places:
+            used.add(places[node])
+        elif hasattr(node, "variable"):
+            elsewhere.append(node.variable)
+    return used, elsewhere
 
 
 def pull(y: Tensor, params: Mapping[str, Tensor], cotangents: Tensor, *, create_graph: bool) -> dict[str, Tensor]:
@@ -152,7 +164,7 @@ def _products(y: Tensor, params: Mapping[str, Tensor]) -> dict[str, _Product]:
     return found
 
 
-def _nodes(y: Tensor) -> Iterator[Any]:
+def _nodes(y: Tensor, stop: Container[Any] = ()) -> Iterator[Any]:
     seen: set[Any] = set()
     waiting = [y.grad_fn]
     while waiting:
@@ -160,4 +172,5 @@ def _nodes(y: Tensor) -> Iterator[Any]:
         if node is not None and node not in seen:
             seen.add(node)
             yield node
-            waiting += [following for following, _ in node.next_functions]
+            if node not in stop:
+                waiting += [following for following, _ in node.next_functions]

@@ -47,6 +47,7 @@ def reduce_jacobian(
     rows: int,
     pullback: Callable[[Tensor], Params],
     before_whole_batch: Callable[[], None] | None = None,
+    whole_batch: bool = False,
     create_graph: bool,
     precision: torch.dtype,
 ) -> T:
@@ -67,6 +68,7 @@ def reduce_jacobian(
         rows: how many rows (example, output) of the Jacobian may be in memory at once.
         pullback: ``u (n, c) -> Jᵀu``, by which the routes are checked.
         before_whole_batch: called before the last route is tried; may raise.
+        whole_batch: try the last route alone, for functions that take all examples together.
         create_graph: keep the graph of the Jacobian, for differentiating it again.
         precision: the coarsest dtype on the way through f.
 
@@ -77,10 +79,10 @@ def reduce_jacobian(
     probe = signs(torch.empty(n, outputs))
     expected = pullback(probe)
     per_example = partial(_by_row, examples=1, create_graph=create_graph)
-    whole_batch = partial(_by_row, examples=n, create_graph=create_graph)
+    last = partial(_by_row, examples=n, create_graph=create_graph)
     failure: Exception | None = None
-    for route in (_by_example, per_example, whole_batch):
-        if route is whole_batch and before_whole_batch is not None:
+    for route in (last,) if whole_batch else (_by_example, per_example, last):
+        if route is last and before_whole_batch is not None:
             before_whole_batch()
         try:
             return consume(_checked(route(f, params, x, outputs, rows), probe, expected, precision))
@@ -122,6 +124,8 @@ def _by_row(
                 torch.autograd.grad(
                     y[i, k], leaves, retain_graph=True, create_graph=create_graph, materialize_grads=True
                 )
+                if y.requires_grad
+                else [torch.zeros_like(leaf) for leaf in leaves]  # none of these parameters matters
                 for i in range(start, stop)
                 for k in range(outputs)
             ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
@@ -10,11 +12,12 @@ from typing import Any, Literal, final, overload
 import torch
 from torch import Tensor, nn
 
-from alignreg import graph
-from alignreg.batch import as_batch, slice_examples
+from alignreg import batch_statistics, graph
+from alignreg.batch import as_batch, size, take
+from alignreg.batch_statistics import Statistics
 from alignreg.directions import Directions, GivenDirections
 from alignreg.distributed import unwrap
-from alignreg.evaluation import Bound, Evaluation, ForwardFn
+from alignreg.evaluation import Bound, Evaluation, ForwardFn, representatives
 from alignreg.frozen import frozen
 from alignreg.jacobian import Block, Params
 from alignreg.kernels import factored
@@ -53,6 +56,11 @@ class TangentFeatures:
         chunk_size: how many directions, or rows of the Jacobian, go through the model at once. By default as many as
             are quick and keep the working memory under 2 GiB, beyond a forward and backward pass of the batch and the
             result. It changes no value.
+        statistics: with which statistics modules in training mode normalize (``BatchNorm``, and modules of your own
+            that have buffers ``running_...``): ``"running"``, those that the model predicts with, or ``"training"``,
+            those of the batch as functions of the weights, which is the function that a training step
+            differentiates. Modules in evaluation mode have the running ones. Features are then those of the batch
+            as one function: the kernel of the batch goes by rows of the whole Jacobian, which is slow.
 
     Raises:
         TypeError: if the model is sharded otherwise (FSDP1, tensor parallelism).
@@ -76,6 +84,7 @@ class TangentFeatures:
         params: str | Sequence[str] | None = None,
         forward_fn: ForwardFn | None = None,
         chunk_size: int | None = None,
+        statistics: Statistics = "running",
     ) -> None:
         if chunk_size is not None and (isinstance(chunk_size, bool) or chunk_size < 1):
             raise ValueError(f"chunk_size: expected a positive integer or None, got {chunk_size!r}.")
@@ -85,14 +94,27 @@ class TangentFeatures:
         self._patterns = patterns
         self._forward_fn = forward_fn
         self._chunk_size = chunk_size
+        self.statistics = batch_statistics.check(statistics)
+        self.over_ranks = False
+        """Whether a ``SyncBatchNorm`` takes the statistics of all ranks, which must then make every call together."""
         self._bound: Bound | None = Bound(bare, forward_fn)
         self._refused: set[str] = set()  # parameters that the model uses otherwise than the rules of layers know
+        self._aliases: dict[str, Tensor] | None = None
+        self._warned: set[str] = set()
+        self._memo: dict[int, Any] | None = None
+        self._looks = 0
 
     @property
     def model(self) -> nn.Module:
         """The bare model."""
         if self._bound is None:
             raise RuntimeError("these tangent features lost their model in pickling: call bind(model) first.")
+        if self._memo is not None:
+            # Copied before its model was, in one deepcopy that is over by now.
+            copied = self._memo.get(id(self._bound.model))
+            self._memo = None
+            if copied is not None:
+                self._bound = Bound(copied, self._forward_fn)
         return self._bound.model
 
     @property
@@ -105,7 +127,23 @@ class TangentFeatures:
                 f"parameters {changed} of the model were removed or changed shape since it was bound. "
                 "Make new tangent features for the changed model."
             )
+        if self._patterns is None:
+            self._notice({name for name, p in live.items() if p.requires_grad} - self._shapes.keys(), "trainable")
+        self._notice({name for name in self._shapes if not live[name].requires_grad}, "frozen")
         return {name: live[name] for name in self._shapes}
+
+    def _notice(self, names: set[str], become: str) -> None:
+        if names:
+            self._warn(
+                f"parameters {sorted(names)} have become {become} since the model was bound: "
+                f"{'they do not count' if become == 'trainable' else 'they still count'}. Call bind(model) to select "
+                "parameters anew."
+            )
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, UserWarning, stacklevel=4)
 
     @property
     def num_parameters(self) -> int:
@@ -121,33 +159,49 @@ class TangentFeatures:
         return owners
 
     def bind(self, model: nn.Module) -> None:
-        """Refer to ``model`` from now on, which must have the same selected parameters.
+        """Refer to ``model`` from now on, which must have the same parameters; or select them anew of the same model.
 
         Raises:
-            ValueError: if its parameters differ in name or shape.
+            ValueError: if the selected parameters of another model differ in name or shape.
         """
         bare = unwrap(model)
         shapes = {name: p.shape for name, p in select(bare, self._patterns).items()}
-        if shapes != self._shapes:
+        if shapes != self._shapes and (self._bound is None or bare is not self.model):
             odd = sorted(name for name in shapes.keys() | self._shapes if shapes.get(name) != self._shapes.get(name))
             raise ValueError(f"model: its selected parameters differ from those bound before: {odd}.")
+        self._shapes = shapes
         self._bound = Bound(bare, self._forward_fn)
         self._refused = set()
+        self._warned = set()
+        self._memo = None
 
     def _layer_of(self, *, per_layer: bool) -> dict[str, str]:
         return {name: layer if per_layer else "" for layer, names in self.layers.items() for name in names}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TangentFeatures:
-        # A copy of what watches the model watches the same live model, unless the model is being copied along.
+        # A copy of what watches the model watches the same live model, unless the model is being copied along: before,
+        # or after, which shows at the first use.
+        bound = None if self._bound is None else Bound(self.model, self._forward_fn)
         copied = copy(self)
-        copied.__dict__["_bound"] = self._bound
-        copied.__dict__["_refused"] = set(self._refused)
-        if self._bound is not None and id(self._bound.model) in memo:
-            copied.__dict__["_bound"] = Bound(memo[id(self._bound.model)], self._forward_fn)
+        copied.__dict__.update(_bound=bound, _memo=memo, _refused=set(self._refused), _warned=set(self._warned))
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bound": None}
+        return {**self.__dict__, "_bound": None, "_memo": None, "_aliases": None}
+
+    @contextmanager
+    def detached(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Differentiate with respect to detached aliases of all parameters inside the block: ``(parameter, alias)``.
+
+        What hangs on the parameters themselves (hooks, caches) does not see the passes, and is to be handed the
+        gradients of the aliases.
+        """
+        own = dict(self.model.named_parameters())
+        self._aliases = {name: p.detach().requires_grad_(p.requires_grad) for name, p in own.items()}
+        try:
+            yield [(p, self._aliases[name]) for name, p in own.items()]
+        finally:
+            self._aliases = None
 
     def outputs(self, x: Any) -> Tensor:
         """Return f(x) ``(n, c)``: the outputs that are differentiated, without a gradient history.
@@ -421,9 +475,10 @@ class TangentFeatures:
     def agree(self, x: Any, outputs: Tensor) -> bool:
         """Say whether ``outputs`` of a forward pass of yours can stand for those that are differentiated here.
 
-        They cannot where dropout is on, normalisation takes the statistics of the batch or autocast rounds, for which
-        two examples are looked at; nor where attention, recurrent layers or compiled parts ran in kernels that are
-        differentiated once only.
+        They cannot where dropout is on, normalization takes other statistics than here or autocast rounds, for which
+        they are compared, output by output, at the first, the last and a random example (all of them where the batch
+        is normalized by its own statistics); nor where attention, recurrent layers or compiled parts ran in kernels
+        that are differentiated once only.
 
         Args:
             x: tensor, tuple or dict of tensors with the n examples on axis 0.
@@ -441,12 +496,23 @@ class TangentFeatures:
             >>> TangentFeatures(net).agree(x, net(x)), TangentFeatures(net.eval()).agree(x, net(x))
             (False, True)
         """
-        with self._evaluation(slice_examples(as_batch(x), 0, 2), create_graph=False) as at:
+        batch = as_batch(x)
+        n = size(batch)
+        if outputs.ndim != 2 or len(outputs) != n:
+            return False
+        rows = torch.tensor(representatives(n, seed=self._looks))
+        if self.couples_examples:
+            rows = torch.randperm(n, generator=torch.Generator().manual_seed(self._looks))
+        self._looks += 1
+        with self._evaluation(take(batch, rows), create_graph=False) as at:
             if outputs.shape[1:] != at.y.shape[1:] or outputs.dtype != at.y.dtype:
                 return False
-            difference = torch.linalg.vector_norm((outputs[:2].detach() - at.y).double())
-            same = difference <= torch.finfo(at.precision).eps ** 0.5 * torch.linalg.vector_norm(at.y.double())
-            return bool(same) and graph.twice_differentiable(outputs)
+            return at.reproduces(outputs.detach(), rows, outputs) and graph.twice_differentiable(outputs)
+
+    @property
+    def couples_examples(self) -> bool:
+        """Whether, in the present modes, outputs of an example depend on the others of its batch by its statistics."""
+        return self.statistics == "training" and any(map(batch_statistics.couples_examples, self.model.modules()))
 
     def _own_parameters(self) -> dict[str, nn.Parameter]:
         if is_sharded(self.model):
@@ -458,13 +524,31 @@ class TangentFeatures:
         model = self.model
         batch = as_batch(x)
         normalization = PrimitiveNormalization(backward_only=backward_only) if create_graph else None
-        with frozen(model, normalization=normalization):
+        with frozen(
+            model, statistics=self.statistics, over_ranks=self.over_ranks, normalization=normalization
+        ) as inside:
             assert self._bound is not None
-            yield Evaluation(
+            selected = self.parameters
+            every = self._aliases if self._aliases is not None else dict(model.named_parameters())
+            evaluation = Evaluation(
                 self._bound,
-                self.parameters,
+                {name: every[name] for name in selected},
+                {name: p for name, p in every.items() if name not in selected},
                 batch,
+                inside,
                 self._chunk_size,
                 create_graph=create_graph,
                 keep_graph=backward_only,
+            )
+            self._notice_unused(evaluation.unused)
+            yield evaluation
+
+    def _notice_unused(self, names: set[str]) -> None:
+        kinds = {re.sub(r"\d+", "", name) for name in self._shapes.keys() - names}
+        # Of experts, say, some are used and some are not.
+        if odd := sorted(name for name in names if re.sub(r"\d+", "", name) not in kinds):
+            self._warn(
+                f"the model's outputs do not depend on {odd}, whose features are zero. That is as it should be for "
+                "layers that these outputs do not use, as the pooler of an encoder; it is not for weights whose "
+                "place something else holds, such as merged adapters or a weight that is cached in evaluation mode."
             )

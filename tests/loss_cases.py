@@ -82,6 +82,7 @@ def formula(
     forward_fn=oracles.call,
     c=3,
     offset=0,
+    trained=True,
 ):
     """The loss at step 0, from rows of the Jacobian."""
     n = len(y)
@@ -92,7 +93,7 @@ def formula(
         for k, p in model.named_parameters()
         if p.requires_grad and any(fnmatchcase(k, pattern) for pattern in patterns)
     }
-    jac = oracles.jacobian(model, oracles.take(x, rows), forward_fn, names)
+    jac = oracles.jacobian(model, oracles.take(x, rows), forward_fn, names, trained=trained)
     s = len(rows)
     omega = sketches.probes(probes, s, c, seed=seed, offset=offset, like=torch.empty(0, dtype=torch.float64))
     layers = {}

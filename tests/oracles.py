@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 import torch
+from torch.nn.modules.batchnorm import _NormBase as NormBase
 
 
 def call(model, x):
@@ -30,9 +31,15 @@ def take(x, rows):
     return tuple(v[rows] for v in x) if isinstance(x, tuple) else x[rows]
 
 
-def jacobian(model, x, forward_fn=call, names=None):
-    """Row by row: ∇_w f_k(x_i) of a float64 copy in evaluation mode, as {name: (n, c, *shape)}."""
+def jacobian(model, x, forward_fn=call, names=None, *, trained=False):
+    """Row by row: ∇_w f_k(x_i) of a float64 copy, as {name: (n, c, *shape)}.
+
+    In evaluation mode, or as it is trained: modules that normalise by the batch do so as the model's own would now.
+    """
+    modes = [module.training and isinstance(module, NormBase) for module in model.modules()]
     model = copy.deepcopy(model).double().eval()
+    for module, training in zip(model.modules(), modes, strict=True):
+        module.training = training and trained
     parameters = {k: p for k, p in model.named_parameters() if (p.requires_grad if names is None else k in names)}
     with torch.enable_grad():
         y = forward_fn(model, double(x))

@@ -220,7 +220,7 @@ def test_schedule_sees_optimiser_steps(kind):
         ValueError, match="weight: expected a finite number of at least 0, from the schedule at step 3, got -1"
     ):
         reg(x, y)
-    assert int(reg.step) == count
+    assert int(reg.step) == count + 1  # on other ranks the step may have gone well
 
 
 @pytest.mark.parametrize("kind", LOSSES)
@@ -266,7 +266,6 @@ class Attention(nn.Module):
 
 NOT_REUSED = {
     "dropout": lambda: nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.Linear(5, 3)).train(),
-    "batch statistics": lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)).train(),
     "autocast": lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)),
     "fused attention": Attention,
     "compiled": lambda: torch.compile(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), backend="aot_eager"),
@@ -294,6 +293,28 @@ def test_outputs_of_another_function_are_not_reused(case, kind):
     assert len(told) == (0 if case == "sub-batch" else 1)
     value.backward()
     assert float(value.detach()) == float(make(kind, model, weight=1.0, examples=examples)(x, y).detach())
+
+
+@pytest.mark.parametrize("kind", ["alignment", "complexity", "participation ratio"])
+def test_outputs_of_a_training_pass_serve_where_it_normalises_by_the_batch(kind):
+    model, x, y = problem("batchnorm in train mode")
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    losses = [make(kind, model, weight=1.0), make(kind, model, weight=1.0)]
+    for call in range(5):
+        outputs = model(x)
+        passes.clear()
+        value = losses[0](x, y, outputs=outputs)
+        assert len(passes) <= (0 if call == 2 else 2)  # looked at in the 1st, 2nd and 4th
+        own = losses[1](x, y)
+        assert float(value.detach()) == pytest.approx(float(own.detach()), rel=1e-12)
+        grads = [torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True) for loss in (value, own)]
+        torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.eval()
+        losses[0](x, y, outputs=model(x) + 1)  # another function in another mode is noticed
+    assert [str(warning.message).split(":")[0] for warning in caught] == ["outputs"]
 
 
 def test_layers_without_a_say_are_left_out_with_one_warning():
@@ -350,7 +371,7 @@ def test_short_targets_are_refused_between_strides_too(kind):
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_bad_batches_count_nothing(kind):
+def test_misuse_counts_nothing_and_bad_values_count(kind):
     model, x, y = problem()
     reg = make(kind, model, weight=1.0)
     reg(x, y)
@@ -360,15 +381,23 @@ def test_bad_batches_count_nothing(kind):
         ((3.0, y), TypeError, "got float"),
         ((x, y.tolist()), TypeError, "target: expected a tensor, got list"),
         ((x, y[0]), ValueError, "one row for each of the 7"),
-        ((x * torch.nan, y), ValueError, "NaN or inf"),
         ((model(x), y), ValueError, r"probably predictions.*reg\(x, y\)"),
     ]
     if kind in ("alignment", "kare"):
-        cases += [((x,), ValueError, r"Call reg\(x, y\)"), ((x, y + 1), ValueError, r"in \[0, 3\)")]
+        cases += [((x,), ValueError, r"Call reg\(x, y\)")]
     for arguments, error, message in cases:
         with pytest.raises(error, match=message):
             reg(*arguments)
         assert int(reg.step) == 1
+    with pytest.raises(ValueError, match="NaN or inf"):
+        reg(x * torch.nan, y)
+    assert int(reg.step) == 2
+    if kind in ("alignment", "kare"):
+        reg.every_n_steps = 2
+        reg(x, y)
+        with pytest.raises(ValueError, match=r"in \[0, 3\)"):  # between strides too
+            reg(x, y + 1)
+        assert int(reg.step) == 4
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])

@@ -1,5 +1,7 @@
 """TangentFeatures against row-by-row gradients, over the models of cases.py."""
 
+import itertools
+
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -216,16 +218,15 @@ def test_autocast_inside_the_model():
 
 def test_self_check_refuses_a_kernel_that_is_none():
     """A model that answers differently from call to call has no kernel."""
+    calls = itertools.count(1)
 
     class Drifting(nn.Module):
         def __init__(self):
             super().__init__()
             self.lin = nn.Linear(4, 3)
-            self.calls = 0
 
         def forward(self, x):
-            self.calls += 1
-            return self.calls * self.lin(x)
+            return next(calls) * self.lin(x)
 
     with pytest.raises(RuntimeError, match="deterministic function"):
         TangentFeatures(Drifting()).kernel(torch.randn(5, 4))

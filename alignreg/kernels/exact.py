@@ -40,6 +40,8 @@ def kernels(
         RuntimeError: if a kernel fails its self-check.
     """
     probes = _Probes(one, two)
+    if one.couples_examples:
+        refused = set(layer_of)  # rules take the gradients of each example alone
     while True:
         sums, done, torn = _by_rules(one, two, layer_of, refused, probes, tick)
         failing = [names for names in done if not probes.agree(names)]
@@ -83,7 +85,7 @@ class _Probes:
         self._right = self._left if two is None else self._draw(two, seed=1)
         self._seen: dict[tuple[str, ...], Tensor] = {}
         self._norms: dict[tuple[str, ...], float] = {}
-        self._in_halves = True
+        self._in_halves = not one.couples_examples
         self._expected = self._products()
 
     def clear(self) -> None:

@@ -42,6 +42,9 @@ class AlignmentLoss(ProbeLoss):
         per_layer: take the mean of the losses of the layers' own kernels, without those
             that have nothing along the targets.
         sync: under several processes, the loss of all their examples together.
+        statistics: with which statistics modules in training mode normalize: ``"training"``, those of the loss's
+            examples, or ``"running"``.
+        on_nonfinite: ``"raise"``, or ``"skip"`` the step with one warning.
         params: glob pattern or patterns of parameter names.
         forward_fn: ``(model, x) -> (n, c)`` for models with another output.
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ClassVar, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,14 @@ from torch.autograd.function import once_differentiable
 
 from alignreg import sketches
 from alignreg.batch import Batch, as_inputs, size, take
+from alignreg.batch_statistics import Statistics
 from alignreg.distributed import find_ddp, rank, require_sync, world_size
-from alignreg.evaluation import ForwardFn
+from alignreg.evaluation import ForwardFn, NonFiniteGradientError, NonFiniteOutputError
 from alignreg.frozen import frozen
-from alignreg.graph import leaves_of
+from alignreg.graph import leaves_of, twice_differentiable
 from alignreg.sharding import is_sharded, ranks_of
 from alignreg.tangents import TangentFeatures
+from alignreg.targets import encode
 
 Weight = float | Callable[[int], float]
 """A factor, or a schedule: the factor at an optimiser step."""
@@ -44,7 +47,9 @@ class TangentLoss(nn.Module, ABC):
     r"""A term to add to a training loss, on the tangent features of the live model.
 
     ``reg(x, y)`` is a differentiable scalar; it needs no prediction of the model and runs the bare module on its own,
-    in full precision, with dropout off and normalisation with its running statistics. Its gradient is computed at
+    in full precision and with dropout off. Modules in training mode that normalize by the statistics of the batch
+    (``BatchNorm``) do so here too, by those of the loss's examples as functions of the weights: the loss
+    differentiates the function that is trained. Running statistics stay as they are. Its gradient is computed at
     once, under these same conditions, and handed over in ``backward()``, so that checkpointed modules are recomputed,
     and autocast regions left, as they must be; there are no second derivatives. The loss holds the model by reference
     and registers nothing of it: ``parameters()`` is empty, ``state_dict()`` holds the step alone.
@@ -73,6 +78,11 @@ class TangentLoss(nn.Module, ABC):
         centered: centre the kernel over the examples.
         per_layer: take the mean of the losses of the layers' own kernels.
         sync: under several processes, the loss of all their examples together.
+        statistics: with which statistics modules in training mode normalize: ``"training"``, those of the loss's
+            examples, or ``"running"``, those that the model predicts with, which training does not keep in step: a
+            network with ``BatchNorm`` may be ruined (docs/losses.md).
+        on_nonfinite: what to do where outputs or gradients contain NaN or inf: ``"raise"``, or ``"skip"`` the step
+            with one warning, as a zero. Either way the step counts.
         params: glob pattern or patterns of parameter names whose tangent features count; all trainable ones by
             default. Gradients flow to whatever these features depend on.
         forward_fn: ``(model, x) -> (n, c)`` for models with another output.
@@ -95,6 +105,8 @@ class TangentLoss(nn.Module, ABC):
         centered: bool = True,
         per_layer: bool = False,
         sync: bool = False,
+        statistics: Statistics = "training",
+        on_nonfinite: Literal["raise", "skip"] = "raise",
         params: str | Sequence[str] | None = None,
         forward_fn: ForwardFn | None = None,
     ) -> None:
@@ -114,9 +126,15 @@ class TangentLoss(nn.Module, ABC):
         self.centered = centered
         self.per_layer = per_layer
         self.sync = sync
-        self._features = TangentFeatures(model, params=params, forward_fn=forward_fn)
+        if on_nonfinite not in ("raise", "skip"):
+            raise ValueError(f"on_nonfinite: expected 'raise' or 'skip', got {on_nonfinite!r}.")
+        self.on_nonfinite = on_nonfinite
+        self._features = TangentFeatures(model, params=params, forward_fn=forward_fn, statistics=statistics)
+        self._features.over_ranks = sync
         self._refer(model)
         self._num_outputs: int | None = None
+        self._held: bool | None = None
+        self._reuse: tuple[Any, int] = (None, 0)
         self._warned: set[str] = set()
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
@@ -142,9 +160,8 @@ class TangentLoss(nn.Module, ABC):
             x: the model's inputs: tensor, tuple or dict of tensors with the examples on axis 0.
             y: their targets, as :func:`alignreg.targets.encode` reads them.
             outputs: f(x) ``(n, c)`` from your own forward pass, with its graph, to save this loss one of its own. They
-                are used if all examples count and the pass was what this loss would have run (no dropout, no batch
-                normalisation in training mode, no autocast), which is looked at on two examples; else the loss
-                runs the model itself.
+                are used if all examples count and the pass was what this loss would have run (no dropout, no autocast),
+                which is looked at on a few examples; else the loss runs the model itself.
 
         Returns:
             A scalar in the precision of the parameters, float32 at least.
@@ -154,21 +171,29 @@ class TangentLoss(nn.Module, ABC):
             ValueError: if ``x`` is empty, does not fit ``y`` or ``outputs``, or carries a gradient history, if the
                 output is not a finite ``(n, c)``, or a schedule gives no finite number of at least 0.
         """
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # noqa: SLF001 - it has no public name
+            raise RuntimeError(
+                "a loss on tangent features computes its gradient by itself and cannot run inside a transform of "
+                "torch.func (grad, vmap, ...). Use backward() or torch.autograd.grad."
+            )
         batch = as_inputs(x)
         self._check(size(batch), y, outputs)
+        zero = self._zero()
         if not self.training:
-            return self._zero()
+            return zero
         call = int(self.step)
+        self._count()  # also where this raises: ranks that differ in their steps would part, or wait for each other
+        if y is not None and self.needs_targets:
+            encode(y, self._width(batch), size(batch))  # all of them, at every step
         step = call // self.gradient_accumulation_steps
         weight = _check_weight(self.weight(step), step) if callable(self.weight) else self.weight
         loss = None
         if weight > 0 and step % self.every_n_steps == 0:
             loss = self._evaluate(self._sample(batch, y, outputs, call), weight * self.every_n_steps)
-        self.step += 1
         if loss is None:
-            return self._zero()
+            return zero
         if not loss.requires_grad:
-            loss = loss + self._zero()  # features that depend on no parameter, as those of a linear model
+            loss = loss + zero  # features that depend on no parameter, as those of a linear model
         if self._ddp.module is not None:
             require_sync(loss, self._ddp.module)
         elif world_size() > 1 and not is_sharded(self._features.model):
@@ -177,6 +202,31 @@ class TangentLoss(nn.Module, ABC):
                 "this loss's gradients are averaged over them cannot be checked. Pass the wrapped model, or bind() it."
             )
         return loss
+
+    @contextmanager
+    def same_step(self) -> Iterator[None]:
+        """Let all calls inside the block be the same one: the same probes and examples, counted once.
+
+        For optimizers that evaluate a step more than once, as L-BFGS and SAM do:
+
+            with reg.same_step():
+                optimizer.step(closure)
+        """
+        if self._held is not None:
+            yield  # inside another
+            return
+        self._held = False
+        try:
+            yield
+        finally:
+            called, self._held = self._held, None
+            self.step += int(called)
+
+    def _count(self) -> None:
+        if self._held is None:
+            self.step += 1
+        else:
+            self._held = True
 
     def extra_repr(self) -> str:
         """Show the options."""
@@ -189,15 +239,31 @@ class TangentLoss(nn.Module, ABC):
 
     def _evaluate(self, sample: Sample, factor: float) -> Tensor | None:
         create_graph = torch.is_grad_enabled()
-        with frozen(self._features.model):
-            value = self._estimate(sample, create_graph=create_graph)
-            if value is None or not create_graph or not value.requires_grad:
-                return None if value is None else factor * value.detach()
-            leaves = leaves_of(value)
-            gradients = torch.autograd.grad(
-                factor * value, leaves, retain_graph=sample.outputs is not None, allow_unused=True
-            )
-        loss: Tensor = _Known.apply(factor * value.detach(), gradients, *leaves)  # type: ignore[no-untyped-call]
+        features = self._features
+        # The graph of the caller's outputs hangs on the parameters themselves.
+        own_pass: AbstractContextManager[list[tuple[Tensor, Tensor]]] = nullcontext([])
+        if sample.outputs is None:
+            own_pass = features.detached()
+        try:
+            with frozen(features.model, statistics=features.statistics, over_ranks=features.over_ranks):
+                with own_pass as aliases:
+                    value = self._estimate(sample, create_graph=create_graph)
+                if value is None or not create_graph or not value.requires_grad:
+                    return None if value is None else factor * value.detach()
+                leaves = leaves_of(value)
+                gradients = torch.autograd.grad(
+                    factor * value, leaves, retain_graph=sample.outputs is not None, allow_unused=True
+                )
+                value = factor * value.detach()
+                _require_finite(value, gradients)
+        except (NonFiniteOutputError, NonFiniteGradientError) as error:
+            if self.on_nonfinite == "raise":
+                raise
+            self._warn(f"A step of {type(self).__name__} is left out: {error}")
+            return None
+        own = {id(alias): parameter for parameter, alias in aliases}
+        known = [(own.get(id(leaf), leaf), g) for leaf, g in zip(leaves, gradients, strict=True) if g is not None]
+        loss: Tensor = _Known.apply(value, [g for _, g in known], *(p for p, _ in known))  # type: ignore[no-untyped-call]
         return loss
 
     @property
@@ -242,13 +308,31 @@ class TangentLoss(nn.Module, ABC):
         if outputs is None or not torch.is_grad_enabled():
             return None
         static = self._ddp.module is not None and self._ddp.module.static_graph
-        if not static and not is_sharded(self._features.model) and self._features.agree(x, outputs):
+        model = self._features.model
+        hooked = any(p._backward_hooks for p in model.parameters())  # noqa: SLF001 - they have no public list
+        if not static and not hooked and not is_sharded(model) and self._agree(x, outputs):
             return outputs
         self._warn(
-            "outputs: they have no graph that serves here, or are not what the model gives without dropout, with its "
-            "running statistics and in full precision; the loss runs the model itself. Leave outputs out."
+            "outputs: they have no graph that serves here, or are not what the model gives without dropout, in full "
+            "precision and with the statistics that this loss takes; the loss runs the model itself. Leave outputs out."
         )
         return None
+
+    def _agree(self, x: Batch, outputs: Tensor) -> bool:
+        if not self._features.couples_examples:
+            return self._features.agree(x, outputs)
+        # Statistics of the batch can only be compared on the whole of it. Once compared, outputs of passes that are
+        # alike are looked at again at the 2nd, 4th, 8th, ... of them.
+        modes = tuple(module.training for module in self._features.model.modules())
+        kind = (modes, outputs.shape[1:], outputs.dtype)
+        before, count = self._reuse
+        count = count + 1 if before == kind else 1
+        if count & (count - 1):
+            self._reuse = kind, count
+            return twice_differentiable(outputs)
+        agreed = self._features.agree(x, outputs)
+        self._reuse = (kind, count) if agreed else (None, 0)
+        return agreed
 
     def _zero(self) -> Tensor:
         like = next(iter(self._features.parameters.values()))
@@ -288,6 +372,12 @@ class _Reference:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Reference:
         return _Reference(memo.get(id(self.module), self.module))
+
+
+def _require_finite(value: Tensor, gradients: Sequence[Tensor | None]) -> None:
+    for part in (value, *gradients):
+        if part is not None and not bool(torch.isfinite(part).all()):
+            raise NonFiniteGradientError
 
 
 def check_count(name: str, value: int, least: int) -> None:

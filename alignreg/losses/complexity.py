@@ -32,6 +32,9 @@ class ComplexityPenalty(ProbeLoss):
         centered: centre the kernel over the examples.
         per_layer: take the mean of the losses of the layers' own kernels.
         sync: under several processes, the loss of all their examples together.
+        statistics: with which statistics modules in training mode normalize: ``"training"``, those of the loss's
+            examples, or ``"running"``.
+        on_nonfinite: ``"raise"``, or ``"skip"`` the step with one warning.
         params: glob pattern or patterns of parameter names.
         forward_fn: ``(model, x) -> (n, c)`` for models with another output.
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
 
 from alignreg import functional
 from alignreg.batch import map_tensors, size
+from alignreg.batch_statistics import Statistics
 from alignreg.distributed import concatenate_over_ranks, sizes_of_ranks
 from alignreg.evaluation import ForwardFn
 from alignreg.losses.base import Sample, TangentLoss, Weight
@@ -44,6 +45,9 @@ class KARELoss(TangentLoss):
         per_layer: take the mean of the losses of the layers' own kernels.
         sync: under several processes, the loss of all their examples together, which are gathered: each
             rank then computes the kernel of all.
+        statistics: with which statistics modules in training mode normalize: ``"training"``, those of the loss's
+            examples, or ``"running"``.
+        on_nonfinite: ``"raise"``, or ``"skip"`` the step with one warning.
         params: glob pattern or patterns of parameter names.
         forward_fn: ``(model, x) -> (n, c)`` for models with another output.
 
@@ -77,6 +81,8 @@ class KARELoss(TangentLoss):
         centered: bool = True,
         per_layer: bool = False,
         sync: bool = False,
+        statistics: Statistics = "training",
+        on_nonfinite: Literal["raise", "skip"] = "raise",
         params: str | Sequence[str] | None = None,
         forward_fn: ForwardFn | None = None,
     ) -> None:
@@ -90,6 +96,8 @@ class KARELoss(TangentLoss):
             centered=centered,
             per_layer=per_layer,
             sync=sync,
+            statistics=statistics,
+            on_nonfinite=on_nonfinite,
             params=params,
             forward_fn=forward_fn,
         )

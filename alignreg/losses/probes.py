@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from alignreg import estimators, sketches
 from alignreg.batch import flat, size
+from alignreg.batch_statistics import Statistics
 from alignreg.distributed import rank, sizes_of_ranks, sum_over_ranks
 from alignreg.evaluation import ForwardFn
 from alignreg.losses.base import Sample, TangentLoss, Weight, check_count
@@ -66,6 +67,8 @@ class ProbeLoss(TangentLoss, ABC):
         centered: bool = True,
         per_layer: bool = False,
         sync: bool = False,
+        statistics: Statistics = "training",
+        on_nonfinite: Literal["raise", "skip"] = "raise",
         params: str | Sequence[str] | None = None,
         forward_fn: ForwardFn | None = None,
     ) -> None:
@@ -79,6 +82,8 @@ class ProbeLoss(TangentLoss, ABC):
             centered=centered,
             per_layer=per_layer,
             sync=sync,
+            statistics=statistics,
+            on_nonfinite=on_nonfinite,
             params=params,
             forward_fn=forward_fn,
         )

@@ -1,0 +1,112 @@
+"""Settings of the whole process that the passes of this library need, in whatever thread they run."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, final
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@final
+class Switches:
+    """Settings that every block wants alike: the first to enter makes them, the last to leave puts them back.
+
+    Threads that measure models of their own are in such blocks at the same time. If each saved and restored for
+    itself, the last would restore what another had set.
+
+    Args:
+        settings: makes the context managers that set and restore.
+    """
+
+    def __init__(self, settings: Callable[[], Iterator[AbstractContextManager[Any]]]) -> None:
+        self._settings = settings
+        self._lock = threading.RLock()
+        self._users = 0
+        self._stack = ExitStack()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Have the settings inside the block."""
+        with self._lock:
+            if self._users == 0:
+                with ExitStack() as stack:
+                    for setting in self._settings():
+                        stack.enter_context(setting)
+                    self._stack = stack.pop_all()
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    self._stack.close()
+
+
+@contextmanager
+def _muted(*messages: str) -> Iterator[None]:
+    # catch_warnings would put back the filters of all threads, those that were added meanwhile included.
+    own = []
+    for message in messages:
+        warnings.filterwarnings("ignore", message=message)
+        own.append(warnings.filters[0])
+    try:
+        yield
+    finally:
+        for entry in own:
+            if entry in warnings.filters:
+                warnings.filters.remove(entry)  # type: ignore[attr-defined]  # a list, which its type hides
+        warnings._filters_mutated()  # type: ignore[attr-defined]  # noqa: SLF001 - as warnings.filterwarnings does
+
+
+@contextmanager
+def _slow_attention_path() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _no_cached_parametrizations() -> Iterator[None]:
+    # Inside ``parametrize.cached()`` weights are not functions of the parameters that the model is given.
+    parametrize = torch.nn.utils.parametrize
+    users, cache = parametrize._cache_enabled, parametrize._cache  # noqa: SLF001 - it has no other switch
+    parametrize._cache_enabled -= users  # noqa: SLF001
+    parametrize._cache = {}  # noqa: SLF001
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled += users  # noqa: SLF001 - other threads may have entered or left theirs
+        parametrize._cache = cache if users else {}  # noqa: SLF001
+
+
+def _differentiable() -> Iterator[AbstractContextManager[Any]]:
+    # A batching rule that torch lacks, and the switch of recurrent layers below: notes, the results are the same.
+    yield _muted("There is a performance drop because", "TF32 acceleration on top of oneDNN")
+    yield sdpa_kernel(SDPBackend.MATH)
+    # In evaluation mode attention would take a fused path that has no forward-mode derivative.
+    yield _slow_attention_path()
+    yield _no_cached_parametrizations()
+    if "torch._dynamo" in sys.modules:  # only then can a part of the model be compiled
+        yield torch.compiler.set_stance("force_eager")
+
+
+def _recurrent() -> Iterator[AbstractContextManager[Any]]:
+    yield torch.backends.mkldnn.flags(enabled=False)
+    if torch.cuda.is_available():
+        yield torch.backends.cudnn.flags(enabled=False)
+
+
+DIFFERENTIABLE = Switches(_differentiable)
+"""Kernels that can be differentiated twice and forward; weights that are functions of the parameters; no compiling."""
+RECURRENT = Switches(_recurrent)
+"""Leave the fused kernels of recurrent layers, which cannot."""

@@ -177,7 +177,7 @@ def draws(fn: Callable[..., T], *args: Any, devices: set[torch.device]) -> tuple
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Put the CPU's random state back after the block, also after an exception, if no other thread can have moved it."""
+    """Put the CPU's random state back, also after an exception, if no other thread can have moved it."""
     before = torch.get_rng_state()
     try:
         yield

@@ -8,8 +8,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "alignreg"
 # A module may import those in rows above its own.
 ORDER = [
-    {"sharding"},
+    {"sharding", "switches"},
     {"batch", "targets", "selection", "distributed", "normalization", "directions", "estimators", "sketches"},
+    {"batch_statistics"},
     {"frozen", "jacobian", "moments", "linear", "progress", "plotting", "graph", "weights"},
     {"hsic"},
     {"evaluation", "functional"},

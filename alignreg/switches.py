@@ -7,10 +7,27 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, final
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar, final
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def eager(fn: Callable[P, T]) -> Callable[P, T]:
+    """Let a function be called in a compiled step, which breaks its graph there, without importing the compiler."""
+
+    @wraps(fn)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        if "torch._dynamo" in sys.modules:
+            result: T = sys.modules["torch._dynamo"].disable(fn)(*args, **kwargs)
+            return result
+        return fn(*args, **kwargs)
+
+    return run
 
 
 @final

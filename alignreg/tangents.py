@@ -29,6 +29,7 @@ from alignreg.progress import bar
 from alignreg.selection import select
 from alignreg.sharding import is_sharded
 from alignreg.sketches import FactoredDirections
+from alignreg.switches import eager
 
 
 @final
@@ -203,6 +204,7 @@ class TangentFeatures:
         finally:
             self._aliases = None
 
+    @eager
     def outputs(self, x: Any) -> Tensor:
         """Return f(x) ``(n, c)``: the outputs that are differentiated, without a gradient history.
 
@@ -222,6 +224,7 @@ class TangentFeatures:
         with self._evaluation(x, create_graph=False) as at:
             return at.y
 
+    @eager
     def jacobian(self, x: Any, *, create_graph: bool = False) -> dict[str, Tensor]:
         """Return Φ itself, by parameter name: ``(n, c, *shape)`` each.
 
@@ -250,6 +253,7 @@ class TangentFeatures:
         with self._evaluation(x, create_graph=create_graph) as at:
             return at.reduce(gather)
 
+    @eager
     def trace(self, x: Any, *, create_graph: bool = False) -> Tensor:
         """Return tr K = ‖Φ‖_F² = Σ_ik ‖∇_w f_k(x_i)‖², exact and uncentred, without holding Φ or K.
 
@@ -280,6 +284,7 @@ class TangentFeatures:
     @overload
     def diagonal(self, x: Any, *, per_layer: Literal[True], create_graph: bool = False) -> dict[str, Tensor]: ...
 
+    @eager
     def diagonal(self, x: Any, *, per_layer: bool = False, create_graph: bool = False) -> Tensor | dict[str, Tensor]:
         """Return the diagonal blocks K[i, :, i, :] of the exact tangent kernel, without the rest of it.
 
@@ -330,6 +335,7 @@ class TangentFeatures:
         self, x: Any, x2: Any = None, *, per_layer: Literal[True], create_graph: bool = False, progress: bool = False
     ) -> dict[str, Tensor]: ...
 
+    @eager
     def kernel(
         self, x: Any, x2: Any = None, *, per_layer: bool = False, create_graph: bool = False, progress: bool = False
     ) -> Tensor | dict[str, Tensor]:
@@ -373,6 +379,7 @@ class TangentFeatures:
             found = kernels(one, two, layer_of, self._refused, tick)
         return found if per_layer else found[""]
 
+    @eager
     def pushforward(
         self, x: Any, directions: Mapping[str, Tensor] | Directions, *, create_graph: bool = False
     ) -> Tensor:
@@ -408,6 +415,7 @@ class TangentFeatures:
                 return factored.features(at, lazy, self._refused)
             return at.pushforward(lazy)
 
+    @eager
     def pullback(
         self, x: Any, cotangents: Tensor, *, outputs: Tensor | None = None, create_graph: bool = False
     ) -> dict[str, Tensor]:
@@ -439,6 +447,7 @@ class TangentFeatures:
         with self._evaluation(x, create_graph=create_graph, backward_only=True) as at:
             return at.pullback(cotangents)
 
+    @eager
     def grams(
         self, x: Any, cotangents: Tensor, *, outputs: Tensor | None = None, create_graph: bool = False
     ) -> dict[str, Tensor]:
@@ -472,6 +481,7 @@ class TangentFeatures:
         with self._evaluation(x, create_graph=create_graph, backward_only=True) as at:
             return at.grams(cotangents)
 
+    @eager
     def agree(self, x: Any, outputs: Tensor) -> bool:
         """Say whether ``outputs`` of a forward pass of yours can stand for those that are differentiated here.
 

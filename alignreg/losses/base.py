@@ -22,6 +22,7 @@ from alignreg.evaluation import ForwardFn, NonFiniteGradientError, NonFiniteOutp
 from alignreg.frozen import frozen
 from alignreg.graph import leaves_of, twice_differentiable
 from alignreg.sharding import is_sharded, ranks_of
+from alignreg.switches import eager
 from alignreg.tangents import TangentFeatures
 from alignreg.targets import encode
 
@@ -153,6 +154,7 @@ class TangentLoss(nn.Module, ABC):
         if self.sync and ranks not in (None, world_size()):
             raise ValueError(f"sync: the model is sharded over {ranks} of {world_size()} ranks. Leave sync out.")
 
+    @eager
     def forward(self, x: Any, y: Tensor | None = None, *, outputs: Tensor | None = None) -> Tensor:
         """Return the weighted loss of a batch.
 

@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from alignreg.distributed import unwrap
 from alignreg.evaluation import ForwardFn
 from alignreg.sharding import is_sharded
+from alignreg.switches import eager
 from alignreg.tangents import TangentFeatures
 
 
@@ -80,6 +81,7 @@ class TangentMetric(Metric, ABC):
         self._defaults[self._name("binding")] = self._binding().to(self.device)
         setattr(self, self._name("binding"), self._binding().to(self.device))
 
+    @eager
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Add a batch and return the value of that batch alone."""
         # torchmetrics resets the states for the batch's own value and would lose them if the update raises.

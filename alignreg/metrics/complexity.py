@@ -16,6 +16,7 @@ from alignreg.batch import as_inputs, size
 from alignreg.evaluation import ForwardFn
 from alignreg.metrics.base import TangentMetric
 from alignreg.metrics.records import digest
+from alignreg.switches import eager
 
 
 class PathHistory(NamedTuple):
@@ -111,6 +112,7 @@ class PathComplexity(TangentMetric):
         self.add_state(self._name("open"), torch.tensor(torch.inf, dtype=torch.float64), dist_reduce_fx="min")
         self.add_state(self._name("weights"), torch.zeros(0), dist_reduce_fx=None)
 
+    @eager
     def update(self, inputs: Any, target: Tensor | None = None) -> None:  # noqa: ARG002 - for collections
         """Add a batch of examples to the trace of this moment.
 
@@ -138,6 +140,7 @@ class PathComplexity(TangentMetric):
                 setattr(self, self._name("weights"), self._flat_weights())
 
     @torch.no_grad()
+    @eager
     def step(self) -> None:
         """Add the way since the last call, or the last update, to the interval: after each optimiser step.
 
@@ -151,6 +154,7 @@ class PathComplexity(TangentMetric):
         self._follow()
         self._computed = None
 
+    @eager
     def compute(self) -> Tensor:
         """Return C over all intervals, those of ``step()`` since the last update included.
 

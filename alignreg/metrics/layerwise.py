@@ -15,6 +15,7 @@ from alignreg.evaluation import ForwardFn
 from alignreg.metrics.base import positive
 from alignreg.metrics.probe_set import Examples, ProbeSetMetric
 from alignreg.metrics.records import canonical_order
+from alignreg.switches import eager
 from alignreg.targets import ConstantTargetError
 
 Layers = dict[str, Tensor] | dict[str, Estimate]
@@ -109,6 +110,7 @@ class LayerwiseAlignment(ProbeSetMetric):
         self.return_std_error = return_std_error
         self._hold_examples()
 
+    @eager
     def update(self, inputs: Any, target: Tensor) -> None:
         """Keep a batch: the model's inputs and their targets. Beyond ``max_examples`` nothing is kept.
 
@@ -120,6 +122,7 @@ class LayerwiseAlignment(ProbeSetMetric):
         """
         self._add(inputs, target)
 
+    @eager
     def compute(self) -> Layers:
         """Return the alignment of each layer over all examples of all ranks.
 
@@ -132,6 +135,7 @@ class LayerwiseAlignment(ProbeSetMetric):
             found = self._estimates()
             return found if self.return_std_error else {layer: estimate.value for layer, estimate in found.items()}
 
+    @eager
     def standard_error(self) -> dict[str, Tensor]:
         """Return the standard error of each value that the sketch causes, synced over ranks as ``compute()`` is.
 

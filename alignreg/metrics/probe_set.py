@@ -15,6 +15,7 @@ from alignreg.batch import Batch, as_inputs, concatenate, map_tensors, shapes, s
 from alignreg.distributed import rank
 from alignreg.metrics.base import TangentMetric
 from alignreg.metrics.records import Record, digest, pack, unpack
+from alignreg.switches import eager
 from alignreg.targets import encode
 
 
@@ -44,6 +45,7 @@ class ProbeSetMetric(TangentMetric, ABC):
         if not self._in_forward:  # where torchmetrics resets for the batch's own value, to add it to the others after
             self._weights = None
 
+    @eager
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Keep a batch and return the value of that batch alone."""
         value = super().forward(*args, **kwargs)

@@ -21,6 +21,7 @@ from alignreg.metrics.probe_set import ProbeSetMetric
 from alignreg.metrics.records import digest
 from alignreg.moments import Moments
 from alignreg.sharding import reshard
+from alignreg.switches import eager
 from alignreg.targets import ConstantTargetError, encode
 
 RANK = 4
@@ -134,6 +135,7 @@ class SketchMetric(ProbeSetMetric, ABC):
             self.add_state(self._name(field), rows, dist_reduce_fx="sum")
         self.add_state(self._name("unlabelled"), torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
+    @eager
     def update(self, inputs: Any, target: Tensor | None = None, group: Tensor | None = None) -> None:
         """Add a batch: the model's inputs, their targets, and with ``groups`` the group of each example.
 
@@ -173,6 +175,7 @@ class SketchMetric(ProbeSetMetric, ABC):
                 setattr(self, self._name("unlabelled"), unlabelled + size(batch))
             self._weights = weights
 
+    @eager
     def compute(self) -> Value:
         """Return the value over all batches and ranks, a dict of them with ``groups``.
 
@@ -185,6 +188,7 @@ class SketchMetric(ProbeSetMetric, ABC):
             found: Value = self._named(self._estimates() if self.return_std_error else self._values())
             return found
 
+    @eager
     def standard_error(self) -> Tensor | dict[str, Tensor]:
         """Return the standard error of ``compute()`` that the sketch causes, synced over ranks as it is.
 

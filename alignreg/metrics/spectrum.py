@@ -12,6 +12,7 @@ from alignreg import functional, plotting
 from alignreg.evaluation import ForwardFn
 from alignreg.metrics.base import positive
 from alignreg.metrics.probe_set import ProbeSetMetric
+from alignreg.switches import eager
 from alignreg.targets import ConstantTargetError
 
 
@@ -95,6 +96,7 @@ class TangentSpectrum(ProbeSetMetric):
         self._spectrum: Tensor | None = None
         self._hold_examples()
 
+    @eager
     def update(self, inputs: Any, target: Tensor | None = None) -> None:
         """Keep a batch: the model's inputs and their targets. Beyond ``max_examples`` nothing is kept.
 
@@ -106,6 +108,7 @@ class TangentSpectrum(ProbeSetMetric):
         """
         self._add(inputs, target)
 
+    @eager
     def compute(self) -> dict[str, Tensor]:
         """Return the numbers over all examples of all ranks.
 

@@ -272,6 +272,10 @@ class Evaluation:
             raise NonFiniteGradientError
         return products
 
+    def graph_leaves(self) -> list[Tensor]:
+        """Return the leaves that the outputs depend on."""
+        return graph.leaves_of(self._graph_of(slice(None))[1])
+
     def _graph_of(self, examples: slice) -> tuple[Params, Tensor]:
         if self._graph is not None and examples == slice(None):
             return self._graph

@@ -190,6 +190,20 @@ class TangentFeatures:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_bound": None, "_memo": None, "_aliases": None}
 
+    def leaves(self, x: Any) -> list[Tensor]:
+        """Return the leaves, parameters mostly, that the outputs at a batch depend on, where gradients may flow to."""
+        with self._evaluation(x, create_graph=True, backward_only=True) as at:
+            return at.graph_leaves()
+
+    def require_independent_examples(self, x: Any) -> None:
+        """Check that the outputs of an example do not depend on the others of its batch.
+
+        Raises:
+            ValueError: if they do.
+        """
+        with self._evaluation(x, create_graph=False) as at:
+            at.require_independent_examples()
+
     @contextmanager
     def detached(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """Differentiate with respect to detached aliases of all parameters inside the block: ``(parameter, alias)``.

@@ -250,12 +250,12 @@ class TangentLoss(nn.Module, ABC):
             with frozen(features.model, statistics=features.statistics, over_ranks=features.over_ranks):
                 with own_pass as aliases:
                     value = self._estimate(sample, create_graph=create_graph)
-                if value is None or not create_graph or not value.requires_grad:
-                    return None if value is None else factor * value.detach()
-                leaves = leaves_of(value)
-                gradients = torch.autograd.grad(
-                    factor * value, leaves, retain_graph=sample.outputs is not None, allow_unused=True
-                )
+                    if value is None or not create_graph or not value.requires_grad:
+                        return None if value is None else factor * value.detach()
+                    leaves = leaves_of(value)
+                    gradients = torch.autograd.grad(
+                        factor * value, leaves, retain_graph=sample.outputs is not None, allow_unused=True
+                    )
                 value = factor * value.detach()
                 _require_finite(value, gradients)
         except (NonFiniteOutputError, NonFiniteGradientError) as error:

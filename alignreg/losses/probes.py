@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from alignreg import estimators, sketches
-from alignreg.batch import flat, size
+from alignreg.batch import Batch, flat, size, slice_examples
 from alignreg.batch_statistics import Statistics
 from alignreg.distributed import rank, sizes_of_ranks, sum_over_ranks
 from alignreg.evaluation import ForwardFn
+from alignreg.losses import micro_batches
 from alignreg.losses.base import Sample, TangentLoss, Weight, check_count
 from alignreg.targets import encode
 
@@ -45,6 +46,8 @@ class ProbeLoss(TangentLoss, ABC):
     Args:
         model: the model.
         probes: m; as many as the loss does well with by default.
+        micro_batch_size: how many examples go through the model at once, in memory for these alone and a third more
+            time. By default all of them, or an eighth if the model checkpoints its activations to save memory.
 
     The other options are those of :class:`.TangentLoss`.
     """
@@ -59,6 +62,7 @@ class ProbeLoss(TangentLoss, ABC):
         model: nn.Module,
         *,
         probes: int | None = None,
+        micro_batch_size: int | None = None,
         weight: Weight | None = None,
         examples: int | None = 32,
         every_n_steps: int = 3,
@@ -89,6 +93,10 @@ class ProbeLoss(TangentLoss, ABC):
         )
         self.probes = self.default_probes if probes is None else probes
         check_count("probes", self.probes, self.least_probes)
+        if micro_batch_size is not None:
+            check_count("micro_batch_size", micro_batch_size, 1)
+        self.micro_batch_size = micro_batch_size
+        self._independent = False
 
     def extra_repr(self) -> str:
         """Show the options."""
@@ -152,6 +160,10 @@ class ProbeLoss(TangentLoss, ABC):
         return sum_over_ranks(value, self._group) if self.sync else value
 
     def _grams(self, sample: Sample, cotangents: Tensor, *, create_graph: bool, ranks: int) -> dict[str, Tensor]:
+        if ranks == 1 and create_graph and sample.outputs is None:
+            step = self._examples_at_once(sample.x)
+            if step < size(sample.x):
+                return micro_batches.grams(self._features, sample.x, cotangents, step)
         if ranks == 1:
             return self._features.grams(sample.x, cotangents, outputs=sample.outputs, create_graph=create_graph)
         # Products of sums over ranks are not sums of products.
@@ -159,3 +171,24 @@ class ProbeLoss(TangentLoss, ABC):
         joined = self._sum(torch.cat([flat(value) for value in columns.values()], dim=1))
         parts = torch.split(joined, [value[0].numel() for value in columns.values()], dim=1)
         return {name: estimators.gram({name: part}) for name, part in zip(columns, parts, strict=True)}
+
+    def _examples_at_once(self, x: Batch) -> int:
+        n, coupled = size(x), self._features.couples_examples
+        if self.micro_batch_size is None and (coupled or not _checkpoints(self._features.model)):
+            return n
+        if coupled:
+            raise ValueError(
+                "micro_batch_size: expected None for a model that normalizes by the statistics of the batch in "
+                "training mode, whose examples go through it together."
+            )
+        step = max(1, n // 8) if self.micro_batch_size is None else self.micro_batch_size
+        if step < n and not self._independent:
+            self._features.require_independent_examples(slice_examples(x, 0, 4))
+            self._independent = True
+        return step
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    """Say whether activation checkpointing is on, as transformers and timm mark it: in training mode alone."""
+    names = ("gradient_checkpointing", "grad_checkpointing")
+    return any(getattr(module, name, False) is True for module in model.modules() for name in names)

@@ -1,0 +1,89 @@
+"""Products of pullbacks whose gradient takes a few examples at a time: memory for them, not for the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from alignreg import estimators
+from alignreg.batch import Batch, size, slice_examples
+from alignreg.tangents import TangentFeatures
+
+
+def grams(features: TangentFeatures, x: Batch, cotangents: Tensor, step: int) -> dict[str, Tensor]:
+    r"""Return ω_aᵀK_wω_b by parameter w, as :meth:`.TangentFeatures.grams` does, differentiable once.
+
+    The pullbacks g_a = Σ_i Φ_iᵀω_ai are sums over examples. With C = ∂L/∂G for a loss L of the products G,
+
+        dL = Σ_ab C_ab d(g_a·g_b) = Σ_a ⟨v_a, dg_a⟩,  v_a = Σ_b (C_ab + C_ba) g_b,
+
+    which for fixed v is a sum over examples again: one pass over them brings g, another the gradient.
+
+    Args:
+        features: of a model whose examples do not depend on each other.
+        x: the batch.
+        cotangents: Ω ``(m, n, c)``.
+        step: how many examples go through the model at once.
+    """
+    leaves = features.leaves(slice_examples(x, 0, 1))
+    names = list(features.parameters)
+    products = _Grams.apply(features, x, cotangents, step, leaves, *leaves)  # type: ignore[no-untyped-call]
+    return dict(zip(names, products, strict=True))
+
+
+@final
+class _Grams(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: TangentFeatures,
+        x: Batch,
+        cotangents: Tensor,
+        step: int,
+        leaves: list[Tensor],
+        *_: Tensor,
+    ) -> tuple[Tensor, ...]:
+        total: dict[str, Tensor] = {}
+        for start in range(0, size(x), step):
+            some = slice(start, start + step)
+            part = features.pullback(slice_examples(x, start, start + step), cotangents[:, some])
+            total = {name: total[name] + value for name, value in part.items()} if total else part
+        ctx.given = features, x, cotangents, step, leaves, total
+        return tuple(estimators.gram({name: columns}) for name, columns in total.items())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        features, x, cotangents, step, leaves, columns = ctx.given
+        weights = {
+            name: torch.tensordot((slope + slope.T).to(columns[name]), columns[name], dims=1)
+            for name, slope in zip(columns, slopes, strict=True)
+        }
+        total: list[Tensor | None] = [None] * len(leaves)
+        for start in range(0, size(x), step):
+            some = slice_examples(x, start, start + step)
+            # One cotangent at a time: the graph of one pullback is in memory.
+            for a, cotangent in enumerate(cotangents[:, start : start + step]):
+                part = _gradients(features, some, cotangent[None], {n: w[a] for n, w in weights.items()}, leaves)
+                total = [_sum(before, new) for before, new in zip(total, part, strict=True)]
+        return None, None, None, None, None, *total
+
+
+def _gradients(
+    features: TangentFeatures, x: Batch, cotangent: Tensor, weights: Mapping[str, Tensor], leaves: list[Tensor]
+) -> tuple[Tensor | None, ...]:
+    with torch.enable_grad():
+        pulled = features.pullback(x, cotangent, create_graph=True)
+        products = [(value[0] * weights[name]).sum() for name, value in pulled.items()]
+        total = torch.stack(products).sum()
+        if not total.requires_grad:
+            return (None,) * len(leaves)
+        return torch.autograd.grad(total, leaves, allow_unused=True)
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if one is None else one if other is None else one + other

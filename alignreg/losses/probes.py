@@ -13,7 +13,7 @@ from alignreg import estimators, sketches
 from alignreg.batch import Batch, flat, size, slice_examples
 from alignreg.batch_statistics import Statistics
 from alignreg.distributed import rank, sizes_of_ranks, sum_over_ranks
-from alignreg.evaluation import ForwardFn
+from alignreg.evaluation import ForwardFn, NonFiniteGradientError, NonFiniteOutputError
 from alignreg.losses import micro_batches
 from alignreg.losses.base import Sample, TangentLoss, Weight, check_count
 from alignreg.targets import encode
@@ -167,9 +167,16 @@ class ProbeLoss(TangentLoss, ABC):
         if ranks == 1:
             return self._features.grams(sample.x, cotangents, outputs=sample.outputs, create_graph=create_graph)
         # Products of sums over ranks are not sums of products.
-        columns = self._features.pullback(sample.x, cotangents, outputs=sample.outputs, create_graph=create_graph)
+        try:
+            columns = self._features.pullback(sample.x, cotangents, outputs=sample.outputs, create_graph=create_graph)
+        except (NonFiniteOutputError, NonFiniteGradientError):
+            # Other ranks wait for this one's part, and learn of it in this way.
+            own = self._features.parameters.items()
+            columns = {name: cotangents.new_full((len(cotangents), *p.shape), torch.nan) for name, p in own}
         joined = self._sum(torch.cat([flat(value) for value in columns.values()], dim=1))
         parts = torch.split(joined, [value[0].numel() for value in columns.values()], dim=1)
+        if not bool(torch.isfinite(joined.detach()).all()):
+            raise NonFiniteGradientError
         return {name: estimators.gram({name: part}) for name, part in zip(columns, parts, strict=True)}
 
     def _examples_at_once(self, x: Batch) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
+from torch.nn.utils import get_total_norm
 
 from alignreg import graph
 from alignreg.batch import Batch, call, flat, map_tensors, size, take, tensors
@@ -43,6 +44,18 @@ class NonFiniteGradientError(ValueError):
             "the gradients of the model's outputs contain NaN or inf, though the outputs are finite. Look for the root "
             "or the norm of zeros (a padded row), or a division of two tiny numbers, and add a small constant inside."
         )
+
+
+def require_finite(gradients: Iterable[Tensor]) -> None:
+    """Raise unless all gradients are finite.
+
+    Raises:
+        NonFiniteGradientError: if one is not.
+    """
+    given = [gradient.detach() for gradient in gradients]
+    # One number to look at; where that overflows, all of them.
+    if not bool(torch.isfinite(get_total_norm(given))) and not all(bool(torch.isfinite(g).all()) for g in given):
+        raise NonFiniteGradientError
 
 
 @final
@@ -260,16 +273,14 @@ class Evaluation:
         create_graph = self.create_graph if create_graph is None else create_graph
         leaves, y = self._graph_of(examples)
         columns = graph.pull(y, leaves, cotangents, create_graph=create_graph)
-        if not all(bool(torch.isfinite(column.detach()).all()) for column in columns.values()):
-            raise NonFiniteGradientError
+        require_finite(columns.values())
         return columns
 
     def grams(self, cotangents: Tensor) -> Params:
         """Return ⟨Φᵀω_a, Φᵀω_b⟩ for cotangents ``(m, n, c)``, by parameter name ``(m, m)``."""
         leaves, y = self._graph_of(slice(None))
         products = graph.grams(y, leaves, cotangents, create_graph=self.create_graph)
-        if not all(bool(torch.isfinite(product.detach()).all()) for product in products.values()):
-            raise NonFiniteGradientError
+        require_finite(products.values())
         return products
 
     def graph_leaves(self) -> list[Tensor]:

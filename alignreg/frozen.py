@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from operator import is_
 from typing import Any, TypeVar, final
 
@@ -15,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignreg import batch_statistics
 from alignreg.batch_statistics import Statistics
-from alignreg.normalization import PrimitiveNormalization
 from alignreg.sharding import gathered
 from alignreg.switches import DIFFERENTIABLE, RECURRENT
 
@@ -34,7 +34,7 @@ class Frozen:
 
     def __init__(self, model: nn.Module, statistics: Statistics, *, over_ranks: bool) -> None:
         self._modules = list(model.named_modules())
-        before = [_Attributes(module) for _, module in self._modules]
+        self._outside = [_Attributes(module) for _, module in self._modules]
         for _, module in self._modules:
             attributes = module.__dict__
             # Hooks on gradients are the user's, for the gradients of training: they would change the features.
@@ -50,8 +50,7 @@ class Frozen:
         self.couples_examples = statistics == "training" and any(
             batch_statistics.couples_examples(module) for _, module in self._modules
         )
-        self._modes = [module.training for _, module in self._modules]
-        self._outside, self._inside = before, [_Attributes(module) for _, module in self._modules]
+        self._inside = [attributes.now() for attributes in self._outside]
 
     def settle(self) -> bool:
         """Put back what a forward pass left on its modules, and say whether there was something.
@@ -59,20 +58,24 @@ class Frozen:
         Raises:
             RuntimeError: if it switched their modes.
         """
-        for (path, module), training in zip(self._modules, self._modes, strict=True):
-            if module.training != training:
+        changed = False
+        for (path, module), attributes in zip(self._modules, self._inside, strict=True):
+            if module.training != attributes.values["training"]:
                 raise RuntimeError(
                     f"the forward pass switches {path or 'the model'!r} ({type(module).__name__}) to "
                     f"{'training' if module.training else 'evaluation'} mode, so that what is differentiated is not "
                     "the model as it predicts. Set modes outside of forward()."
                 )
-        changed = [attributes.restore() for attributes in self._inside]
-        return any(changed)
+            changed |= attributes.restore()
+        return changed
 
     def leave(self) -> None:
         """Put everything back."""
         for attributes in self._outside:
             attributes.restore()
+
+
+_HOOKS = frozenset(name for name in nn.Module().__dict__ if "hook" in name)
 
 
 @final
@@ -81,16 +84,26 @@ class _Attributes:
 
     def __init__(self, module: nn.Module) -> None:
         self._live = module.__dict__
-        self._values = dict(self._live)
-        self._contents = [(held, held.copy()) for held in self._values.values() if isinstance(held, list | dict | set)]
+        self.values = dict(self._live)
+        self._contents = [
+            (held, held.copy())
+            for name, held in self.values.items()
+            if isinstance(held, list | dict | set) and name not in _HOOKS
+        ]
+
+    def now(self) -> _Attributes:
+        """Return them as they are now, while lists, dicts and sets hold what they held."""
+        other = copy(self)
+        other.values = dict(self._live)
+        return other
 
     def restore(self) -> bool:
         """Put them back, and say whether one had changed."""
-        changed = not _same(self._live, self._values)
+        changed = not _same(self._live, self.values)
         if changed:
-            for name in self._live.keys() - self._values:
+            for name in self._live.keys() - self.values:
                 del self._live[name]
-            self._live.update(self._values)
+            self._live.update(self.values)
         for held, before in self._contents:
             if not _same(held, before):
                 changed = True
@@ -114,7 +127,6 @@ def frozen(
     *,
     statistics: Statistics = "running",
     over_ranks: bool = False,
-    normalization: PrimitiveNormalization | None = None,
 ) -> Iterator[Frozen]:
     """Let the model be differentiated as a deterministic function of its parameters inside the block.
 
@@ -130,7 +142,6 @@ def frozen(
         model: the bare model.
         statistics: with which modules in training mode normalize.
         over_ranks: take the statistics of a ``SyncBatchNorm`` over ranks.
-        normalization: how to run normalizations for derivatives of derivatives; fused if there are none.
     """
     with ExitStack() as stack:
         stack.enter_context(DIFFERENTIABLE.held())
@@ -144,8 +155,6 @@ def frozen(
             stack.enter_context(torch.autocast(device, enabled=False))
         inside = Frozen(model, statistics, over_ranks=over_ranks)
         stack.callback(inside.leave)
-        if normalization is not None:
-            stack.enter_context(normalization)
         yield inside
 
 

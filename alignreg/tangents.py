@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import copy
 from typing import Any, Literal, final, overload
 
@@ -18,7 +18,7 @@ from alignreg.batch_statistics import Statistics
 from alignreg.directions import Directions, GivenDirections
 from alignreg.distributed import unwrap
 from alignreg.evaluation import Bound, Evaluation, ForwardFn, representatives
-from alignreg.frozen import frozen
+from alignreg.frozen import Frozen, frozen
 from alignreg.jacobian import Block, Params
 from alignreg.kernels import factored
 from alignreg.kernels.exact import kernels
@@ -100,7 +100,7 @@ class TangentFeatures:
         """Whether a ``SyncBatchNorm`` takes the statistics of all ranks, which must then make every call together."""
         self._bound: Bound | None = Bound(bare, forward_fn)
         self._refused: set[str] = set()  # parameters that the model uses otherwise than the rules of layers know
-        self._aliases: dict[str, Tensor] | None = None
+        self._held: tuple[Frozen, dict[str, Any]] | None = None
         self._warned: set[str] = set()
         self._memo: dict[int, Any] | None = None
         self._looks = 0
@@ -188,7 +188,7 @@ class TangentFeatures:
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bound": None, "_memo": None, "_aliases": None}
+        return {**self.__dict__, "_bound": None, "_memo": None, "_held": None}
 
     def leaves(self, x: Any) -> list[Tensor]:
         """Return the leaves, parameters mostly, that the outputs at a batch depend on, where gradients may flow to."""
@@ -205,18 +205,22 @@ class TangentFeatures:
             at.require_independent_examples()
 
     @contextmanager
-    def detached(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """Differentiate with respect to detached aliases of all parameters inside the block: ``(parameter, alias)``.
+    def held(self, *, detached: bool) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Make all calls inside the block, and backward passes through their results, of the model as it is now.
 
-        What hangs on the parameters themselves (hooks, caches) does not see the passes, and is to be handed the
-        gradients of the aliases.
+        Args:
+            detached: differentiate with respect to detached aliases of the parameters, which are yielded as
+                ``(parameter, alias)``. What hangs on the parameters themselves (hooks, caches) does not see these
+                passes, and is to be handed the gradients of the aliases.
         """
-        own = dict(self.model.named_parameters())
-        self._aliases = {name: p.detach().requires_grad_(p.requires_grad) for name, p in own.items()}
-        try:
-            yield [(p, self._aliases[name]) for name, p in own.items()]
-        finally:
-            self._aliases = None
+        with self._frozen() as inside:
+            own = dict(self.model.named_parameters())
+            aliases = {name: p.detach().requires_grad_(p.requires_grad) for name, p in own.items()} if detached else own
+            self._held = inside, aliases
+            try:
+                yield [(p, aliases[name]) for name, p in own.items()] if detached else []
+            finally:
+                self._held = None
 
     @eager
     def outputs(self, x: Any) -> Tensor:
@@ -543,17 +547,23 @@ class TangentFeatures:
             raise ValueError("outputs: those of a sharded model depend on parameters that are gone. Leave outputs out.")
         return self.parameters
 
+    def _frozen(self) -> AbstractContextManager[Frozen]:
+        return frozen(self.model, statistics=self.statistics, over_ranks=self.over_ranks)
+
     @contextmanager
     def _evaluation(self, x: Any, *, create_graph: bool, backward_only: bool = False) -> Iterator[Evaluation]:
         model = self.model
         batch = as_batch(x)
-        normalization = PrimitiveNormalization(backward_only=backward_only) if create_graph else None
-        with frozen(
-            model, statistics=self.statistics, over_ranks=self.over_ranks, normalization=normalization
-        ) as inside:
+        with ExitStack() as stack:
+            if self._held is not None:
+                inside, every = self._held
+            else:
+                inside = stack.enter_context(self._frozen())
+                every = dict(model.named_parameters())
+            if create_graph:
+                stack.enter_context(PrimitiveNormalization(backward_only=backward_only))
             assert self._bound is not None
             selected = self.parameters
-            every = self._aliases if self._aliases is not None else dict(model.named_parameters())
             evaluation = Evaluation(
                 self._bound,
                 {name: every[name] for name in selected},

@@ -6,7 +6,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, NamedTuple, final
 
 import torch
@@ -18,8 +18,7 @@ from alignreg import sketches
 from alignreg.batch import Batch, as_inputs, size, take
 from alignreg.batch_statistics import Statistics
 from alignreg.distributed import find_ddp, rank, require_sync, world_size
-from alignreg.evaluation import ForwardFn, NonFiniteGradientError, NonFiniteOutputError
-from alignreg.frozen import frozen
+from alignreg.evaluation import ForwardFn, NonFiniteGradientError, NonFiniteOutputError, require_finite
 from alignreg.graph import leaves_of, twice_differentiable
 from alignreg.sharding import is_sharded, ranks_of
 from alignreg.switches import eager
@@ -241,23 +240,18 @@ class TangentLoss(nn.Module, ABC):
 
     def _evaluate(self, sample: Sample, factor: float) -> Tensor | None:
         create_graph = torch.is_grad_enabled()
-        features = self._features
-        # The graph of the caller's outputs hangs on the parameters themselves.
-        own_pass: AbstractContextManager[list[tuple[Tensor, Tensor]]] = nullcontext([])
-        if sample.outputs is None:
-            own_pass = features.detached()
         try:
-            with frozen(features.model, statistics=features.statistics, over_ranks=features.over_ranks):
-                with own_pass as aliases:
-                    value = self._estimate(sample, create_graph=create_graph)
-                    if value is None or not create_graph or not value.requires_grad:
-                        return None if value is None else factor * value.detach()
-                    leaves = leaves_of(value)
-                    gradients = torch.autograd.grad(
-                        factor * value, leaves, retain_graph=sample.outputs is not None, allow_unused=True
-                    )
+            # The graph of the caller's outputs hangs on the parameters themselves.
+            with self._features.held(detached=sample.outputs is None) as aliases:
+                value = self._estimate(sample, create_graph=create_graph)
+                if value is None or not create_graph or not value.requires_grad:
+                    return None if value is None else factor * value.detach()
+                leaves = leaves_of(value)
+                gradients = torch.autograd.grad(
+                    factor * value, leaves, retain_graph=sample.outputs is not None, allow_unused=True
+                )
                 value = factor * value.detach()
-                _require_finite(value, gradients)
+                require_finite([value, *(g for g in gradients if g is not None)])
         except (NonFiniteOutputError, NonFiniteGradientError) as error:
             if self.on_nonfinite == "raise":
                 raise
@@ -374,12 +368,6 @@ class _Reference:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Reference:
         return _Reference(memo.get(id(self.module), self.module))
-
-
-def _require_finite(value: Tensor, gradients: Sequence[Tensor | None]) -> None:
-    for part in (value, *gradients):
-        if part is not None and not bool(torch.isfinite(part).all()):
-            raise NonFiniteGradientError
 
 
 def check_count(name: str, value: int, least: int) -> None:

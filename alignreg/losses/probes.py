@@ -13,7 +13,7 @@ from alignreg import estimators, sketches
 from alignreg.batch import Batch, flat, size, slice_examples
 from alignreg.batch_statistics import Statistics
 from alignreg.distributed import rank, sizes_of_ranks, sum_over_ranks
-from alignreg.evaluation import ForwardFn, NonFiniteGradientError, NonFiniteOutputError
+from alignreg.evaluation import ForwardFn, NonFiniteGradientError, NonFiniteOutputError, require_finite
 from alignreg.losses import micro_batches
 from alignreg.losses.base import Sample, TangentLoss, Weight, check_count
 from alignreg.targets import encode
@@ -175,8 +175,7 @@ class ProbeLoss(TangentLoss, ABC):
             columns = {name: cotangents.new_full((len(cotangents), *p.shape), torch.nan) for name, p in own}
         joined = self._sum(torch.cat([flat(value) for value in columns.values()], dim=1))
         parts = torch.split(joined, [value[0].numel() for value in columns.values()], dim=1)
-        if not bool(torch.isfinite(joined.detach()).all()):
-            raise NonFiniteGradientError
+        require_finite([joined])
         return {name: estimators.gram({name: part}) for name, part in zip(columns, parts, strict=True)}
 
     def _examples_at_once(self, x: Batch) -> int:

@@ -28,7 +28,8 @@ T = TypeVar("T")
 class NonFiniteOutputError(ValueError):
     """The model's outputs contain NaN or inf."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_outputs: int) -> None:
+        self.num_outputs = num_outputs
         super().__init__(
             "the model's outputs contain NaN or inf, so they have no tangent features. "
             "Look for a diverged training run or for missing values in the inputs."
@@ -132,7 +133,7 @@ class Evaluation:
         dtypes = {y.dtype, *saved.dtypes, *(p.dtype for p in self.params.values())}
         self.precision = max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
         if not bool(torch.isfinite(self.y).all()):
-            raise NonFiniteOutputError
+            raise NonFiniteOutputError(self.c)
         self.unused = self._unused(y, leaves, own)
 
     def _unused(self, y: Tensor, leaves: Params, names: Mapping[int, str]) -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from operator import is_
 from typing import Any, TypeVar, final
@@ -171,17 +171,26 @@ def draws(fn: Callable[..., T], *args: Any, devices: set[torch.device]) -> tuple
     If it does not, they are left alone: other threads may be drawing, whose numbers must not come twice.
     """
     before = _random_states(devices)
-    result = fn(*args)
-    after = _random_states(devices)
+    try:
+        result = fn(*args)
+    except BaseException:
+        _put_back(before, fn, *args)
+        raise
+    return result, _put_back(before, fn, *args)
+
+
+def _put_back(before: dict[torch.device, Tensor], fn: Callable[..., Any], *args: Any) -> bool:
+    """Put random states back if it is ``fn`` that moved them, and say whether it did."""
+    after = _random_states(set(before))
     if all(map(torch.equal, before.values(), after.values())):
-        return result, False
+        return False
     if threading.active_count() > 1:
-        with torch.no_grad(), _Draws() as seen:  # type: ignore[no-untyped-call]
+        with suppress(Exception), torch.no_grad(), _Draws() as seen:  # type: ignore[no-untyped-call]
             fn(*args)
         if not seen.any:
-            return result, False
+            return False
     _set_random_states(before)
-    return result, True
+    return True
 
 
 @contextmanager

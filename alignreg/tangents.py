@@ -557,6 +557,7 @@ class TangentFeatures:
         with ExitStack() as stack:
             if self._held is not None:
                 inside, every = self._held
+                stack.enter_context(torch.enable_grad())
             else:
                 inside = stack.enter_context(self._frozen())
                 every = dict(model.named_parameters())

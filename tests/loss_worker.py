@@ -220,6 +220,46 @@ def synced(rank):
     return found
 
 
+def normalized(norm):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), norm(6), nn.Tanh(), nn.Linear(6, 3)).double().train()
+
+
+def normalized_over_ranks(rank):
+    """With sync=True the statistics of SyncBatchNorm are those of all ranks, without it those of the rank's own."""
+    found = {}
+    for kind in LOSSES:
+        for share in SHARES:
+            x, y, cuts = whole_batch(share, torch.float64)
+            model = normalized(nn.SyncBatchNorm)
+            make(kind, model, weight=0.3, probes=8, sync=True)(x[cuts[rank]], y[cuts[rank]]).backward()
+            grads = gathered(gradient(model))
+            found[f"{kind}/{share}"] = ((grads[0] + grads[1]) / 2).tolist()
+        model, own = normalized(nn.SyncBatchNorm), normalized(nn.BatchNorm1d)
+        values = [float(make(kind, net, weight=0.3, probes=8)(*batch(rank, 0)).detach()) for net in (model, own)]
+        found[f"{kind}/own"] = abs(values[0] - values[1])
+    return found
+
+
+def not_finite(rank):
+    """What becomes of a batch with NaN on one rank: the same on both, which go on together."""
+    found = {}
+    x, y, cuts = whole_batch("even", torch.float64)
+    x = x.clone()
+    x[7] = torch.nan  # on rank 1
+    for kind in LOSSES:
+        for policy in ("raise", "skip"):
+            reg = make(kind, replica(), weight=0.3, sync=True, on_nonfinite=policy)
+            try:
+                outcome = float(reg(x[cuts[rank]], y[cuts[rank]]).detach())
+            except ValueError as error:
+                outcome = type(error).__name__
+            again, _, _ = whole_batch("even", torch.float64)
+            value = float(reg(again[cuts[rank]], y[cuts[rank]]).detach())
+            found[f"{kind}/{policy}"] = [outcome, int(reg.step), value]
+    return found
+
+
 def counted(call):
     """How many numbers the reductions and gathers of a call took."""
     sent, originals = [0], {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
@@ -332,6 +372,7 @@ def main(rank, store, out):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     warnings.filterwarnings("ignore", message="the model is not wrapped in DistributedDataParallel")
     found = {"matrix": matrix(rank), "synced": synced(rank)}
+    found |= {"normalized": normalized_over_ranks(rank), "not finite": not_finite(rank)}
     warnings.resetwarnings()
     found |= {**sharded(rank), **losses(rank), **wrappers(rank), **opaque_output(rank)}
     Path(f"{out}.{rank}").write_text(json.dumps(found))

@@ -5,7 +5,7 @@ import torch
 from distributed_worker import replica
 from loss_cases import LOSSES, make
 from loss_matrix import COLUMNS, ROWS, gradient, verdict
-from loss_worker import SHARES, SYNC, WRAPPERS, whole_batch
+from loss_worker import SHARES, SYNC, WRAPPERS, normalized, whole_batch
 from ranks import run_two
 
 # What the vectorised pass of the exact kernel needs of normalisations is not recomputed.
@@ -52,6 +52,28 @@ def test_synced_gradient_is_that_of_the_whole_batch(two_ranks, kind, options, sh
             assert sent <= max(SHARES[share]) * (4 + 3) + 1  # examples and targets, padded
         else:
             assert sent <= (8 + (kind == "alignment")) * parameters + 8 * 3 + 3 + 2 + 2
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("kind", LOSSES)
+def test_statistics_over_ranks(two_ranks, kind, share):
+    x, y, _ = whole_batch(share, torch.float64)
+    model = normalized(torch.nn.BatchNorm1d)
+    make(kind, model, weight=0.3, probes=8)(x, y).backward()
+    for found in two_ranks:
+        got = torch.tensor(found["normalized"][f"{kind}/{share}"], dtype=torch.float64)
+        torch.testing.assert_close(got, gradient(model), rtol=1e-9, atol=1e-12)
+        assert found["normalized"][f"{kind}/own"] < 1e-12
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_ranks_agree_on_what_is_not_finite(two_ranks, kind):
+    one, other = (found["not finite"] for found in two_ranks)
+    assert one == other
+    name = "NonFiniteOutputError" if kind == "kare" else "NonFiniteGradientError"
+    assert one[f"{kind}/raise"][:2] == [name, 2]
+    assert one[f"{kind}/skip"][:2] == [0.0, 2]
+    assert one[f"{kind}/skip"][2] != 0
 
 
 def test_synced_and_accumulated(two_ranks):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection, SumMetric
 
 from alignreg.estimators import Estimate
-from alignreg.evaluation import NonFiniteOutputError
+from alignreg.evaluation import NonFiniteGradientError, NonFiniteOutputError
 from alignreg.targets import ConstantTargetError
 
 MakeMetrics = Callable[[nn.Module], "Metric | MetricCollection"]
@@ -102,7 +102,7 @@ class Monitor:
             return
         try:
             self._metrics[loader].update(**self._unpack(batch))
-        except NonFiniteOutputError as error:
+        except (NonFiniteOutputError, NonFiniteGradientError) as error:
             self._failed.update(1.0)
             self._warn(error)
 
@@ -119,7 +119,7 @@ class Monitor:
         for name, metric in metrics.items(copy_state=False):
             try:
                 value = metric.compute()
-            except (ConstantTargetError, NonFiniteOutputError) as error:
+            except (ConstantTargetError, NonFiniteOutputError, NonFiniteGradientError) as error:
                 self._warn(error)
                 value = _undefined()
             yield from _flat(f"{self._prefix}/{name}", value)

@@ -269,7 +269,10 @@ class TangentLoss(nn.Module, ABC):
     def _width(self, x: Batch) -> int:
         """Return c; the model is run once to find out."""
         if self._num_outputs is None:
-            self._num_outputs = self._features.outputs(x).shape[1]
+            try:
+                self._num_outputs = self._features.outputs(x).shape[1]
+            except NonFiniteOutputError as error:  # the pass that follows raises it, or several ranks together
+                self._num_outputs = error.num_outputs
         return self._num_outputs
 
     def _mean_over_layers(self, values: Mapping[str, Tensor | None]) -> Tensor | None:

@@ -114,7 +114,7 @@ class Evaluation:
         buffers = {name: buffer.detach().clone() for name, buffer in self._bound.model.named_buffers()}
         state = {f"model.{name}": value for name, value in {**self._others, **buffers, **params}.items()}
         y = repeatably(functional_call, self._bound, state, (x,), devices=self._devices)
-        return _checked_output(y, size(x))
+        return _checked_output(y, x)
 
     def reduce(
         self, consume: Callable[[Iterator[Block]], T], names: Sequence[str] | None = None, *, independent: bool = False
@@ -300,11 +300,15 @@ class Evaluation:
         return {name: p if p.requires_grad else p.detach().requires_grad_() for name, p in self.params.items()}
 
 
-def _checked_output(y: Any, n: int) -> Tensor:
+def _checked_output(y: Any, x: Batch) -> Tensor:
+    n = size(x)
     if not isinstance(y, Tensor):
+        called = "model(x)" if isinstance(x, Tensor) else "model(**x)" if isinstance(x, dict) else "model(*x)"
+        keys = list(y) if isinstance(y, Mapping) else [0] if isinstance(y, Sequence) else []
+        selected = f"[{'logits' if 'logits' in keys else keys[0]!r}]" if keys else ".logits"
         raise TypeError(
             f"the model's output: expected a tensor (n, c), got {type(y).__name__}. "
-            "Select it with forward_fn, as in forward_fn=lambda model, x: model(x)['logits']."
+            f"Select it with forward_fn, as in forward_fn=lambda model, x: {called}{selected}."
         )
     if y.ndim != 2 or y.shape[0] != n or y.shape[1] == 0:
         raise ValueError(

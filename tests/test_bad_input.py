@@ -159,3 +159,36 @@ def test_own_errors_of_the_model_come_through():
         features.kernel(torch.randn(3, 5))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         features.pushforward(torch.randn(3, 5), sketches.gaussian(2, seed=0))
+
+
+class Named(nn.Module):
+    """A linear model with keywords, whose outputs have names or places."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.lin = nn.Linear(4, 3)
+        self.wrap = wrap
+
+    def forward(self, pixels, mask=None):
+        return self.wrap(self.lin(pixels))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "wrap", "hint"),
+    [
+        (lambda x: x, lambda y: {"loss": y, "logits": y}, "model(x)['logits']"),
+        (lambda x: {"pixels": x}, lambda y: {"loss": y, "logits": y}, "model(**x)['logits']"),
+        (lambda x: {"pixels": x}, lambda y: {"out": y}, "model(**x)['out']"),
+        (lambda x: (x, x), lambda y: (y, y), "model(*x)[0]"),
+        (lambda x: x, lambda y: {"out": [y]}.items(), "model(x).logits"),
+    ],
+)
+def test_the_hint_of_forward_fn_is_code_that_runs(inputs, wrap, hint):
+    x, model = inputs(torch.randn(5, 4)), Named(wrap)
+    with pytest.raises(TypeError, match="Select it with forward_fn") as caught:
+        TangentFeatures(model).outputs(x)
+    code = str(caught.value).partition("forward_fn=")[2].rstrip(".")
+    assert code == f"lambda model, x: {hint}"
+    if not hint.endswith(".logits"):
+        forward_fn = eval(code)
+        assert TangentFeatures(model, forward_fn=forward_fn).outputs(x).shape == (5, 3)

@@ -10,7 +10,7 @@ from typing import Any, Literal, final, overload
 import torch
 from torch import Tensor, nn
 
-from alignreg import graph
+from alignreg import checks, graph
 from alignreg.batch import as_batch, slice_examples
 from alignreg.directions import Directions, GivenDirections
 from alignreg.distributed import unwrap
@@ -23,7 +23,7 @@ from alignreg.kernels.gradients import blocks, norms
 from alignreg.kernels.per_example import diagonals
 from alignreg.normalization import PrimitiveNormalization
 from alignreg.progress import bar
-from alignreg.selection import select
+from alignreg.selection import as_patterns, select
 from alignreg.sharding import is_sharded
 from alignreg.sketches import FactoredDirections
 
@@ -55,8 +55,9 @@ class TangentFeatures:
             result. It changes no value.
 
     Raises:
-        TypeError: if the model is sharded otherwise (FSDP1, tensor parallelism).
-        ValueError: if it has no trainable parameter, or none that ``params`` matches.
+        TypeError: if the model is sharded otherwise (FSDP1, tensor parallelism), or an argument is of another kind.
+        ValueError: if it has no trainable parameter, none that ``params`` matches, or selected ones that are complex or
+            without values.
 
     Example:
         >>> import torch
@@ -77,10 +78,12 @@ class TangentFeatures:
         forward_fn: ForwardFn | None = None,
         chunk_size: int | None = None,
     ) -> None:
-        if chunk_size is not None and (isinstance(chunk_size, bool) or chunk_size < 1):
-            raise ValueError(f"chunk_size: expected a positive integer or None, got {chunk_size!r}.")
+        if chunk_size is not None:
+            chunk_size = checks.count("chunk_size", chunk_size)
+        if forward_fn is not None:
+            checks.function("forward_fn", forward_fn, "(model, x) -> (n, c)")
         bare = unwrap(model)
-        patterns = (params,) if isinstance(params, str) else tuple(params) if params is not None else None
+        patterns = as_patterns(params)
         self._shapes = {name: p.shape for name, p in select(bare, patterns).items()}
         self._patterns = patterns
         self._forward_fn = forward_fn

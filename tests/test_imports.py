@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "alignreg"
 # A module may import those in rows above its own.
 ORDER = [
-    {"sharding"},
+    {"sharding", "checks"},
     {"batch", "targets", "selection", "distributed", "normalization", "directions", "estimators", "sketches"},
     {"frozen", "jacobian", "moments", "linear", "progress", "plotting", "graph", "weights"},
     {"hsic"},

@@ -9,11 +9,11 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from alignreg import estimators, sketches
+from alignreg import checks, estimators, sketches
 from alignreg.batch import flat, size
 from alignreg.distributed import rank, sizes_of_ranks, sum_over_ranks
 from alignreg.evaluation import ForwardFn
-from alignreg.losses.base import Sample, TangentLoss, Weight, check_count
+from alignreg.losses.base import Sample, TangentLoss, Weight
 from alignreg.targets import encode
 
 
@@ -82,8 +82,7 @@ class ProbeLoss(TangentLoss, ABC):
             params=params,
             forward_fn=forward_fn,
         )
-        self.probes = self.default_probes if probes is None else probes
-        check_count("probes", self.probes, self.least_probes)
+        self.probes = checks.count("probes", self.default_probes if probes is None else probes, self.least_probes)
 
     def extra_repr(self) -> str:
         """Show the options."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -121,6 +121,14 @@ def choice(name: str, value: Any, options: Sequence[str]) -> str:
     return value
 
 
+def each(value: Any) -> tuple[Any, ...]:
+    """Return what a collection holds, or the value alone where it is none; a text is one."""
+    try:
+        return (value,) if isinstance(value, str) else tuple(value)
+    except TypeError:
+        return (value,)
+
+
 def function(name: str, value: Any, signature: str) -> None:
     """Refuse what cannot be called.
 
@@ -148,12 +156,13 @@ def dense(name: str, value: Any) -> Tensor:
     return value
 
 
-def real(name: str, value: Any, *, integers: bool = False, finite: bool = True) -> Tensor:
+def real(name: str, value: Any, *, integers: bool = False) -> Tensor:
     """Return a tensor of real numbers, in float32 at least; integers, where they are welcome, in float64.
+
+    Whether its numbers are finite, :func:`finite` says.
 
     Raises:
         TypeError: as :func:`dense`, or if the tensor is complex, or of integers that are not welcome.
-        ValueError: if a number is NaN or infinite.
     """
     tensor = dense(name, value)
     if tensor.is_complex():
@@ -162,11 +171,58 @@ def real(name: str, value: Any, *, integers: bool = False, finite: bool = True) 
         return tensor.to(torch.float64)
     if tensor.dtype not in _FLOATING:
         raise TypeError(f"{name}: expected floating-point numbers, got {tensor.dtype}. Convert it with .float().")
-    tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def finite(name: str, value: Tensor) -> Tensor:
+    """Return a tensor none of whose numbers is NaN or infinite.
+
+    Raises:
+        ValueError: if one is.
+    """
     # A sum is cheap, and not finite if one of its terms is not; after an overflow the terms are looked at.
-    if finite and not holds(tensor, lambda t: torch.isfinite(t.sum()) or torch.isfinite(t).all()):
+    if not holds(value, lambda v: torch.isfinite(v.sum()) or torch.isfinite(v).all()):
         raise ValueError(f"{name}: expected finite values, got NaN or inf.")
-    return tensor
+    return value
+
+
+def values(name: str, value: Any, *, integers: bool = True) -> Tensor:
+    """Return a tensor of finite real numbers, as :func:`real` and :func:`finite` do.
+
+    Raises:
+        TypeError: as :func:`real`.
+        ValueError: as :func:`finite`.
+    """
+    return finite(name, real(name, value, integers=integers))
+
+
+def text(name: str, value: Any) -> str:
+    """Return a text.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected a text, got {shown(value)}.")
+    return value
+
+
+def by_name(name: str, value: Any) -> dict[str, Tensor]:
+    """Return vectors of parameter space, ``(m, *shape)`` by parameter name, as real tensors.
+
+    Raises:
+        TypeError: if they are no mapping of real tensors.
+        ValueError: if there are none, or not as many of each parameter.
+    """
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name}: expected vectors by parameter name, got {type(value).__name__}.")
+    if not value:
+        raise ValueError(f"{name}: expected vectors by parameter name, got none.")
+    found = {key: real(f"{name}[{key!r}]", part) for key, part in value.items()}
+    sizes = {len(part) if part.ndim else 0 for part in found.values()}
+    if len(sizes) > 1 or 0 in sizes:
+        raise ValueError(f"{name}: expected (m, *shape) of every parameter, got m = {sorted(sizes)}.")
+    return found
 
 
 def holds(value: Tensor, condition: Callable[[Tensor], Tensor | bool]) -> bool:

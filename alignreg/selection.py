@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from alignreg.checks import each
+
 
 def as_patterns(params: Any) -> tuple[str, ...] | None:
     """Return glob patterns of parameter names, as given alone or several; ``None`` for all parameters.
@@ -16,12 +18,9 @@ def as_patterns(params: Any) -> tuple[str, ...] | None:
         TypeError: if they are no strings.
         ValueError: if there are none.
     """
-    if params is None or isinstance(params, str):
-        return None if params is None else (params,)
-    try:
-        patterns = tuple(params)
-    except TypeError:  # nothing that holds others
-        patterns = (params,)
+    if params is None:
+        return None
+    patterns = each(params)
     odd = [type(pattern).__name__ for pattern in patterns if not isinstance(pattern, str)]
     if odd:
         raise TypeError(

@@ -91,7 +91,7 @@ CASES = {
     "inputs without axes": Bad(lambda m, model, x, y: m.update(x[0, 0], y), "without axes"),
     "no inputs": Bad(lambda m, model, x, y: m.update({}, y), "same number of examples"),
     "predictions as inputs": Bad(lambda m, model, x, y: m.update(model.lin(x), y), "keywords: update"),
-    "two directions": Bad(lambda m, model, x, y: TangentAlignment(model, 3, sketch_dim=2), "at least 3 directions"),
+    "two directions": Bad(lambda m, model, x, y: TangentAlignment(model, 3, sketch_dim=2), "an integer of at least 3"),
     "num_outputs": Bad(lambda m, model, x, y: TangentAlignment(model, 0), "num_outputs"),
     "method": Bad(lambda m, model, x, y: TangentAlignment(model, 3, method="fast"), "'sketch' or 'exact'"),
     "target mean": Bad(lambda m, model, x, y: TangentAlignment(model, 3, target_mean=[0.5, 0.5]), "3 finite values"),
@@ -114,14 +114,14 @@ CASES = {
     "alignment of other length": Bad(
         lambda *_: functional.alignment(torch.ones(2, 3, 2, 3), torch.zeros(4, 3)), "one row for each of the 2"
     ),
-    "trace ratio of none": Bad(lambda *_: functional.trace_ratio(torch.ones(1, 1, 1, 1), 0), "positive number"),
+    "trace ratio of none": Bad(lambda *_: functional.trace_ratio(torch.ones(1, 1, 1, 1), 0), "positive integer"),
     "kare of a negative kernel": Bad(
         lambda *_: functional.kare(-torch.ones(2, 1, 2, 1), torch.tensor([0.0, 1.0]), 0.5), "positive semi-definite"
     ),
     "ridge": Bad(lambda *_: functional.kare(torch.ones(2, 1, 2, 1), torch.tensor([0, 1]), 0.0), "positive"),
     "targets by another name": Bad(lambda *_: encode(torch.zeros(3, 2, 2), 2), r"expected values \(n, 2\)"),
     "one column": Bad(lambda *_: moments.frobenius2(moments.of(torch.ones(3, 1, 1), torch.ones(3, 1))), "at least 2"),
-    "no direction": Bad(lambda *_: sketches.gaussian(0, 0), "positive number"),
+    "no direction": Bad(lambda *_: sketches.gaussian(0, 0), "positive integer"),
 }
 
 

@@ -11,7 +11,7 @@ ORDER = [
     {"sharding", "checks"},
     {"batch", "targets", "selection", "distributed", "normalization", "directions", "estimators", "sketches"},
     {"frozen", "jacobian", "moments", "linear", "progress", "plotting", "graph", "weights"},
-    {"hsic"},
+    {"hsic", "spectra"},
     {"evaluation", "functional"},
     {"kernels"},
     {"tangents"},

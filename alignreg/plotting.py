@@ -284,7 +284,8 @@ def plane(
             f"({size},), got {tuple(functions.shape)}{'' if boundary is None else f' and {tuple(boundary.shape)}'}."
         )
     count = functions.shape[1]
-    names = [f"eigenfunction {j + 1}" for j in range(count)] if names is None else checks.each(names)
+    names = [f"eigenfunction {j + 1}" for j in range(count)] if names is None else list(checks.each(names))
+    names = [checks.text("names", name) for name in names]
     if len(names) != count:
         raise ValueError(f"names: expected {count}, one for each function, got {len(names)}.")
     height = 2.2 * float((y.max() - y.min()) / (x.max() - x.min()))

@@ -353,7 +353,7 @@ def _group_names(groups: int | Sequence[str] | None) -> tuple[str, ...]:
         return ()
     expected = "a positive integer or different names other than 'total'"
     names = checks.each(groups)
-    if names == (groups,):
+    if len(names) == 1 and names[0] is groups:
         number = checks.integer("groups", groups, expected)
         return tuple(f"group_{index}" for index in range(checks.count("groups", number)))
     if not names or not all(isinstance(name, str) for name in names) or len({*names, "total"}) <= len(names):

@@ -199,7 +199,7 @@ def alignment(projection: Tensor, frobenius2: Tensor) -> Tensor:
 
     Args:
         projection: yᵀKy/‖y‖².
-        frobenius2: ‖K‖_F², of the same shape.
+        frobenius2: ‖K‖_F², of the same shape; a scalar serves for all.
 
     Returns:
         Of that shape; NaN where both are zero.
@@ -216,7 +216,7 @@ def alignment(projection: Tensor, frobenius2: Tensor) -> Tensor:
     """
     projection = checks.values("projection", projection, integers=False)
     frobenius2 = checks.values("frobenius2", frobenius2, integers=False)
-    if projection.shape != frobenius2.shape:
+    if projection.ndim and frobenius2.ndim and projection.shape != frobenius2.shape:
         raise ValueError(
             f"projection, frobenius2: expected one shape, got {tuple(projection.shape)} and {tuple(frobenius2.shape)}."
         )

@@ -337,8 +337,7 @@ class SketchMetric(ProbeSetMetric, ABC):
             return torch.zeros(n, dtype=torch.long)
         if not count:
             raise ValueError("group: the metric has no groups. Make it with groups=..., or leave group out.")
-        if not isinstance(group, Tensor):
-            raise TypeError(f"group: expected a tensor, got {type(group).__name__}. Convert it with torch.as_tensor.")
+        group = checks.dense("group", group)
         if group.shape != (n,) or group.is_floating_point() or group.is_complex():
             raise ValueError(f"group: expected indices ({n},), got {group.dtype} of shape {tuple(group.shape)}.")
         members = group.detach().cpu().long()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alignreg import checks
+
 Batch = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 
 
@@ -19,7 +21,7 @@ def as_batch(x: Any) -> Batch:
         x: tensor, sequence or mapping of tensors that share the length of axis 0.
 
     Raises:
-        TypeError: if something in ``x`` is no tensor.
+        TypeError: if something in ``x`` is no tensor, or sparse, nested or quantized.
         ValueError: if ``x`` holds no example, or the tensors disagree on how many.
     """
     batch: Batch
@@ -41,6 +43,9 @@ def as_batch(x: Any) -> Batch:
                 f"inputs: every part must be a tensor with the examples on axis 0, got a {type(part).__name__}. "
                 "Pass what is no tensor through forward_fn instead."
             )
+        checks.dense("inputs", part)
+        if part.is_meta:
+            raise ValueError("inputs: expected values, got a tensor on the meta device.")
         if part.ndim == 0:
             raise ValueError("inputs: expected the examples on axis 0, got a tensor without axes.")
     sizes = {part.shape[0] for part in parts}

@@ -17,17 +17,6 @@ Statistics = Literal["running", "training"]
 """With which statistics modules in training mode normalize: those that they predict with, or those they train with."""
 
 
-def check(statistics: Any) -> Statistics:
-    """Return ``statistics`` if it is one of the two.
-
-    Raises:
-        ValueError: if it is not.
-    """
-    if statistics not in ("running", "training"):
-        raise ValueError(f"statistics: expected 'running' or 'training', got {statistics!r}.")
-    return statistics  # type: ignore[no-any-return]
-
-
 def keeps_running_statistics(module: nn.Module) -> bool:
     """Say whether the module normalizes otherwise in training mode than in evaluation mode: torch's or a user's own."""
     return isinstance(module, _NormBase) or any(

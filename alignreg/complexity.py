@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from alignreg import weights
+from alignreg import checks, weights
 from alignreg.distributed import unwrap
 from alignreg.frozen import frozen
 from alignreg.targets import encode
@@ -40,6 +40,7 @@ def rademacher_bound(lengths: Tensor, traces: Tensor, num_examples: int) -> Tens
         num_examples: their number n.
 
     Raises:
+        TypeError: if lengths or traces are no real tensor.
         ValueError: if the shapes differ, a value is negative or not finite, or n is no positive integer.
 
     Example:
@@ -56,7 +57,11 @@ def rademacher_bound(lengths: Tensor, traces: Tensor, num_examples: int) -> Tens
         >>> rademacher_bound(lengths, traces, int(examples[0]))  # 5 · √3 / 3
         tensor(2.8868, dtype=torch.float64)
     """
-    lengths, traces = lengths.detach().double(), traces.detach().double()
+    lengths, traces = (
+        checks.real(name, values, integers=True).detach().double()
+        for name, values in (("lengths", lengths), ("traces", traces))
+    )
+    num_examples = checks.count("num_examples", num_examples)
     if lengths.ndim != 1 or lengths.shape != traces.shape:
         raise ValueError(
             f"lengths, traces: expected (T,) each, got shapes {tuple(lengths.shape)} and {tuple(traces.shape)}. "
@@ -64,9 +69,9 @@ def rademacher_bound(lengths: Tensor, traces: Tensor, num_examples: int) -> Tens
         )
     for name, values in (("lengths", lengths), ("traces", traces)):
         if not bool((torch.isfinite(values) & (values >= 0)).all()):
-            raise ValueError(f"{name}: expected finite values that are not negative, got {values.tolist()}.")
-    if isinstance(num_examples, bool) or not isinstance(num_examples, int) or num_examples < 1:
-        raise ValueError(f"num_examples: expected a positive int, got {num_examples!r}. Convert a count with int().")
+            raise ValueError(
+                f"{name}: expected finite values that are not negative, got {checks.shown(values.tolist())}."
+            )
     return (lengths * traces.to(lengths.device).sqrt()).sum() / num_examples
 
 
@@ -85,7 +90,7 @@ def margin(outputs: Tensor, y: Tensor, quantile: float = 0.0) -> Tensor:
         A float64 scalar, for the measures' ``margin`` if it is positive.
 
     Raises:
-        TypeError: if y is no real tensor.
+        TypeError: if the outputs or y are no real tensor.
         ValueError: if the shapes do not fit, an output is not finite, a class is outside [0, c), or ``quantile``
             outside [0, 1].
 
@@ -95,16 +100,14 @@ def margin(outputs: Tensor, y: Tensor, quantile: float = 0.0) -> Tensor:
         >>> margin(torch.tensor([[3.0, 1.0, 0.0], [0.0, 1.0, 6.0]]), torch.tensor([0, 2]))
         tensor(2., dtype=torch.float64)
     """
+    f = checks.real("outputs", outputs, integers=True).detach().double()
     if outputs.ndim != 2 or outputs.shape[0] == 0 or outputs.shape[1] < 2:
         raise ValueError(f"outputs: expected (n, c) of at least two classes, got shape {tuple(outputs.shape)}.")
-    f = outputs.detach().double()
-    if not bool(torch.isfinite(f).all()):
-        raise ValueError("outputs: expected finite values, got NaN or inf.")
-    if not 0 <= quantile <= 1:
-        raise ValueError(f"quantile: expected a number in [0, 1], got {quantile!r}.")
-    if isinstance(y, Tensor) and y.ndim != 1:
+    checks.finite("outputs", f)
+    quantile = checks.number("quantile", quantile, "a number in [0, 1]", lambda q: 0 <= q <= 1)
+    if checks.dense("y", y).ndim != 1:
         raise ValueError(f"y: expected class indices (n,), got shape {tuple(y.shape)}. Take argmax(1) of one-hot rows.")
-    own = encode(y, f.shape[1], len(f)).to(f.device) > 0
+    own = encode(y, f.shape[1], len(f), name="y").to(f.device) > 0
     return torch.quantile(f[own] - f.masked_fill(own, -torch.inf).amax(1), quantile)
 
 
@@ -189,6 +192,7 @@ def path_norm(model: nn.Module, shape: Sequence[int], *, margin: float | None = 
         tensor(18., dtype=torch.float64)
     """
     layers = weights.layers(model)
+    sizes = [checks.count("shape", size) for size in checks.each(shape)]
     bare = unwrap(model)
     device = next(iter(layers.values())).weight.device
     with frozen(bare), torch.no_grad():
@@ -198,12 +202,12 @@ def path_norm(model: nn.Module, shape: Sequence[int], *, margin: float | None = 
             name: b.to(torch.float64 if b.is_floating_point() else b.dtype, copy=True)
             for name, b in bare.named_buffers()
         }
-        ones = torch.ones(1, *shape, dtype=torch.float64, device=device)
+        ones = torch.ones(1, *sizes, dtype=torch.float64, device=device)
         outputs = functional_call(bare, {**squares, **buffers}, (ones,))
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != 1:
         got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
         raise ValueError(
-            f"model: expected an output (1, c) for one example of shape {tuple(shape)}, got {got}. "
+            f"model: expected an output (1, c) for one example of shape {tuple(sizes)}, got {got}. "
             "Give the shape of an example without the axis of the batch, and flatten the outputs."
         )
     return _over(outputs.sum(), margin, 2)
@@ -325,13 +329,10 @@ def neyshabur2018(
     return _over(last * (moved + initially), margin, 1) + math.sqrt(h)
 
 
-def _over(value: Tensor, margin: float | None, power: int) -> Tensor:
+def _over(value: Tensor, margin: float | Tensor | None, power: int) -> Tensor:
     if margin is None:
         return value
-    gamma = float(margin)
-    if not 0 < gamma < math.inf:
-        raise ValueError(
-            f"margin: expected a positive number, got {gamma!r}. Take a larger quantile, or leave it out while "
-            "examples are classified wrongly."
-        )
-    return value / gamma**power
+    if isinstance(margin, Tensor) and margin.numel() == 1 and not margin.is_complex():
+        margin = margin.item()  # as the function of this name returns it
+    hint = " Take a larger quantile, or leave it out while examples are classified wrongly."
+    return value / checks.positive("margin", margin, hint) ** power

@@ -8,6 +8,8 @@ from typing import Protocol, final
 import torch
 from torch import Tensor
 
+from alignreg import checks
+
 
 class Directions(Protocol):
     """m directions in parameter space, drawn block by block."""
@@ -31,7 +33,11 @@ class GivenDirections:
                 f"got {sorted(directions.keys() - shapes.keys())} too many and "
                 f"{sorted(shapes.keys() - directions.keys())} missing."
             )
-        self.m = len(next(iter(directions.values())))
+        for name, value in directions.items():
+            label = f"directions[{name!r}]"
+            checks.values(label, value)
+        first = next(iter(directions.values()))
+        self.m = len(first) if first.ndim else 0
         for name, shape in shapes.items():
             if directions[name].shape != (self.m, *shape):
                 raise ValueError(

@@ -10,7 +10,8 @@ while E G_aa² = (tr K)² + 2‖K‖_F² for Gaussian entries, hence the upward 
 Columns of structured sketches (:func:`alignreg.sketches.factored`) come in independent blocks of dependent ones: with
 ``block``, their size, a ≠ b are taken from different blocks, and the jackknife leaves out blocks. For a sketch without
 such copies, :func:`cross_frobenius2` of two independent ones is right.
-All functions are differentiable.
+All functions are differentiable. Half precision is computed in float32. That G is symmetric is taken for granted: what
+centring leaves of it may be rounding errors alone.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from alignreg import checks
 
 
 class Estimate(NamedTuple):
@@ -43,7 +46,8 @@ def gram(columns: Mapping[str, Tensor]) -> Tensor:
         ``(m, m)``, in float32 at least.
 
     Raises:
-        ValueError: if there are none.
+        TypeError: if they are no real tensors by name.
+        ValueError: if there are none, not equally many of each parameter, or their products are not finite.
 
     Example:
         >>> import torch
@@ -52,15 +56,27 @@ def gram(columns: Mapping[str, Tensor]) -> Tensor:
         tensor([[13., 14.],
                 [14., 16.]])
     """
-    if not columns:
-        raise ValueError("columns: expected vectors by parameter name, got none.")
     total: Tensor | None = None
-    for value in columns.values():
-        flat = value.reshape(len(value), math.prod(value.shape[1:])).to(torch.promote_types(value.dtype, torch.float32))
-        part = flat @ flat.T
+    for value in checks.by_name("columns", columns).values():
+        part = inner_products(value)
         total = part if total is None else total + part
     assert total is not None
-    return total
+    return checks.finite("columns", total)
+
+
+def inner_products(columns: Tensor) -> Tensor:
+    """Return the products ``(m, m)`` of m vectors ``(m, *shape)``, in float32 at least: :func:`gram` unchecked.
+
+    Example:
+        >>> import torch
+        >>> from alignreg import estimators
+        >>> estimators.inner_products(torch.ones(2, 3, 4))
+        tensor([[12., 12.],
+                [12., 12.]])
+    """
+    flat = columns.reshape(len(columns), math.prod(columns.shape[1:]))
+    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+    return flat @ flat.T
 
 
 def trace(G: Tensor) -> Tensor:
@@ -70,7 +86,8 @@ def trace(G: Tensor) -> Tensor:
         G: Gram matrix of m i.i.d. columns, ``(m, m)``.
 
     Raises:
-        ValueError: if G is not a square matrix of at least one column.
+        TypeError: if G is no real tensor.
+        ValueError: if G is not a finite square matrix of at least one column.
 
     Example:
         >>> import torch
@@ -78,7 +95,7 @@ def trace(G: Tensor) -> Tensor:
         >>> estimators.trace(torch.tensor([[2.0, 1.0], [1.0, 4.0]]))
         tensor(3.)
     """
-    m = _columns(G, at_least=1)
+    G, m = _columns(G, at_least=1)
     return G.diagonal().sum() / m
 
 
@@ -90,7 +107,8 @@ def frobenius2(G: Tensor, block: int = 1) -> Tensor:
         block: how many columns in a row depend on each other.
 
     Raises:
-        ValueError: if G is not a square matrix of at least two columns.
+        TypeError: if G is no real tensor.
+        ValueError: if G is not a finite square matrix of at least two columns.
 
     Example:
         >>> import torch
@@ -98,7 +116,8 @@ def frobenius2(G: Tensor, block: int = 1) -> Tensor:
         >>> estimators.frobenius2(torch.tensor([[2.0, 1.0], [1.0, 4.0]]))
         tensor(1.)
     """
-    return off_diagonal_mean(G.square(), block)
+    G, _ = _columns(G, at_least=2, block=block)
+    return _mean_of_pairs(_of_blocks(G.square(), block))
 
 
 def off_diagonal_mean(G: Tensor, block: int = 1) -> Tensor:
@@ -109,7 +128,8 @@ def off_diagonal_mean(G: Tensor, block: int = 1) -> Tensor:
         block: how many columns in a row depend on each other.
 
     Raises:
-        ValueError: if G is not a square matrix of at least two columns.
+        TypeError: if G is no real tensor.
+        ValueError: if G is not a finite square matrix of at least two columns.
 
     Example:
         >>> import torch
@@ -117,9 +137,8 @@ def off_diagonal_mean(G: Tensor, block: int = 1) -> Tensor:
         >>> estimators.off_diagonal_mean(torch.tensor([[9.0, 1.0], [1.0, 9.0]]))
         tensor(1.)
     """
-    G = _of_blocks(G, block, at_least=2)
-    m = len(G)
-    return (G.sum() - G.diagonal().sum()) / (m * (m - 1))
+    G, _ = _columns(G, at_least=2, block=block)
+    return _mean_of_pairs(_of_blocks(G, block))
 
 
 def off_diagonal_mean_without(G: Tensor, block: int = 1) -> Tensor:
@@ -130,7 +149,8 @@ def off_diagonal_mean_without(G: Tensor, block: int = 1) -> Tensor:
         block: how many columns in a row depend on each other.
 
     Raises:
-        ValueError: if G is not a square matrix of at least three columns.
+        TypeError: if G is no real tensor.
+        ValueError: if G is not a finite square matrix of at least three columns.
 
     Example:
         >>> import torch
@@ -138,10 +158,8 @@ def off_diagonal_mean_without(G: Tensor, block: int = 1) -> Tensor:
         >>> estimators.off_diagonal_mean_without(torch.tensor([[9.0, 1.0, 2.0], [1.0, 9.0, 3.0], [2.0, 3.0, 9.0]]))
         tensor([3., 2., 1.])
     """
-    G = _of_blocks(G, block, at_least=3)
-    m = len(G)
-    off = G - G.diagonal().diag()
-    return (off.sum() - 2 * off.sum(0)) / ((m - 1) * (m - 2))
+    G, _ = _columns(G, at_least=3, block=block)
+    return _mean_of_pairs_without(_of_blocks(G, block))
 
 
 def trace2(G: Tensor, block: int = 1) -> Tensor:
@@ -152,7 +170,8 @@ def trace2(G: Tensor, block: int = 1) -> Tensor:
         block: how many columns in a row depend on each other.
 
     Raises:
-        ValueError: if G is not a square matrix of at least two columns.
+        TypeError: if G is no real tensor.
+        ValueError: if G is not a finite square matrix of at least two columns.
 
     Example:
         >>> import torch
@@ -172,7 +191,8 @@ def cross_frobenius2(G12: Tensor) -> Tensor:
         G12: products of the columns of one sketch with those of the other, ``(m1, m2)``.
 
     Raises:
-        ValueError: if G12 is not a matrix of at least one entry.
+        TypeError: if G12 is no real tensor.
+        ValueError: if G12 is not a finite matrix of at least one entry.
 
     Example:
         >>> import torch
@@ -180,9 +200,10 @@ def cross_frobenius2(G12: Tensor) -> Tensor:
         >>> estimators.cross_frobenius2(torch.tensor([[1.0, 3.0]]))
         tensor(5.)
     """
+    G12 = checks.real("G12", G12)
     if G12.ndim != 2 or G12.numel() == 0:
         raise ValueError(f"G12: expected a matrix (m1, m2) with entries, got shape {tuple(G12.shape)}.")
-    return G12.square().mean()
+    return checks.finite("G12", G12).square().mean()
 
 
 def alignment(projection: Tensor, frobenius2: Tensor) -> Tensor:
@@ -192,10 +213,14 @@ def alignment(projection: Tensor, frobenius2: Tensor) -> Tensor:
 
     Args:
         projection: yᵀKy/‖y‖².
-        frobenius2: ‖K‖_F², of the same shape.
+        frobenius2: ‖K‖_F², of the same shape; a scalar serves for all.
 
     Returns:
         Of that shape; NaN where both are zero.
+
+    Raises:
+        TypeError: if they are no real tensors.
+        ValueError: if they are not finite or not of one shape.
 
     Example:
         >>> import torch
@@ -203,6 +228,12 @@ def alignment(projection: Tensor, frobenius2: Tensor) -> Tensor:
         >>> estimators.alignment(torch.tensor([1.0, 2.0]), torch.tensor([16.0, 1.0]))
         tensor([0.2500, 1.0000])
     """
+    projection = checks.values("projection", projection, integers=False)
+    frobenius2 = checks.values("frobenius2", frobenius2, integers=False)
+    if projection.ndim and frobenius2.ndim and projection.shape != frobenius2.shape:
+        raise ValueError(
+            f"projection, frobenius2: expected one shape, got {tuple(projection.shape)} and {tuple(frobenius2.shape)}."
+        )
     return projection / torch.maximum(frobenius2, projection.square()).sqrt()
 
 
@@ -217,7 +248,8 @@ def frobenius2_without(G: Tensor, block: int = 1) -> Tensor:
         ``(m,)``; entry j is the estimate without column j.
 
     Raises:
-        ValueError: if G is not a square matrix of at least three columns.
+        TypeError: if G is no real tensor.
+        ValueError: if G is not a finite square matrix of at least three columns.
 
     Example:
         >>> import torch
@@ -226,7 +258,8 @@ def frobenius2_without(G: Tensor, block: int = 1) -> Tensor:
         >>> estimators.frobenius2_without(G)
         tensor([9., 0., 1.])
     """
-    return off_diagonal_mean_without(G.square(), block)
+    G, _ = _columns(G, at_least=3, block=block)
+    return _mean_of_pairs_without(_of_blocks(G.square(), block))
 
 
 def trace_without(G: Tensor, block: int = 1) -> Tensor:
@@ -237,7 +270,8 @@ def trace_without(G: Tensor, block: int = 1) -> Tensor:
         block: how many columns in a row depend on each other.
 
     Raises:
-        ValueError: if G is not a square matrix of at least two columns.
+        TypeError: if G is no real tensor.
+        ValueError: if G is not a finite square matrix of at least two columns.
 
     Example:
         >>> import torch
@@ -245,7 +279,7 @@ def trace_without(G: Tensor, block: int = 1) -> Tensor:
         >>> estimators.trace_without(torch.tensor([[2.0, 1.0], [1.0, 4.0]]))
         tensor([4., 2.])
     """
-    _columns(G, at_least=2, block=block)
+    G, _ = _columns(G, at_least=2, block=block)
     return mean_without(G.diagonal(), block)
 
 
@@ -257,7 +291,8 @@ def trace2_without(G: Tensor, block: int = 1) -> Tensor:
         block: how many columns in a row depend on each other.
 
     Raises:
-        ValueError: if G is not a square matrix of at least three columns.
+        TypeError: if G is no real tensor.
+        ValueError: if G is not a finite square matrix of at least three columns.
 
     Example:
         >>> import torch
@@ -279,7 +314,8 @@ def mean_without(values: Tensor, block: int = 1) -> Tensor:
         block: how many columns in a row depend on each other.
 
     Raises:
-        ValueError: if there are not at least two blocks.
+        TypeError: if they are no real tensor.
+        ValueError: if they are not finite, or there are not at least two blocks.
 
     Example:
         >>> import torch
@@ -287,7 +323,10 @@ def mean_without(values: Tensor, block: int = 1) -> Tensor:
         >>> estimators.mean_without(torch.tensor([1.0, 2.0, 4.0, 6.0]), block=2)
         tensor([5.0000, 1.5000])
     """
-    count = _count_blocks(len(values), block)
+    values = checks.real("values", values)
+    if values.ndim != 1:
+        raise ValueError(f"values: expected (m,), got shape {tuple(values.shape)}.")
+    count = _count_blocks(len(checks.finite("values", values)), block)
     if count < 2:
         raise ValueError(f"values: expected those of at least two blocks of columns, got {count}.")
     each = values.reshape(count, block).mean(1)
@@ -298,7 +337,11 @@ def jackknife(leave_one_out: Tensor) -> Tensor:
     """Return the delete-one jackknife standard error √((m−1)/m · Σ_j (θ_j − mean θ)²).
 
     Args:
-        leave_one_out: the statistic without column j, ``(m,)``.
+        leave_one_out: the statistic without column j, ``(m,)``; NaN where it is undefined, as the error is then.
+
+    Raises:
+        TypeError: if that is no real tensor.
+        ValueError: if it is no vector of at least two.
 
     Example:
         >>> import torch
@@ -307,32 +350,48 @@ def jackknife(leave_one_out: Tensor) -> Tensor:
         >>> estimators.jackknife((x.sum() - x) / 2), x.std() / 3**0.5
         (tensor(0.8819), tensor(0.8819))
     """
+    leave_one_out = checks.real("leave_one_out", leave_one_out)
+    if leave_one_out.ndim != 1 or len(leave_one_out) < 2:
+        raise ValueError(f"leave_one_out: expected (m,) with m of at least 2, got shape {tuple(leave_one_out.shape)}.")
     m = len(leave_one_out)
     return ((leave_one_out - leave_one_out.mean()).square().sum() * (m - 1) / m).sqrt()
 
 
-def _of_blocks(G: Tensor, block: int, *, at_least: int) -> Tensor:
+def _mean_of_pairs(G: Tensor) -> Tensor:
+    m = len(G)
+    return (G.sum() - G.diagonal().sum()) / (m * (m - 1))
+
+
+def _mean_of_pairs_without(G: Tensor) -> Tensor:
+    m = len(G)
+    off = G - G.diagonal().diag()
+    return (off.sum() - 2 * off.sum(0)) / ((m - 1) * (m - 2))
+
+
+def _of_blocks(G: Tensor, block: int) -> Tensor:
     """Return the means over pairs of blocks of a statistic of two columns, ``(m / block, m / block)``."""
-    count = _columns(G, at_least=at_least, block=block)
+    count = len(G) // block
     return G if block == 1 else G.reshape(count, block, count, block).mean((1, 3))
 
 
 def _traces(G: Tensor, block: int, *, at_least: int) -> Tensor:
     """Return the mean of the diagonal in each block."""
-    count = _columns(G, at_least=at_least, block=block)
+    G, count = _columns(G, at_least=at_least, block=block)
     return G.diagonal().reshape(count, block).mean(1)
 
 
-def _columns(G: Tensor, *, at_least: int, block: int = 1) -> int:
-    """Return how many independent blocks of columns there are."""
+def _columns(G: Tensor, *, at_least: int, block: int = 1) -> tuple[Tensor, int]:
+    """Return a Gram matrix in float32 at least, and how many independent blocks of columns there are."""
+    G, block = checks.real("G", G), checks.count("block", block)
     if G.ndim != 2 or G.shape[0] != G.shape[1] or G.shape[0] < at_least * block:
         raise ValueError(
             f"G: expected the Gram matrix (m, m) of at least {at_least * block} columns, got shape {tuple(G.shape)}."
         )
-    return _count_blocks(len(G), block)
+    return checks.finite("G", G), _count_blocks(len(G), block)
 
 
 def _count_blocks(m: int, block: int) -> int:
-    if block < 1 or m % block:
+    block = checks.count("block", block)
+    if m % block:
         raise ValueError(f"block: expected a number that divides the {m} columns, got {block!r}.")
     return m // block

@@ -184,7 +184,7 @@ class Evaluation:
         )
         if self._leaves_traces:
             self._inside.settle()
-        return _checked_output(y, size(x))
+        return _checked_output(y, x)
 
     def reduce(
         self, consume: Callable[[Iterator[Block]], T], names: Sequence[str] | None = None, *, independent: bool = False
@@ -438,11 +438,15 @@ def _renormed(model: nn.Module) -> set[str]:
     }
 
 
-def _checked_output(y: Any, n: int) -> Tensor:
+def _checked_output(y: Any, x: Batch) -> Tensor:
+    n = size(x)
     if not isinstance(y, Tensor):
+        called = "model(x)" if isinstance(x, Tensor) else "model(**x)" if isinstance(x, dict) else "model(*x)"
+        keys = list(y) if isinstance(y, Mapping) else [0] if isinstance(y, Sequence) else []
+        selected = f"[{'logits' if 'logits' in keys else keys[0]!r}]" if keys else ".logits"
         raise TypeError(
             f"the model's output: expected a tensor (n, c), got {type(y).__name__}. "
-            "Select it with forward_fn, as in forward_fn=lambda model, x: model(x)['logits']."
+            f"Select it with forward_fn, as in forward_fn=lambda model, x: {called}{selected}."
         )
     if y.ndim != 2 or y.shape[0] != n or y.shape[1] == 0:
         raise ValueError(

@@ -2,6 +2,9 @@ r"""Functions of an exact tangent kernel K ``(n, c, n, c)``: alignment, spectrum
 
 All are differentiable with respect to K. Alignment centres K by default; the rank functions take K as it is, so pass
 ``center(K)`` for a centred spectrum.
+
+All expect a kernel: a real tensor ``(n, c, n, c)`` of finite numbers, symmetric and positive semi-definite up to
+rounding errors of a hundredth. Half precision is computed in float32.
 """
 
 from __future__ import annotations
@@ -11,8 +14,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from alignreg import hsic
+from alignreg import checks, hsic, spectra
 from alignreg.targets import ConstantTargetError, encode
+
+ROUNDING = 0.01
+"""Relative errors beyond which a tensor is no kernel: those of bfloat16 stay below."""
+_INDEFINITE = (
+    "K: expected a positive semi-definite kernel, of products of features, got one with negative eigenvalues. Where "
+    "only rounding errors are left of a centred one, compute it in float64."
+)
 
 
 def center(K: Tensor) -> Tensor:
@@ -24,7 +34,8 @@ def center(K: Tensor) -> Tensor:
         K: kernel ``(n, c, n, c)``.
 
     Raises:
-        ValueError: if K does not have that shape.
+        TypeError: if K is no real tensor.
+        ValueError: if K is no kernel.
 
     Example:
         >>> import torch
@@ -33,9 +44,12 @@ def center(K: Tensor) -> Tensor:
         tensor([[ 0.5000, -0.5000],
                 [-0.5000,  0.5000]])
     """
-    _check_kernel(K)
-    K = K - K.mean(0, keepdim=True)
-    return K - K.mean(2, keepdim=True)
+    K = _kernel(K)
+    rest = K - K.mean(0, keepdim=True)
+    rest = rest - rest.mean(2, keepdim=True)
+    # What rounding leaves of a kernel that is constant over the examples is none.
+    left, whole = (torch.linalg.vector_norm(values.detach()) for values in (rest, K))
+    return torch.where(left < 10 * torch.finfo(K.dtype).eps * whole, torch.zeros_like(rest), rest)
 
 
 def alignment(K: Tensor, y: Tensor, centered: bool = True, *, unbiased: bool = False) -> Tensor:
@@ -57,9 +71,9 @@ def alignment(K: Tensor, y: Tensor, centered: bool = True, *, unbiased: bool = F
         a squared norm is not positive, and for fewer than four examples.
 
     Raises:
-        TypeError: if y is no real tensor.
+        TypeError: if K or y is no real tensor.
         ConstantTargetError: if y is constant: alignment is then undefined.
-        ValueError: if the shapes do not fit, or ``unbiased`` comes with ``centered=False``.
+        ValueError: if K is no kernel, the shapes do not fit, or ``unbiased`` comes with ``centered=False``.
 
     Example:
         >>> import torch
@@ -68,10 +82,11 @@ def alignment(K: Tensor, y: Tensor, centered: bool = True, *, unbiased: bool = F
         >>> alignment(torch.einsum("ik,jl->ikjl", y, y), y)
         tensor(1.)
     """
-    n, c = _check_kernel(K)
-    targets = _centred_targets(encode(y, c, n)).to(K)
-    if unbiased and not centered:
+    K = _kernel(K)
+    if checks.flag("unbiased", unbiased) and not checks.flag("centered", centered):
         raise ValueError("unbiased: expected the centred kernel with it. Leave centered out, or unbiased.")
+    checks.flag("centered", centered)
+    targets = _centred_targets(K, y)
     if unbiased:
         return hsic.of_kernel(K, targets)
     if centered:
@@ -85,10 +100,11 @@ def spectrum(K: Tensor) -> Tensor:
     """Return all n·c eigenvalues of a kernel, descending and ≥ 0.
 
     Args:
-        K: kernel ``(n, c, n, c)``; half precision is computed in float32.
+        K: kernel ``(n, c, n, c)``.
 
     Raises:
-        ValueError: if K does not have that shape.
+        TypeError: if K is no real tensor.
+        ValueError: if K is no kernel.
 
     Example:
         >>> import torch
@@ -96,11 +112,7 @@ def spectrum(K: Tensor) -> Tensor:
         >>> spectrum(torch.diag(torch.tensor([1.0, 3.0])).reshape(2, 1, 2, 1))
         tensor([3., 1.])
     """
-    n, c = _check_kernel(K)
-    matrix = K.reshape(n * c, n * c)
-    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    eigenvalues: Tensor = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
-    return eigenvalues.flip(0).clamp(min=0)
+    return _semidefinite(spectra.eigenvalues(_kernel(K))).clamp(min=0)
 
 
 def effective_rank(K: Tensor) -> Tensor:
@@ -113,7 +125,8 @@ def effective_rank(K: Tensor) -> Tensor:
         K: kernel ``(n, c, n, c)``, taken as it is.
 
     Raises:
-        ValueError: if K does not have that shape.
+        TypeError: if K is no real tensor.
+        ValueError: if K is no kernel.
 
     Example:
         >>> import torch
@@ -121,7 +134,7 @@ def effective_rank(K: Tensor) -> Tensor:
         >>> effective_rank(torch.eye(6).reshape(3, 2, 3, 2))
         tensor(6.0000)
     """
-    return _effective_rank(spectrum(K))
+    return spectra.effective_rank(spectrum(K))
 
 
 def participation_ratio(K: Tensor) -> Tensor:
@@ -133,7 +146,8 @@ def participation_ratio(K: Tensor) -> Tensor:
         K: kernel ``(n, c, n, c)``, taken as it is.
 
     Raises:
-        ValueError: if K does not have that shape.
+        TypeError: if K is no real tensor.
+        ValueError: if K is no kernel.
 
     Example:
         >>> import torch
@@ -141,10 +155,7 @@ def participation_ratio(K: Tensor) -> Tensor:
         >>> participation_ratio(torch.eye(6).reshape(3, 2, 3, 2))
         tensor(6.)
     """
-    n, c = _check_kernel(K)
-    matrix = K.reshape(n * c, n * c)
-    trace, squares = matrix.diagonal().sum(), matrix.square().sum()
-    return trace.square() / torch.where(squares > 0, squares, torch.ones_like(squares))
+    return spectra.participation_ratio(_kernel(K))
 
 
 def trace_ratio(K: Tensor, k: int) -> Tensor:
@@ -158,7 +169,7 @@ def trace_ratio(K: Tensor, k: int) -> Tensor:
         A scalar in [0, 1]; NaN for the zero kernel.
 
     Raises:
-        ValueError: if K does not have that shape, or ``k`` is no positive integer.
+        ValueError: if K is no kernel, or ``k`` is no positive integer.
 
     Example:
         >>> import torch
@@ -166,6 +177,7 @@ def trace_ratio(K: Tensor, k: int) -> Tensor:
         >>> trace_ratio(torch.diag(torch.tensor([1.0, 3.0])).reshape(2, 1, 2, 1), 1)
         tensor(0.7500)
     """
+    k = checks.count("k", k)
     return _trace_ratio(spectrum(K), k)
 
 
@@ -181,7 +193,9 @@ def summary(eigenvalues: Tensor, k: Sequence[int] = ()) -> dict[str, Tensor]:
         ``largest_eigenvalue``, ``mean_eigenvalue``, ``median_eigenvalue`` (the mean of the two in the middle).
 
     Raises:
-        ValueError: if there are no eigenvalues.
+        TypeError: if they are no real tensor.
+        ValueError: if there are none, they are not finite, not descending or negative, or a ``k`` is no positive
+            integer.
 
     Example:
         >>> import torch
@@ -189,14 +203,19 @@ def summary(eigenvalues: Tensor, k: Sequence[int] = ()) -> dict[str, Tensor]:
         >>> summary(torch.tensor([3.0, 1.0]), k=[1])["trace_ratio_1"]
         tensor(0.7500)
     """
+    eigenvalues = checks.real("eigenvalues", eigenvalues)
     if eigenvalues.ndim != 1 or len(eigenvalues) == 0:
         raise ValueError(f"eigenvalues: expected (n·c,), got shape {tuple(eigenvalues.shape)}.")
+    checks.finite("eigenvalues", eigenvalues)
+    if not checks.holds(eigenvalues, lambda v: (v.diff() <= 0).all() & (v[-1] >= 0)):
+        raise ValueError("eigenvalues: expected descending ones, none below 0, as spectrum(K) gives them, got others.")
+    ratios = [checks.count("k", value) for value in checks.each(k)]
     total, squares = eigenvalues.sum(), eigenvalues.square().sum()
     middle = len(eigenvalues) // 2
     return {
-        "effective_rank": _effective_rank(eigenvalues),
-        "participation_ratio": total.square() / torch.where(squares > 0, squares, torch.ones_like(squares)),
-        **{f"trace_ratio_{value}": _trace_ratio(eigenvalues, value) for value in k},
+        "effective_rank": spectra.effective_rank(eigenvalues),
+        "participation_ratio": spectra.ratio(total, squares),
+        **{f"trace_ratio_{value}": _trace_ratio(eigenvalues, value) for value in ratios},
         "largest_eigenvalue": eigenvalues[0],
         "mean_eigenvalue": eigenvalues.mean(),
         "median_eigenvalue": (eigenvalues[middle] + eigenvalues[-1 - middle]) / 2,
@@ -220,9 +239,9 @@ def eigenvector_alignment(K: Tensor, y: Tensor, k: int | None = None, centered: 
         Shares ``(k,)``, in the order of descending eigenvalues.
 
     Raises:
-        TypeError: if y is no real tensor.
+        TypeError: if K or y is no real tensor.
         ConstantTargetError: if y is constant.
-        ValueError: if the shapes do not fit, or ``k`` is no positive integer.
+        ValueError: if K is no kernel, the shapes do not fit, or ``k`` is no positive integer.
 
     Example:
         >>> import torch
@@ -231,14 +250,13 @@ def eigenvector_alignment(K: Tensor, y: Tensor, k: int | None = None, centered: 
         >>> eigenvector_alignment(torch.einsum("ik,jl->ikjl", y, y), y, k=1)
         tensor([1.])
     """
-    n, c = _check_kernel(K)
-    if k is not None:
-        _check_k(k)
-    targets = _centred_targets(encode(y, c, n))
-    matrix = (center(K) if centered else K).reshape(n * c, n * c)
-    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    targets = targets.flatten().to(matrix)
-    vectors = torch.linalg.eigh((matrix + matrix.T) / 2).eigenvectors.flip(1)[:, :k]
+    K = _kernel(K)
+    k = None if k is None else checks.count("k", k)
+    centered = checks.flag("centered", centered)
+    targets = _centred_targets(K, y).flatten()
+    values, vectors = torch.linalg.eigh(spectra.symmetric(center(K) if centered else K))
+    _semidefinite(values.flip(0))
+    vectors = vectors.flip(1)[:, :k]
     shares: Tensor = (vectors.T @ targets).square() / targets.square().sum()
     return shares
 
@@ -256,8 +274,9 @@ def kare(K: Tensor, y: Tensor, ridge: float) -> Tensor:
         ridge: ρ > 0.
 
     Raises:
-        TypeError: if y is no real tensor.
-        ValueError: if the shapes do not fit, ``ridge`` is not positive, or K has an eigenvalue of −N·ρ or below.
+        TypeError: if K or y is no real tensor.
+        ValueError: if K is no kernel, the shapes do not fit, ``ridge`` is not positive, or K has an eigenvalue of
+            −N·ρ or below.
 
     Example:
         >>> import torch
@@ -266,15 +285,14 @@ def kare(K: Tensor, y: Tensor, ridge: float) -> Tensor:
         >>> kare(torch.zeros(2, 1, 2, 1), y, ridge=0.5)  # no features: the variance of y
         tensor(1.)
     """
-    n, c = _check_kernel(K)
-    if not ridge > 0:
-        raise ValueError(f"ridge: expected a positive number, got {ridge!r}.")
-    targets = encode(y, c, n)
+    ridge = checks.positive("ridge", ridge)
+    K = _kernel(K, ridge)
+    targets = encode(y, K.shape[1], len(K), name="y")
     targets = (targets - targets.mean(0)).flatten().to(K)
-    N = n * c
-    regularised = K.reshape(N, N) / N + ridge * torch.eye(N, dtype=K.dtype, device=K.device)
+    N = len(targets)
+    regularised = spectra.matrix(K) / N + ridge * torch.eye(N, dtype=K.dtype, device=K.device)
     factor, info = torch.linalg.cholesky_ex(regularised)
-    if int(info):
+    if not checks.holds(info, lambda failed: failed == 0):
         raise ValueError(
             f"K: expected a positive semi-definite kernel, up to errors below ridge = {ridge:g} in K/{N}, got one that "
             "is not. Where rounding of a large kernel is to blame, raise ridge or compute the kernel in float64."
@@ -283,31 +301,42 @@ def kare(K: Tensor, y: Tensor, ridge: float) -> Tensor:
     return (inverse @ targets).square().sum() / N / (inverse.diagonal().sum() / N).square()
 
 
-def _check_kernel(K: Tensor) -> tuple[int, int]:
+def _kernel(K: Tensor, ridge: float = 0.0) -> Tensor:
+    """Return a kernel in float32 at least; with a ridge, rounding errors below it do not count."""
+    K = checks.real("K", K)
     if K.ndim != 4 or K.shape[:2] != K.shape[2:] or K.numel() == 0:
         raise ValueError(f"K: expected a kernel (n, c, n, c), got shape {tuple(K.shape)}.")
-    return K.shape[0], K.shape[1]
+    checks.finite("K", K)
+    slack = ROUNDING * ridge * K.shape[0] * K.shape[1]
+    if not checks.holds(K, lambda v: (v - v.permute(2, 3, 0, 1)).abs_().amax() <= ROUNDING * v.abs().amax() + slack):
+        raise ValueError(
+            "K: expected a symmetric kernel, got another tensor. Take the kernel of one batch with itself; where only "
+            "rounding errors are left of a centred one, compute it in float64."
+        )
+    if not ridge and not checks.holds(K, _may_be_semidefinite):
+        raise ValueError(_INDEFINITE)
+    return K
 
 
-def _check_k(k: int) -> None:
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"k: expected a positive number of eigenvalues, got {k!r}.")
+def _may_be_semidefinite(K: Tensor) -> Tensor:
+    """Say whether no entry is larger than the largest on the diagonal, and none there is negative."""
+    diagonal, largest = spectra.matrix(K).diagonal(), K.abs().amax()
+    return (diagonal.amin() >= -ROUNDING * largest) & (largest <= (1 + ROUNDING) * diagonal.amax().clamp(min=0))
 
 
-def _centred_targets(targets: Tensor) -> Tensor:
+def _semidefinite(eigenvalues: Tensor) -> Tensor:
+    """Return eigenvalues, descending, of which none is negative beyond rounding errors."""
+    if not checks.holds(eigenvalues, lambda v: v[-1] >= -ROUNDING * v[0]):
+        raise ValueError(_INDEFINITE)
+    return eigenvalues
+
+
+def _centred_targets(K: Tensor, y: Tensor) -> Tensor:
+    targets = encode(y, K.shape[1], len(K), name="y")
     if bool((targets == targets[0]).all()):
-        raise ConstantTargetError
-    return targets - targets.mean(0)
-
-
-def _effective_rank(eigenvalues: Tensor) -> Tensor:
-    eigenvalues = eigenvalues[eigenvalues > 0]
-    if len(eigenvalues) == 0:
-        return eigenvalues.sum()
-    entropy: Tensor = torch.special.entr(eigenvalues / eigenvalues.sum()).sum()
-    return entropy.exp()
+        raise ConstantTargetError("y")
+    return (targets - targets.mean(0)).to(K)
 
 
 def _trace_ratio(eigenvalues: Tensor, k: int) -> Tensor:
-    _check_k(k)
     return eigenvalues[:k].sum() / eigenvalues.sum()

@@ -77,7 +77,7 @@ def grams(y: Tensor, params: Mapping[str, Tensor], cotangents: Tensor, *, create
     sources += [one.output for one in products.values()]
     like = [*(params[name] for name in others), *(one.inputs.new_empty(one.output_shape) for one in products.values())]
     columns = _pull(y, sources, like, cotangents, create_graph=create_graph)
-    found = {name: estimators.gram({name: column}) for name, column in zip(others, columns, strict=False)}
+    found = {name: estimators.inner_products(column) for name, column in zip(others, columns, strict=False)}
     for (name, one), d in zip(products.items(), columns[len(others) :], strict=True):
         found[name] = one.gram(d)
     return {name: found[name] for name in params}

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from alignreg import estimators, moments
+from alignreg import checks, estimators, moments
 from alignreg.moments import Moments
 
 
@@ -62,8 +62,12 @@ def of(z: Tensor, y: Tensor) -> PairSums:
     Args:
         z: pushforward ΦS of the batch, ``(n, c, m)``.
         y: targets as values, ``(n, c)``.
+
+    Raises:
+        TypeError: if they are no real tensors.
+        ValueError: if the shapes do not fit, or values are not finite.
     """
-    z, y = z.detach().to(torch.float64), y.detach().to(z.device, torch.float64)
+    z, y = moments.sample(z, y)
     g = torch.einsum("ika,ikb->iab", z, z)
     u = torch.einsum("ik,ika->ia", y, z)
     norms2, flat = y.square().sum(1), z.flatten(1)
@@ -82,7 +86,12 @@ def of(z: Tensor, y: Tensor) -> PairSums:
 
 
 def zeros(c: int, m: int) -> PairSums:
-    """Return the sums of no examples, for c outputs and m directions."""
+    """Return the sums of no examples, for c outputs and m directions.
+
+    Raises:
+        ValueError: if a number is no positive integer.
+    """
+    c, m = checks.count("c", c), checks.count("m", m)
     shapes = ((c, m, c, m), (m, m), (m, m, c), (c, c, m), (c, m), (c, m), (m,), (c, c), (c,), ())
     return PairSums(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
@@ -94,9 +103,11 @@ def alignment(sums: Moments, pairs: PairSums, *, block: int = 1) -> Tensor:
 
     Raises:
         ConstantTargetError: if the targets of all examples are equal.
-        ValueError: if there are no examples.
+        TypeError: if the sums are no :class:`.Moments`, or the pairs no :class:`PairSums`.
+        ValueError: if there are no examples, or a sum is not finite.
     """
-    moments.require_different_targets(sums)
+    if _too_few(sums, pairs):
+        return sums.n.new_full((), torch.nan)
     products, squares = _products(sums, pairs), _squares(sums, pairs)
     return _alignment(products.mean(), estimators.off_diagonal_mean(squares, block), _norm2_of_targets(sums, pairs))
 
@@ -108,9 +119,11 @@ def alignment_std_error(sums: Moments, pairs: PairSums, *, block: int = 1) -> Te
 
     Raises:
         ConstantTargetError: as :func:`alignment`.
+        TypeError: as :func:`alignment`.
         ValueError: as :func:`alignment`.
     """
-    moments.require_different_targets(sums)
+    if _too_few(sums, pairs):
+        return sums.n.new_full((), torch.nan)
     products, squares = _products(sums, pairs), _squares(sums, pairs)
     without = estimators.mean_without(products, block)
     norms2 = estimators.off_diagonal_mean_without(squares, block)
@@ -118,7 +131,16 @@ def alignment_std_error(sums: Moments, pairs: PairSums, *, block: int = 1) -> Te
 
 
 def of_kernel(K: Tensor, y: Tensor) -> Tensor:
-    """Return :func:`alignment` from the exact kernel ``(n, c, n, c)`` and targets as values ``(n, c)``."""
+    """Return :func:`alignment` from the exact kernel ``(n, c, n, c)`` and targets as values ``(n, c)``.
+
+    Raises:
+        TypeError: if they are no real tensors.
+        ValueError: if the shapes do not fit, or values are not finite.
+    """
+    K, y = checks.real("K", K), checks.real("y", y, integers=True)
+    if K.ndim != 4 or y.ndim != 2 or K.shape != (*y.shape, *y.shape) or K.numel() == 0:
+        raise ValueError(f"K, y: expected (n, c, n, c) and (n, c), got {tuple(K.shape)} and {tuple(y.shape)}.")
+    K, y = checks.finite("K", K), checks.finite("y", y).to(K)
     n, y = len(K), y - y.mean(0)
     own = torch.diagonal(K, dim1=0, dim2=2).permute(2, 0, 1)  # K_ii, (n, c, c)
     rows, outer = K.sum(2) - own, torch.einsum("ik,il->ikl", y, y)
@@ -141,6 +163,16 @@ def of_kernel(K: Tensor, y: Tensor) -> Tensor:
         n,
     )
     return _alignment(products, squares, _target_norm2(outer.sum(0), y.square().sum(1).square().sum(), n))
+
+
+def _too_few(sums: Moments, pairs: PairSums) -> bool:
+    """Check the sums, and say whether there are too few examples for four different ones."""
+    moments.require_different_targets(sums)
+    if not isinstance(pairs, PairSums):
+        raise TypeError(f"pairs: expected PairSums, got {type(pairs).__name__}. Make them with hsic.of.")
+    each = [checks.real(f"pairs.{field}", value).sum() for field, value in pairs._asdict().items()]
+    checks.finite("pairs", torch.stack(each))
+    return float(sums.n) < 4
 
 
 def _mean(pairs: Tensor, turned: Tensor, total: Tensor, rows: Tensor, turned_rows: Tensor, n: Tensor | int) -> Tensor:

@@ -12,6 +12,9 @@ batch b therefore contributes the exact ``a_b = Φ_bᵀ(y_b − 1π_bᵀ)`` with
 unbiased, and exact when π_b = ȳ. A batch of one row, whose own mean leaves nothing, comes entirely from the sketch.
 
 ``block`` is the ``block_size`` of the sketch: how many of its directions in a row depend on each other.
+
+All functions raise ``TypeError`` for what are no :class:`Moments`, and ``ValueError`` where these are not finite, have
+too few directions, or ``block`` does not divide them.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from alignreg import estimators
+from alignreg import checks, estimators
 from alignreg.targets import ConstantTargetError
 
 
@@ -56,7 +59,13 @@ class Moments(NamedTuple):
     """s_π = Σ_b Σ_k π_bk Σ_{i∈b} z_ik, (m,)."""
 
     def merge(self, other: Moments) -> Moments:
-        """Return the moments of both samples together."""
+        """Return the moments of both samples together.
+
+        Raises:
+            TypeError: if the other are no moments.
+            ValueError: if their shapes differ, or they are not finite.
+        """
+        check(other, "other")
         for field, mine, theirs in zip(self._fields, self, other, strict=True):
             if mine.shape != theirs.shape:
                 raise ValueError(
@@ -85,11 +94,10 @@ def of(z: Tensor, y: Tensor, *, pullback: Tensor | None = None, guess: Tensor | 
         guess: π, a guess of the targets' mean, ``(c,)``; zero without it.
 
     Raises:
-        ValueError: if the shapes do not fit.
+        TypeError: if an argument is no real tensor.
+        ValueError: if the shapes do not fit, or values are not finite.
     """
-    if z.ndim != 3 or z.shape[:2] != y.shape:
-        raise ValueError(f"z, y: expected (n, c, m) and (n, c), got {tuple(z.shape)} and {tuple(y.shape)}.")
-    z, y = z.detach().to(torch.float64), y.detach().to(z.device, torch.float64)
+    z, y = sample(z, y)
     s1 = z.sum(0)
     cross = torch.einsum("ikm,ik->m", z, y)
     flat = z.flatten(0, 1)
@@ -97,8 +105,11 @@ def of(z: Tensor, y: Tensor, *, pullback: Tensor | None = None, guess: Tensor | 
         # No exact part: the guess is y itself, a = 0.
         a, s_pi = z.new_zeros(0), cross
     else:
-        a = pullback.detach().to(z.device, torch.float64)
-        s_pi = z.new_zeros(z.shape[2]) if guess is None else guess.to(z) @ s1
+        a = _vector("pullback", pullback).to(z)
+        pi = z.new_zeros(z.shape[1]) if guess is None else _vector("guess", guess).to(z)
+        if len(pi) != z.shape[1]:
+            raise ValueError(f"guess: expected (c,) for the {z.shape[1]} outputs, got shape {tuple(pi.shape)}.")
+        s_pi = pi @ s1
     return Moments(
         n=torch.tensor(float(len(z)), dtype=torch.float64, device=z.device),
         features=s1,
@@ -111,8 +122,26 @@ def of(z: Tensor, y: Tensor, *, pullback: Tensor | None = None, guess: Tensor | 
     )
 
 
+def sample(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the features ``(n, c, m)`` and targets ``(n, c)`` of a batch, detached and in float64.
+
+    Raises:
+        TypeError: if they are no real tensors.
+        ValueError: if the shapes do not fit, or values are not finite.
+    """
+    z, y = checks.real("z", z).detach(), checks.real("y", y, integers=True).detach()
+    if z.ndim != 3 or z.shape[:2] != y.shape:
+        raise ValueError(f"z, y: expected (n, c, m) and (n, c), got {tuple(z.shape)} and {tuple(y.shape)}.")
+    return checks.finite("z", z).to(torch.float64), checks.finite("y", y).to(z.device, torch.float64)
+
+
 def zeros(c: int, m: int, p: int) -> Moments:
-    """Return the moments of no examples, for c outputs, m directions and p parameters."""
+    """Return the moments of no examples, for c outputs, m directions and p parameters.
+
+    Raises:
+        ValueError: if a number is no positive integer; p may be 0.
+    """
+    c, m, p = checks.count("c", c), checks.count("m", m), checks.count("p", p, 0)
     shapes = ((), (c, m), (m, m), (m,), (c,), (), (p,), (m,))
     return Moments(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
@@ -147,7 +176,7 @@ def trace_std_error(moments: Moments, *, centered: bool = True, block: int = 1) 
 
 def numerators(moments: Moments) -> Tensor:
     """Estimate yᵀK_c y from each direction, ``(m,)``: equal where it is exact; their mean is unbiased."""
-    product, square = _correction(moments)
+    product, square = _correction(check(moments))
     return moments.pullback.square().sum() - 2 * product + square
 
 
@@ -185,8 +214,30 @@ def alignment_std_error(moments: Moments, *, centered: bool = True, block: int =
     return estimators.jackknife(estimators.alignment(without / variance, norms))
 
 
+def check(moments: Moments, name: str = "moments") -> Moments:
+    """Return moments that are some, and finite.
+
+    Raises:
+        TypeError: if they are no :class:`Moments`.
+        ValueError: if a sum is not finite.
+    """
+    if not isinstance(moments, Moments):
+        raise TypeError(f"{name}: expected Moments, got {type(moments).__name__}. Make them with moments.of.")
+    sums = [checks.real(f"{name}.{field}", value).sum() for field, value in moments._asdict().items()]
+    checks.finite(name, torch.stack(sums))
+    return moments
+
+
+def _vector(name: str, value: Tensor) -> Tensor:
+    value = checks.values(name, value).detach()
+    if value.ndim != 1:
+        raise ValueError(f"{name}: expected a vector, got shape {tuple(value.shape)}.")
+    return value
+
+
 def _gram(moments: Moments, *, centered: bool) -> Tensor:
-    return moments.centred() if centered else moments.gram
+    check(moments)
+    return moments.centred() if checks.flag("centered", centered) else moments.gram
 
 
 def _correction(moments: Moments) -> tuple[Tensor, Tensor]:
@@ -203,7 +254,7 @@ def require_different_targets(moments: Moments) -> Tensor:
         ConstantTargetError: if it is zero.
         ValueError: if there are no examples.
     """
-    if not float(moments.n) > 0:
+    if not float(check(moments).n) > 0:
         raise ValueError("alignment: no examples have been added.")
     variance = moments.targets2 - moments.targets.square().sum() / moments.n
     # The difference of two sums of N terms: what rounding leaves of a constant target is no variance.

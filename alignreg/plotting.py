@@ -1,18 +1,21 @@
 """Figures of values, spectra, layers, paths and functions of the plane.
 
 Each function takes tensors or results of ``compute()`` and, as ``ax``, the matplotlib axes to draw on (new ones by
-default), and returns the figure and the axes. matplotlib is imported only when something is drawn.
+default), and returns the figure and the axes. matplotlib is imported only when something is drawn. What is of another
+kind than described is a ``TypeError``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from numbers import Real
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from alignreg import checks
 from alignreg.estimators import Estimate
 
 Number = Tensor | Estimate | float
@@ -55,10 +58,11 @@ def estimates(
         ImportError: if matplotlib is missing.
         ValueError: if there are not as many steps as values.
     """
-    figure, ax = _single(ax, (5, 3.2))
-    single = isinstance(values, (Estimate, Mapping, float, int)) or (isinstance(values, Tensor) and values.ndim == 0)
-    moments = [values] if single else list(cast("Sequence[Value]", values))
+    single = isinstance(values, (Estimate, Mapping, Real)) or (isinstance(values, Tensor) and values.ndim == 0)
+    moments = [values] if single else checks.each(values)
     curves = _by_name(moments)
+    label, (low, high) = checks.text("label", label), _bounds(bounds)
+    figure, ax = _single(ax, (5, 3.2))
     if any(math.isfinite(error) and error > 0 for curve in curves.values() for _, error in curve):
         label += ", ± 2 s.e."
     at, axis_label = _steps(steps, len(moments))
@@ -69,8 +73,8 @@ def estimates(
             ax.errorbar([index], points, errors, fmt="o", capsize=4, label=name or None)
             continue
         (line,) = ax.plot(at, points, marker="." if len(points) < 50 else "", label=name or None)
-        low, high = ([p + sign * e for p, e in zip(points, errors, strict=True)] for sign in (-1, 1))
-        ax.fill_between(at, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        below, above = ([p + sign * e for p, e in zip(points, errors, strict=True)] for sign in (-1, 1))
+        ax.fill_between(at, below, above, color=line.get_color(), alpha=0.2, linewidth=0)
     if single:
         names = [name for name in curves if name]
         ax.set_xticks(range(len(names)), names)
@@ -79,10 +83,10 @@ def estimates(
         ax.set_xlabel(axis_label)
         if len(curves) > 1:
             ax.legend(frameon=False)
-    if bounds[0] is not None:
-        ax.set_ylim(bottom=bounds[0])
-    if bounds[1] is not None:
-        ax.set_ylim(top=min(bounds[1], ax.get_ylim()[1]))
+    if low is not None:
+        ax.set_ylim(bottom=low)
+    if high is not None:
+        ax.set_ylim(top=min(high, ax.get_ylim()[1]))
     ax.set_ylabel(label)
     return figure, ax
 
@@ -102,9 +106,13 @@ def spectrum(eigenvalues: Tensor, layers: Mapping[str, Number] | None = None, ax
         ImportError: if matplotlib is missing.
         ValueError: if the number of axes does not fit.
     """
+    eigenvalues = checks.values("eigenvalues", eigenvalues, integers=False).detach().cpu()
+    if eigenvalues.ndim != 1 or not len(eigenvalues):
+        raise ValueError(f"eigenvalues: expected (n·c,), got shape {tuple(eigenvalues.shape)}.")
+    if layers is not None:
+        _by_layer("layers", [layers])
     plots = 3 if layers else 2
     figure, axes = _several(ax, plots, (4 * plots, 3.2))
-    eigenvalues = eigenvalues.detach().cpu()
     index = range(1, len(eigenvalues) + 1)
     # Centring leaves c eigenvalues that are zero up to rounding.
     above = eigenvalues[eigenvalues > 1e-8 * eigenvalues[0]]
@@ -131,8 +139,9 @@ def bars(values: Mapping[str, Number], ax: Any = None, *, label: str = "alignmen
     Raises:
         ImportError: if matplotlib is missing.
     """
-    figure, ax = _single(ax, (5, 1 + 0.25 * len(values)))
-    found = {layer: curve[0] for layer, curve in _by_name([values]).items()}
+    found = {layer: curve[0] for layer, curve in _by_layer("values", [values]).items()}
+    label = checks.text("label", label)
+    figure, ax = _single(ax, (5, 1 + 0.25 * len(found)))
     lengths = [float(estimate.value) for estimate in found.values()]
     errors = [2 * float(estimate.standard_error) for estimate in found.values()]
     ax.barh(_layers(found), lengths, xerr=errors)
@@ -165,10 +174,12 @@ def heat_map(
         ImportError: if matplotlib is missing.
         ValueError: if there are no values, if moments have different layers, or not as many steps as moments.
     """
-    if not values or any(list(one) != list(values[0]) for one in values):
+    moments = checks.each(values) if not isinstance(values, Mapping) else (values,)
+    found = _by_layer("values", moments)
+    if not moments or any(list(one) != list(moments[0]) for one in moments):
         raise ValueError("values: expected the same layers at each of one or more moments. Take one metric's results.")
-    at, axis_label = _steps(steps, len(values))
-    found = _by_name(values)
+    label = checks.text("label", label)
+    at, axis_label = _steps(steps, len(moments))
     table = [[float(value) for value, _ in curve] for curve in found.values()]
     figure, ax = _single(ax, (5.5, 1.2 + 0.25 * len(table)))
     colors = _pyplot().get_cmap("viridis").with_extremes(bad="0.8")
@@ -197,7 +208,18 @@ def path(history: Path, ax: Any = None, *, steps: Sequence[float] | None = None)
         ImportError: if matplotlib is missing.
         ValueError: if the number of axes or of steps does not fit.
     """
-    lengths, features = history.lengths.detach().cpu(), history.traces.detach().cpu().sqrt()
+    if not (hasattr(history, "lengths") and hasattr(history, "traces")):
+        raise TypeError(f"history: expected a PathHistory, got {type(history).__name__}. Take metric.history().")
+    lengths, traces = (
+        checks.values(name, values).detach().cpu()
+        for name, values in (("history.lengths", history.lengths), ("history.traces", history.traces))
+    )
+    if lengths.ndim != 1 or lengths.shape != traces.shape or not len(lengths):
+        raise ValueError(
+            "history: expected lengths and traces (T + 1,), got shapes "
+            f"{tuple(lengths.shape)} and {tuple(traces.shape)}."
+        )
+    features = traces.sqrt()
     at, axis_label = _steps(steps, len(lengths))
     figure, axes = _several(ax, 2, (8, 3.2))
     marker = "." if len(lengths) < 50 else ""
@@ -251,6 +273,10 @@ def plane(
         >>> grid = torch.cartesian_prod(x, y)
         >>> figure, axes = plotting.plane(grid, x, y, names=["x", "y"])  # doctest: +SKIP
     """
+    x, y = _coordinates("x", x), _coordinates("y", y)
+    functions = checks.values("functions", functions)
+    boundary = None if boundary is None else checks.values("boundary", boundary)
+    signed = checks.flag("signed", signed)
     size = len(x) * len(y)
     if functions.ndim != 2 or len(functions) != size or (boundary is not None and boundary.shape != (size,)):
         raise ValueError(
@@ -258,7 +284,8 @@ def plane(
             f"({size},), got {tuple(functions.shape)}{'' if boundary is None else f' and {tuple(boundary.shape)}'}."
         )
     count = functions.shape[1]
-    names = [f"eigenfunction {j + 1}" for j in range(count)] if names is None else names
+    names = [f"eigenfunction {j + 1}" for j in range(count)] if names is None else list(checks.each(names))
+    names = [checks.text("names", name) for name in names]
     if len(names) != count:
         raise ValueError(f"names: expected {count}, one for each function, got {len(names)}.")
     height = 2.2 * float((y.max() - y.min()) / (x.max() - x.min()))
@@ -292,9 +319,42 @@ def _by_name(values: Iterable[Any]) -> dict[str, list[Estimate]]:
     curves: dict[str, list[Estimate]] = {}
     for value in values:
         for name, one in value.items() if isinstance(value, Mapping) else [("", value)]:
-            estimate = one if isinstance(one, Estimate) else Estimate(torch.as_tensor(one), unknown)
-            curves.setdefault(name, []).append(estimate)
+            estimate = one if isinstance(one, Estimate) else Estimate(one, unknown)
+            curves.setdefault(name, []).append(Estimate(*map(_scalar, estimate)))
     return curves
+
+
+def _by_layer(name: str, values: Iterable[Any]) -> dict[str, list[Estimate]]:
+    """Return the estimates of each layer."""
+    for one in values:
+        if not isinstance(one, Mapping):
+            raise TypeError(f"{name}: expected a number for each layer, as a dict, got {checks.shown(one)}.")
+    return _by_name(values)
+
+
+def _scalar(value: Any) -> Tensor:
+    """Return a number as a tensor; it may be NaN or infinite."""
+    if isinstance(value, Real):
+        value = torch.tensor(float(value), dtype=torch.float64)
+    number = checks.real("values", value, integers=True)
+    if number.numel() != 1:
+        raise ValueError(f"values: expected numbers, or estimates of them, got a tensor {tuple(number.shape)}.")
+    return number.reshape(())
+
+
+def _coordinates(name: str, value: Any) -> Tensor:
+    found = checks.values(name, value)
+    if found.ndim != 1 or len(found) < 2:
+        raise ValueError(f"{name}: expected the coordinates (k,) of a grid, at least 2, got {tuple(found.shape)}.")
+    return found
+
+
+def _bounds(bounds: Any) -> tuple[float | None, float | None]:
+    found = checks.each(bounds)
+    if len(found) != 2:
+        raise ValueError(f"bounds: expected a pair of numbers or None, got {checks.shown(bounds)}.")
+    low, high = (None if bound is None else checks.number("bounds", bound) for bound in found)
+    return low, high
 
 
 def _layers(values: Iterable[str]) -> list[str]:
@@ -305,16 +365,16 @@ def _steps(steps: Sequence[float] | None, count: int) -> tuple[list[float], str]
     """Return where moments lie, and what that is called."""
     if steps is None:
         return list(range(count)), "moment"
-    if len(steps) != count:
-        raise ValueError(f"steps: expected {count}, one for each moment, got {len(steps)}.")
-    return [float(step) for step in steps], "step"
+    found = [checks.number("steps", step.item() if isinstance(step, Tensor) else step) for step in checks.each(steps)]
+    if len(found) != count:
+        raise ValueError(f"steps: expected {count}, one for each moment, got {len(found)}.")
+    return found, "step"
 
 
 def _single(ax: Any, size: tuple[float, float]) -> tuple[Any, Any]:
     """Return figure and axes, new ones of this size if there are none."""
-    if ax is None:
-        _, ax = _pyplot().subplots(figsize=size, layout="constrained")
-    return ax.figure, ax
+    figure, (axes,) = _several(ax, 1, size)
+    return figure, axes
 
 
 def _several(ax: Any, count: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
@@ -322,7 +382,10 @@ def _several(ax: Any, count: int, size: tuple[float, float]) -> tuple[Any, list[
     if ax is None:
         figure, axes = _pyplot().subplots(1, count, figsize=size, layout="constrained", squeeze=False)
         return figure, list(axes[0])
-    axes = list(ax) if hasattr(ax, "__len__") else [ax]
+    axes = list(checks.each(ax))
+    odd = [type(axis).__name__ for axis in axes if not hasattr(axis, "figure")]
+    if odd:
+        raise TypeError(f"ax: expected matplotlib axes, got {odd[0]}. Take those of plt.subplots().")
     if len(axes) != count:
         raise ValueError(f"ax: expected {count} axes, as of plt.subplots(1, {count}), got {len(axes)}.")
     return axes[0].figure, axes

@@ -16,7 +16,10 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
+from alignreg import checks
+
 Distribution = Literal["gaussian", "rademacher"]
+_DISTRIBUTIONS = ("gaussian", "rademacher")
 
 
 @final
@@ -40,9 +43,9 @@ class RandomDirections:
     """How many directions in a row depend on each other."""
 
     def __post_init__(self) -> None:
-        _check_count(self.m)
-        if self.distribution not in ("gaussian", "rademacher"):
-            raise ValueError(f"distribution: expected 'gaussian' or 'rademacher', got {self.distribution!r}.")
+        object.__setattr__(self, "m", checks.count("m", self.m))
+        object.__setattr__(self, "seed", checks.seed(self.seed))
+        checks.choice("distribution", self.distribution, _DISTRIBUTIONS)
 
     def block(self, name: str, like: Tensor, start: int, stop: int) -> Tensor:
         """Return directions ``start:stop`` for the parameter ``name``.
@@ -56,6 +59,8 @@ class RandomDirections:
         Returns:
             ``(stop - start, *like.shape)``.
         """
+        start, stop = _span(start, stop, self.m)
+        checks.real("like", like)
         result = torch.empty(stop - start, *like.shape, dtype=torch.float32, device=like.device)
         for row, index in zip(result, range(start, stop), strict=True):
             _fill(row, self.distribution, f"{self.seed}/{name}/{index}")
@@ -83,8 +88,9 @@ class FactoredDirections:
     seed: int
 
     def __post_init__(self) -> None:
-        _check_count(self.copies, "copies: expected a positive number")
-        _check_count(self.rank, "rank: expected a positive number")
+        object.__setattr__(self, "copies", checks.count("copies", self.copies))
+        object.__setattr__(self, "rank", checks.count("rank", self.rank))
+        object.__setattr__(self, "seed", checks.seed(self.seed))
 
     @property
     def m(self) -> int:
@@ -103,6 +109,7 @@ class FactoredDirections:
             name: the parameter's name.
             like: tensor whose shape, dtype and device they take.
         """
+        checks.real("like", like)
         rows = like.shape[0] if like.ndim else 1
         found = []
         for side, size in (("rows", rows), ("columns", like.numel() // max(1, rows))):
@@ -114,6 +121,7 @@ class FactoredDirections:
 
     def block(self, name: str, like: Tensor, start: int, stop: int) -> Tensor:
         """Return directions ``start:stop`` for the parameter ``name``, ``(stop - start, *like.shape)``."""
+        start, stop = _span(start, stop, self.m)
         left, right = (factor.flatten(0, 1) for factor in self.factors(name, like))
         index = torch.arange(start, stop, device=like.device)
         copy, inside = index // self.block_size, index % self.block_size
@@ -130,7 +138,7 @@ def factored(copies: int, rank: int, seed: int) -> FactoredDirections:
         seed: any integer.
 
     Raises:
-        ValueError: if ``copies`` or ``rank`` is no positive integer.
+        ValueError: if ``copies`` or ``rank`` is no positive integer, or ``seed`` no integer.
 
     Example:
         >>> import torch
@@ -150,7 +158,7 @@ def gaussian(m: int, seed: int) -> RandomDirections:
         seed: any integer.
 
     Raises:
-        ValueError: if ``m`` is no positive integer.
+        ValueError: if ``m`` is no positive integer, or ``seed`` no integer.
 
     Example:
         >>> import torch
@@ -172,7 +180,7 @@ def rademacher(m: int, seed: int) -> RandomDirections:
         seed: any integer.
 
     Raises:
-        ValueError: if ``m`` is no positive integer.
+        ValueError: if ``m`` is no positive integer, or ``seed`` no integer.
 
     Example:
         >>> import torch
@@ -214,7 +222,8 @@ def probes(
         ``(m, n, c)``.
 
     Raises:
-        ValueError: if ``m`` is no positive integer, or the distribution unknown.
+        TypeError: if ``like`` is no real tensor.
+        ValueError: if a number is no integer, or out of range, or the distribution unknown.
 
     Example:
         >>> import torch
@@ -223,10 +232,11 @@ def probes(
         >>> torch.equal(whole[:, 4:], sketches.probes(4, 2, 2, seed=0, offset=4))
         True
     """
-    _check_count(m)
-    if distribution not in ("gaussian", "rademacher"):
-        raise ValueError(f"distribution: expected 'gaussian' or 'rademacher', got {distribution!r}.")
+    m, n, c = checks.count("m", m), checks.count("n", n, 0), checks.count("c", c)
+    seed, step, offset = checks.seed(seed), checks.integer("step", step), checks.integer("offset", offset)
+    checks.choice("distribution", distribution, _DISTRIBUTIONS)
     like = torch.empty(0) if like is None else like
+    checks.real("like", like)
     rows = torch.empty(n, m, c, dtype=torch.float32, device=like.device)
     for row, index in zip(rows, range(offset, offset + n), strict=True):
         _fill(row, distribution, f"{seed}/{step}/{index}")
@@ -243,11 +253,18 @@ def subset(n: int, size: int, *, seed: int, step: int = 0, stream: int = 0) -> T
         step: redraws when it changes.
         stream: redraws when it changes, for ranks that are to draw different subsets.
 
+    Raises:
+        ValueError: if an argument is no integer, or out of range.
+
     Example:
         >>> from alignreg import sketches
         >>> sorted(sketches.subset(4, 4, seed=0).tolist())
         [0, 1, 2, 3]
     """
+    n, size = checks.count("n", n, 0), checks.count("size", size, 0)
+    seed, step, stream = checks.seed(seed), checks.integer("step", step), checks.integer("stream", stream)
+    if size > n:
+        raise ValueError(f"size: expected at most the {n} examples, got {size}.")
     return torch.randperm(n, generator=_generator(f"subset/{seed}/{step}/{stream}", torch.device("cpu")))[:size]
 
 
@@ -268,7 +285,9 @@ def count_sketch(vectors: Mapping[str, Tensor], size: int, *, seed: int) -> Tens
         ``(r, size)``, in float64.
 
     Raises:
-        ValueError: if ``size`` is no positive integer, or there are no vectors.
+        TypeError: if the vectors are no real tensors by name.
+        ValueError: if ``size`` is no positive integer or ``seed`` no integer, or the vectors are none, not equally many
+            of each parameter, or not finite.
 
     Example:
         >>> import torch
@@ -277,9 +296,8 @@ def count_sketch(vectors: Mapping[str, Tensor], size: int, *, seed: int) -> Tens
         >>> hashed.shape, hashed.square().sum()
         (torch.Size([1, 1000]), tensor(25., dtype=torch.float64))
     """
-    _check_count(size, "size: expected a positive number of entries")
-    if not vectors:
-        raise ValueError("vectors: expected vectors by parameter name, got none.")
+    size, seed = checks.count("size", size), checks.seed(seed)
+    vectors = checks.by_name("vectors", vectors)
     first = next(iter(vectors.values()))
     total = torch.zeros(len(first), size, dtype=torch.float64, device=first.device)
     for name, vector in vectors.items():
@@ -292,12 +310,14 @@ def count_sketch(vectors: Mapping[str, Tensor], size: int, *, seed: int) -> Tens
             before = min(length, size - start)
             total[:, start : start + before] += signed[:, :before]
             total[:, : length - before] += signed[:, before:]
-    return total
+    return checks.finite("vectors", total)
 
 
-def _check_count(m: int, expected: str = "m: expected a positive number of directions") -> None:
-    if isinstance(m, bool) or not isinstance(m, int) or m < 1:
-        raise ValueError(f"{expected}, got {m!r}.")
+def _span(start: int, stop: int, m: int) -> tuple[int, int]:
+    start, stop = checks.count("start", start, 0), checks.count("stop", stop, 0)
+    if not start <= stop <= m:
+        raise ValueError(f"start, stop: expected a part of the {m} directions, got {start} to {stop}.")
+    return start, stop
 
 
 def _fill(values: Tensor, distribution: Distribution, key: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal, final, overload
 import torch
 from torch import Tensor, nn
 
-from alignreg import batch_statistics, graph
+from alignreg import batch_statistics, checks, graph
 from alignreg.batch import as_batch, size, take
 from alignreg.batch_statistics import Statistics
 from alignreg.directions import Directions, GivenDirections
@@ -26,7 +26,7 @@ from alignreg.kernels.gradients import blocks, norms
 from alignreg.kernels.per_example import diagonals
 from alignreg.normalization import PrimitiveNormalization
 from alignreg.progress import bar
-from alignreg.selection import select
+from alignreg.selection import as_patterns, select
 from alignreg.sharding import is_sharded
 from alignreg.sketches import FactoredDirections
 from alignreg.switches import eager
@@ -64,8 +64,9 @@ class TangentFeatures:
             as one function: the kernel of the batch goes by rows of the whole Jacobian, which is slow.
 
     Raises:
-        TypeError: if the model is sharded otherwise (FSDP1, tensor parallelism).
-        ValueError: if it has no trainable parameter, or none that ``params`` matches.
+        TypeError: if the model is sharded otherwise (FSDP1, tensor parallelism), or an argument is of another kind.
+        ValueError: if it has no trainable parameter, none that ``params`` matches, or selected ones that are complex or
+            without values.
 
     Example:
         >>> import torch
@@ -87,15 +88,18 @@ class TangentFeatures:
         chunk_size: int | None = None,
         statistics: Statistics = "running",
     ) -> None:
-        if chunk_size is not None and (isinstance(chunk_size, bool) or chunk_size < 1):
-            raise ValueError(f"chunk_size: expected a positive integer or None, got {chunk_size!r}.")
+        if chunk_size is not None:
+            chunk_size = checks.count("chunk_size", chunk_size)
+        if forward_fn is not None:
+            checks.function("forward_fn", forward_fn, "(model, x) -> (n, c)")
         bare = unwrap(model)
-        patterns = (params,) if isinstance(params, str) else tuple(params) if params is not None else None
+        patterns = as_patterns(params)
         self._shapes = {name: p.shape for name, p in select(bare, patterns).items()}
         self._patterns = patterns
         self._forward_fn = forward_fn
         self._chunk_size = chunk_size
-        self.statistics = batch_statistics.check(statistics)
+        checks.choice("statistics", statistics, ("running", "training"))
+        self.statistics = statistics
         self.over_ranks = False
         """Whether a ``SyncBatchNorm`` takes the statistics of all ranks, which must then make every call together."""
         self._bound: Bound | None = Bound(bare, forward_fn)

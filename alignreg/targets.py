@@ -7,19 +7,24 @@ from typing import final
 import torch
 from torch import Tensor
 
+from alignreg import checks
+
+IGNORED = -100
+"""The label of examples that torch's losses leave out, unless they are told another."""
+
 
 @final
 class ConstantTargetError(ValueError):
     """All examples have the same target, for which alignment is undefined."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "target") -> None:
         super().__init__(
-            "target: expected targets that differ between examples, got constant ones: alignment is undefined. "
+            f"{name}: expected targets that differ between examples, got constant ones: alignment is undefined. "
             "Add examples of other classes."
         )
 
 
-def encode(target: Tensor, num_outputs: int, n: int | None = None) -> Tensor:
+def encode(target: Tensor, num_outputs: int, n: int | None = None, *, name: str = "target") -> Tensor:
     """Return targets as values y ``(n, c)`` in float64, not centred.
 
     Integers ``(n,)`` with c > 1 are class indices and become one-hot rows. ``(n, c)`` are values, of any dtype. With
@@ -29,9 +34,10 @@ def encode(target: Tensor, num_outputs: int, n: int | None = None) -> Tensor:
         target: class indices or values.
         num_outputs: their number c.
         n: the number of examples that there must be, if known.
+        name: what messages call the target.
 
     Raises:
-        TypeError: if ``target`` is no real tensor.
+        TypeError: if ``target`` is no real and dense tensor.
         ValueError: if its shape fits neither reading, its length is not ``n``, a class is outside
             [0, num_outputs), or a value is NaN or infinite.
 
@@ -44,32 +50,43 @@ def encode(target: Tensor, num_outputs: int, n: int | None = None) -> Tensor:
         >>> encode(torch.tensor([1, -1]), num_outputs=1).T
         tensor([[ 1., -1.]], dtype=torch.float64)
     """
-    c = num_outputs
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target: expected a tensor, got {type(target).__name__}. Convert it with torch.as_tensor.")
+    c = checks.count("num_outputs", num_outputs)
+    target = checks.dense(name, target).detach()
     if target.is_complex():
-        raise TypeError(f"target: expected a real tensor, got {target.dtype}.")
-    target = target.detach()
+        raise TypeError(f"{name}: expected a real tensor, got {target.dtype}.")
     if n is not None and (target.ndim == 0 or len(target) != n):
-        raise ValueError(f"target: expected one row for each of the {n} inputs, got shape {tuple(target.shape)}.")
+        raise ValueError(f"{name}: expected one row for each of the {n} inputs, got shape {tuple(target.shape)}.")
     if target.ndim == 1 and c > 1:
-        if target.is_floating_point() or target.dtype == torch.bool:
-            raise ValueError(
-                f"target: expected integer class indices (n,) or values (n, {c}) for {c} outputs, "
-                f"got {target.dtype} of shape {tuple(target.shape)}. Convert labels with .long()."
-            )
-        outside = target[(target < 0) | (target >= c)]
-        if len(outside):
-            raise ValueError(f"target: expected class indices in [0, {c}), got {outside[0].item()}.")
-        return torch.nn.functional.one_hot(target.long(), c).to(torch.float64)
-    if target.ndim == 1 and c == 1:
+        return _one_hot(target, c, name)
+    if target.ndim == 1:
         target = target.unsqueeze(1)
     if target.ndim != 2 or target.shape[1] != c:
+        hint = ""
+        if target.ndim > 1 and c > 1 and not target.is_floating_point():
+            hint = (
+                " Labels of several positions need outputs of one: pick a position of each example, in the outputs by "
+                f"forward_fn=lambda model, x: model(x)[:, -1] and in the labels by {name}[:, -1]."
+            )
         raise ValueError(
-            f"target: expected values (n, {c}){' or class indices (n,)' if c > 1 else ' or (n,)'}, "
-            f"got shape {tuple(target.shape)}."
+            f"{name}: expected values (n, {c}){' or class indices (n,)' if c > 1 else ' or (n,)'}, "
+            f"got shape {tuple(target.shape)}.{hint}"
         )
-    values = target.to(torch.float64)
-    if not bool(torch.isfinite(values).all()):
-        raise ValueError("target: expected finite values, got NaN or inf.")
-    return values
+    return checks.finite(name, checks.real(name, target, integers=True).to(torch.float64))
+
+
+def _one_hot(labels: Tensor, c: int, name: str) -> Tensor:
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"{name}: expected integer class indices (n,) or values (n, {c}) for {c} outputs, "
+            f"got {labels.dtype} of shape {tuple(labels.shape)}. Convert labels with .long()."
+        )
+    outside = labels[(labels < 0) | (labels >= c)]
+    if len(outside):
+        hint = ""
+        if bool((outside == IGNORED).any()):
+            hint = (
+                f" {IGNORED} is the ignore_index of torch's losses: leave such examples out first, by "
+                f"keep = {name} != {IGNORED}, inputs[keep], {name}[keep]."
+            )
+        raise ValueError(f"{name}: expected class indices in [0, {c}), got {outside[0].item()}.{hint}")
+    return torch.nn.functional.one_hot(labels.long(), c).to(torch.float64)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from alignreg import checks
 from alignreg.distributed import unwrap
 from alignreg.sharding import is_sharded
 
@@ -98,7 +99,7 @@ def start(model: nn.Module, initial: nn.Module | Mapping[str, Tensor]) -> dict[s
             "Save it of the same network, not wrapped."
         )
     for name, parameter in parameters.items():
-        value = values[name]
+        value = checks.dense(f"initial: {name}", values[name])
         if value.shape != parameter.shape:
             raise ValueError(
                 f"initial: expected {name} of shape {tuple(parameter.shape)}, got {tuple(value.shape)}. "
@@ -160,7 +161,8 @@ def named(path: str, module: nn.Module) -> str:
 
 
 def _check(value: Tensor, name: str) -> None:
-    uninitialized = isinstance(value, nn.UninitializedParameter)
-    if uninitialized or value.is_complex() or not value.numel() or not bool(torch.isfinite(value).all()):
-        got = "an uninitialised one" if uninitialized else "empty, complex, NaN or infinite ones"
+    absent = "an uninitialised one" if isinstance(value, nn.UninitializedParameter) else ""
+    absent = "one on the meta device" if value.is_meta else absent
+    if absent or value.is_complex() or not value.numel() or not bool(torch.isfinite(value).all()):
+        got = absent or "empty, complex, NaN or infinite ones"
         raise ValueError(f"{name}: expected finite real values, got {got}. Check the training, or the checkpoint.")

@@ -91,7 +91,7 @@ CASES = {
     "inputs without axes": Bad(lambda m, model, x, y: m.update(x[0, 0], y), "without axes"),
     "no inputs": Bad(lambda m, model, x, y: m.update({}, y), "same number of examples"),
     "predictions as inputs": Bad(lambda m, model, x, y: m.update(model.lin(x), y), "keywords: update"),
-    "two directions": Bad(lambda m, model, x, y: TangentAlignment(model, 3, sketch_dim=2), "at least 3 directions"),
+    "two directions": Bad(lambda m, model, x, y: TangentAlignment(model, 3, sketch_dim=2), "an integer of at least 3"),
     "num_outputs": Bad(lambda m, model, x, y: TangentAlignment(model, 0), "num_outputs"),
     "method": Bad(lambda m, model, x, y: TangentAlignment(model, 3, method="fast"), "'sketch' or 'exact'"),
     "target mean": Bad(lambda m, model, x, y: TangentAlignment(model, 3, target_mean=[0.5, 0.5]), "3 finite values"),
@@ -114,14 +114,14 @@ CASES = {
     "alignment of other length": Bad(
         lambda *_: functional.alignment(torch.ones(2, 3, 2, 3), torch.zeros(4, 3)), "one row for each of the 2"
     ),
-    "trace ratio of none": Bad(lambda *_: functional.trace_ratio(torch.ones(1, 1, 1, 1), 0), "positive number"),
+    "trace ratio of none": Bad(lambda *_: functional.trace_ratio(torch.ones(1, 1, 1, 1), 0), "positive integer"),
     "kare of a negative kernel": Bad(
         lambda *_: functional.kare(-torch.ones(2, 1, 2, 1), torch.tensor([0.0, 1.0]), 0.5), "positive semi-definite"
     ),
     "ridge": Bad(lambda *_: functional.kare(torch.ones(2, 1, 2, 1), torch.tensor([0, 1]), 0.0), "positive"),
     "targets by another name": Bad(lambda *_: encode(torch.zeros(3, 2, 2), 2), r"expected values \(n, 2\)"),
     "one column": Bad(lambda *_: moments.frobenius2(moments.of(torch.ones(3, 1, 1), torch.ones(3, 1))), "at least 2"),
-    "no direction": Bad(lambda *_: sketches.gaussian(0, 0), "positive number"),
+    "no direction": Bad(lambda *_: sketches.gaussian(0, 0), "positive integer"),
 }
 
 
@@ -159,3 +159,36 @@ def test_own_errors_of_the_model_come_through():
         features.kernel(torch.randn(3, 5))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         features.pushforward(torch.randn(3, 5), sketches.gaussian(2, seed=0))
+
+
+class Named(nn.Module):
+    """A linear model with keywords, whose outputs have names or places."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.lin = nn.Linear(4, 3)
+        self.wrap = wrap
+
+    def forward(self, pixels, mask=None):
+        return self.wrap(self.lin(pixels))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "wrap", "hint"),
+    [
+        (lambda x: x, lambda y: {"loss": y, "logits": y}, "model(x)['logits']"),
+        (lambda x: {"pixels": x}, lambda y: {"loss": y, "logits": y}, "model(**x)['logits']"),
+        (lambda x: {"pixels": x}, lambda y: {"out": y}, "model(**x)['out']"),
+        (lambda x: (x, x), lambda y: (y, y), "model(*x)[0]"),
+        (lambda x: x, lambda y: {"out": [y]}.items(), "model(x).logits"),
+    ],
+)
+def test_the_hint_of_forward_fn_is_code_that_runs(inputs, wrap, hint):
+    x, model = inputs(torch.randn(5, 4)), Named(wrap)
+    with pytest.raises(TypeError, match="Select it with forward_fn") as caught:
+        TangentFeatures(model).outputs(x)
+    code = str(caught.value).partition("forward_fn=")[2].rstrip(".")
+    assert code == f"lambda model, x: {hint}"
+    if not hint.endswith(".logits"):
+        forward_fn = eval(code)
+        assert TangentFeatures(model, forward_fn=forward_fn).outputs(x).shape == (5, 3)

@@ -342,5 +342,5 @@ def test_rademacher_bound_refuses():
         with pytest.raises(ValueError, match="traces: expected finite"):
             rademacher_bound(ones, value * ones, 5)
     for n in (0, 2.0, True):
-        with pytest.raises(ValueError, match="num_examples: expected a positive int"):
+        with pytest.raises(ValueError, match="num_examples: expected a positive integer"):
             rademacher_bound(ones, ones, n)

@@ -130,7 +130,7 @@ def test_eigenvector_alignment(centered):
     torch.testing.assert_close((eigenvalues * shares).sum() / norm, functional.alignment(K, y, centered))
     with pytest.raises(ValueError, match="constant"):
         functional.eigenvector_alignment(K, torch.ones(7, 3))
-    with pytest.raises(ValueError, match="k: expected a positive number"):
+    with pytest.raises(ValueError, match="k: expected a positive integer"):
         functional.eigenvector_alignment(K, y, k=0)
     labels = functional.eigenvector_alignment(K.half(), torch.arange(7) % 3, k=2, centered=centered)
     assert labels.dtype == torch.float32
@@ -149,7 +149,7 @@ def test_summary_is_what_the_functions_say():
         torch.testing.assert_close(found[name], expected)
     with pytest.raises(ValueError, match="eigenvalues: expected"):
         functional.summary(K)
-    with pytest.raises(ValueError, match="k: expected a positive number"):
+    with pytest.raises(ValueError, match="k: expected a positive integer"):
         functional.summary(functional.spectrum(K), k=[0])
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "alignreg"
 # A module may import those in rows above its own.
 ORDER = [
-    {"sharding", "switches"},
+    {"sharding", "switches", "checks"},
     {"batch", "targets", "selection", "distributed", "normalization", "directions", "estimators", "sketches"},
     {"batch_statistics"},
     {"frozen", "jacobian", "moments", "linear", "progress", "plotting", "graph", "weights"},
-    {"hsic"},
+    {"hsic", "spectra"},
     {"evaluation", "functional"},
     {"kernels"},
     {"tangents"},

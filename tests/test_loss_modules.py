@@ -334,11 +334,11 @@ def test_layers_without_a_say_are_left_out_with_one_warning():
 BAD = {
     "weight": ({"weight": -1.0}, "weight: expected a finite"),
     "nan weight": ({"weight": float("nan")}, "weight: expected a finite"),
-    "examples": ({"examples": 1}, "examples: expected a whole number of at least 2, got 1"),
-    "fraction of examples": ({"examples": 0.5}, "examples: expected a whole number"),
-    "stride": ({"every_n_steps": 0}, "every_n_steps: expected a whole number of at least 1"),
-    "no probe": ({"probes": 0}, "probes: expected a whole number"),
-    "accumulation": ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: expected a whole number"),
+    "examples": ({"examples": 1}, "examples: expected an integer of at least 2, got 1"),
+    "fraction of examples": ({"examples": 0.5}, "examples: expected an integer"),
+    "stride": ({"every_n_steps": 0}, "every_n_steps: expected a positive integer, got 0"),
+    "no probe": ({"probes": 0}, "probes: expected (a positive|an) integer"),
+    "accumulation": ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: expected a positive integer"),
     "weight as text": ({"weight": "0.1"}, "weight: expected a finite"),
     "pattern": ({"params": "head.*"}, "matches no trainable"),
 }
@@ -356,7 +356,7 @@ def test_bad_arguments(kind, case):
 
 @pytest.mark.parametrize("kind", ["alignment", "participation ratio"])
 def test_some_need_four_probes(kind):
-    with pytest.raises(ValueError, match="probes: expected a whole number of at least 4, got 3"):
+    with pytest.raises(ValueError, match="probes: expected an integer of at least 4, got 3"):
         make(kind, problem()[0], weight=1.0, probes=3)
 
 

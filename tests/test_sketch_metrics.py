@@ -325,7 +325,7 @@ def test_layers_of_no_kernel_and_bad_options():
     assert 0 < found["4"].value < 1
     with pytest.raises(ValueError, match="'exact' or 'sketch'"):
         LayerwiseAlignment(model, 3, method="probes")
-    with pytest.raises(ValueError, match="probes: expected at least 3"):
+    with pytest.raises(ValueError, match="probes: expected an integer of at least 3"):
         LayerwiseAlignment(model, 3, probes=2)
     nothing = LayerwiseAlignment(model, 3, method="sketch")
     assert all(value.isnan() for value in nothing(x[:3], torch.ones(3, dtype=torch.long)).values())

@@ -48,7 +48,7 @@ def test_probes():
 @pytest.mark.parametrize("m", [0, -1, 2.5, True, "3"])
 def test_bad_count(m):
     for make in (sketches.gaussian, sketches.rademacher, lambda m, seed: sketches.probes(m, 2, 2, seed=seed)):
-        with pytest.raises(ValueError, match="positive number"):
+        with pytest.raises(ValueError, match="m: expected a positive integer"):
             make(m, 0)
 
 

@@ -37,7 +37,7 @@ class TangentMonitor(Callback):
 
     Raises:
         TypeError: if ``metrics`` is no function.
-        ValueError: if ``max_batches`` is not positive.
+        ValueError: if ``max_batches`` is no positive integer.
 
     Example:
         >>> from alignreg.callbacks.lightning import TangentMonitor

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection, SumMetric
 
+from alignreg import checks
 from alignreg.estimators import Estimate
 from alignreg.evaluation import NonFiniteGradientError, NonFiniteOutputError
 from alignreg.targets import ConstantTargetError
@@ -57,8 +58,8 @@ class Monitor:
         reset: forget the last run before the next; ``False`` for what is followed along training.
 
     Raises:
-        TypeError: if ``make`` is no function.
-        ValueError: if ``max_batches`` is not positive.
+        TypeError: if ``make`` or ``unpack`` is no function.
+        ValueError: if ``max_batches`` is no positive integer, or ``reset`` no flag.
     """
 
     def __init__(
@@ -69,13 +70,13 @@ class Monitor:
                 f"metrics: expected a function of the model, got a {type(make).__name__}. "
                 "Pass lambda model: TangentAlignment(model, num_outputs=...)."
             )
-        if max_batches is not None and max_batches < 1:
-            raise ValueError(f"max_batches: expected a positive number, or None for all batches, got {max_batches}.")
+        if unpack is not None:
+            checks.function("unpack", unpack, "batch -> keywords for metric.update")
         self._make = make
         self._unpack = unpack or unpack_batch
-        self._max_batches = max_batches
-        self._prefix = prefix
-        self._reset = reset
+        self._max_batches = None if max_batches is None else checks.count("max_batches", max_batches)
+        self._prefix = checks.text("prefix", prefix)
+        self._reset = checks.flag("reset", reset)
         self._model: nn.Module | None = None
         self._metrics: list[MetricCollection] = []
         self._failed = SumMetric()  # summed over ranks, so that all of them agree on what is undefined

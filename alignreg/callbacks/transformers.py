@@ -13,6 +13,7 @@ from typing import Any, final
 
 from torch import nn
 
+from alignreg import checks
 from alignreg.callbacks.monitor import MakeMetrics, Monitor, Unpack, unpack_batch
 from alignreg.losses.base import TangentLoss
 
@@ -45,6 +46,13 @@ class TangentMixin(Trainer, ABC):
     ) -> None:
         options: dict[str, Any] = {"unpack": unpack, "max_batches": max_batches, "prefix": prefix, "reset": reset}
         self._monitor = None if metrics is None else Monitor(metrics, **options)
+        if isinstance(regularizer, TangentLoss) or not (regularizer is None or callable(regularizer)):
+            raise TypeError(
+                f"regularizer: expected a function of the wrapped model, got a {type(regularizer).__name__}. "
+                "Pass lambda model: AlignmentLoss(model)."
+            )
+        if unpack is not None:
+            checks.function("unpack", unpack, "batch -> keywords for metric.update")
         self._make_loss = regularizer
         self._unpack = unpack or unpack_batch
         self._batches: int | None = None  # of this evaluation so far; None outside
@@ -156,8 +164,8 @@ class TangentTrainer(TangentMixin):
         kwargs: of the Trainer.
 
     Raises:
-        TypeError: if ``metrics`` is no function.
-        ValueError: if ``max_batches`` is not positive.
+        TypeError: if ``metrics``, ``regularizer`` or ``unpack`` is no function.
+        ValueError: if ``max_batches`` is no positive integer.
 
     Example:
         >>> from alignreg.callbacks.transformers import TangentTrainer

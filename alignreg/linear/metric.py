@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from alignreg.linear.checks import check_eps, check_positive, check_vector
+from alignreg import checks
 
 
 def optimal_metric(correlations: Tensor, kappa: float = 1.0, eps: float = 1e-12) -> Tensor:
@@ -24,6 +24,7 @@ def optimal_metric(correlations: Tensor, kappa: float = 1.0, eps: float = 1e-12)
         ν, ``(r,)``.
 
     Raises:
+        TypeError: if a is no real tensor.
         ValueError: if a is no vector of finite numbers, or ``kappa`` or ``eps`` is out of range.
 
     Example:
@@ -32,9 +33,8 @@ def optimal_metric(correlations: Tensor, kappa: float = 1.0, eps: float = 1e-12)
         >>> optimal_metric(torch.tensor([2.0, -0.5]))
         tensor([0.5000, 2.0000])
     """
-    check_vector("correlations", correlations)
-    check_positive("kappa", kappa)
-    check_eps(eps)
+    correlations = vector("correlations", correlations)
+    kappa, eps = checks.positive("kappa", kappa), relative_limit(eps)
     size = correlations.abs()
     largest = size.max()
     return torch.where(largest > 0, kappa / torch.maximum(size, eps * largest), torch.ones_like(size))
@@ -55,6 +55,7 @@ def one_step_bound(eigenvalues: Tensor, correlations: Tensor, nu: Tensor) -> Ten
         A scalar; Σ λ_j|a_j| at the minimum, :func:`optimal_metric`.
 
     Raises:
+        TypeError: if they are no real tensors.
         ValueError: if they are not vectors of one length and finite, or have a wrong sign.
 
     Example:
@@ -65,14 +66,38 @@ def one_step_bound(eigenvalues: Tensor, correlations: Tensor, nu: Tensor) -> Ten
         >>> one_step_bound(torch.tensor([4.0, 1.0]), torch.tensor([0.5, 2.0]), torch.tensor([2.0, 0.5]))
         tensor(4.)
     """
-    for name, value in (("eigenvalues", eigenvalues), ("correlations", correlations), ("nu", nu)):
-        check_vector(name, value)
+    eigenvalues, correlations = vector("eigenvalues", eigenvalues), vector("correlations", correlations)
+    nu = vector("nu", nu)
+    for name, value in (("correlations", correlations), ("nu", nu)):
         if value.shape != eigenvalues.shape:
             raise ValueError(f"{name}: expected as many as eigenvalues, {len(eigenvalues)}, got {len(value)}.")
-    if bool((eigenvalues < 0).any()):
+    if not checks.holds(eigenvalues, lambda v: (v >= 0).all()):
         raise ValueError(
             f"eigenvalues: expected none below 0, got {float(eigenvalues.min()):g}. Clamp rounding errors."
         )
-    if bool((nu <= 0).any()):
+    if not checks.holds(nu, lambda v: (v > 0).all()):
         raise ValueError(f"nu: expected positive numbers, got {float(nu.min()):g}. A metric is invertible.")
     return (nu * eigenvalues * correlations.square()).sum().sqrt() * (eigenvalues / nu).sum().sqrt()
+
+
+def vector(name: str, value: Tensor) -> Tensor:
+    """Return a vector of finite numbers.
+
+    Raises:
+        TypeError: if it is no real tensor.
+        ValueError: if it is no vector, or not finite.
+    """
+    found = checks.real(name, value, integers=True)
+    if found.ndim != 1 or found.numel() == 0:
+        raise ValueError(f"{name}: expected a vector, got shape {tuple(found.shape)}. Flatten single outputs.")
+    return checks.finite(name, found)
+
+
+def relative_limit(eps: float) -> float:
+    """Return a lower limit of |a_j| relative to the largest.
+
+    Raises:
+        ValueError: if it is no number in (0, 1].
+    """
+    hint = " It is relative to the largest |a_j|."
+    return checks.number("eps", eps, "a number in (0, 1]", lambda value: 0 < value <= 1, hint)

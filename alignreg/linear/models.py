@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alignreg.linear.checks import check_eps, check_matrix, check_positive, check_vector
-from alignreg.linear.metric import optimal_metric
+from alignreg import checks
+from alignreg.linear.metric import optimal_metric, relative_limit, vector
 
 
 class _Loss(NamedTuple):
@@ -39,18 +39,18 @@ class LinearModel(ABC):
         loss: "squared", L = ‖f − y‖²/2n, or "logistic", L = mean log(1 + exp(−yf)).
 
     Raises:
+        TypeError: if features or targets are no real tensor.
         ValueError: if a shape, a value or an option is not as described, or all features are 0.
     """
 
     def __init__(self, features: Tensor, targets: Tensor, lr: float | None = None, loss: str = "squared") -> None:
-        check_matrix(features)
+        features = _matrix(features)
+        targets = checks.real("targets", targets, integers=True)
         if targets.shape != features.shape[:1]:
             raise ValueError(f"targets: expected ({len(features)},) as of features, got shape {tuple(targets.shape)}.")
-        check_vector("targets", targets)
-        if loss not in _LOSSES:
-            raise ValueError(f"loss: expected one of {list(_LOSSES)}, got {loss!r}.")
-        if lr is not None:
-            check_positive("lr", lr)
+        targets = vector("targets", targets)
+        checks.choice("loss", loss, tuple(_LOSSES))
+        lr = None if lr is None else checks.positive("lr", lr)
         self._n, self._num_features = features.shape
         self._loss = _LOSSES[loss]
         self._y = targets.detach().to(features.device, torch.float64)
@@ -62,7 +62,7 @@ class LinearModel(ABC):
         if not bool(kept.any()):
             raise ValueError("features: expected some that are not 0, got zeros: nothing can be learned from them.")
         self._U, self._S, self._Vh = U[:, kept], S[kept], Vh[kept]
-        self.lr = float(self._n / (S[0].square() * self._loss.curvature)) if lr is None else float(lr)
+        self.lr = float(self._n / (S[0].square() * self._loss.curvature)) if lr is None else lr
         # Logarithms: of two modes, one may be stretched by 1/eps over the other at every step.
         self._log_eigenvalues = 2 * self._S.log()
         # In the parametrisation of the features as given, where no reparametrisation changes them.
@@ -97,10 +97,10 @@ class LinearModel(ABC):
         """Return f ``(m,)`` at new points, given by their features ``(m, P)`` in the parametrisation at the start.
 
         Raises:
+            TypeError: if they are no real tensor.
             ValueError: if they are not finite or not of that shape.
         """
-        check_matrix(features, self._num_features)
-        f: Tensor = features.detach().to(self._w) @ self.weights
+        f: Tensor = _matrix(features, self._num_features).detach().to(self._w) @ self.weights
         return f
 
     @property
@@ -201,11 +201,11 @@ class SuperNat(LinearModel):
         gauge: str | float = "max",
         eps: float = 1e-12,
     ) -> None:
-        if isinstance(gauge, str) and gauge not in _GAUGES:
-            raise ValueError(f"gauge: expected one of {list(_GAUGES)} or a positive number, got {gauge!r}.")
         if not isinstance(gauge, str):
-            check_positive("gauge", gauge)
-        check_eps(eps)
+            gauge = checks.positive("gauge", gauge, " Or take 'max', 'trace' or 'mean'.")
+        elif gauge not in _GAUGES:
+            raise ValueError(f"gauge: expected 'max', 'trace', 'mean' or a positive number, got {gauge!r}.")
+        eps = relative_limit(eps)
         super().__init__(features, targets, lr, loss)
         self._gauge, self._eps = gauge, eps
 
@@ -214,6 +214,14 @@ class SuperNat(LinearModel):
             return log_eigenvalues
         stretched = log_eigenvalues - optimal_metric(correlations, eps=self._eps).log()
         return stretched - _log_kappa(log_eigenvalues, stretched, correlations, self._gauge)
+
+
+def _matrix(features: Tensor, width: int | None = None) -> Tensor:
+    found = checks.real("features", features, integers=True)
+    if found.ndim != 2 or found.numel() == 0 or width not in {None, found.shape[1]}:
+        wanted = "(n, P)" if width is None else f"(m, {width})"
+        raise ValueError(f"features: expected a matrix {wanted}, got shape {tuple(found.shape)}.")
+    return checks.finite("features", found)
 
 
 def _log_kappa(old: Tensor, new: Tensor, correlations: Tensor, gauge: str | float) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
-from alignreg import sketches
+from alignreg import checks, sketches
 from alignreg.batch import Batch, as_inputs, size, take
 from alignreg.batch_statistics import Statistics
 from alignreg.distributed import find_ddp, rank, require_sync, world_size
@@ -112,23 +111,15 @@ class TangentLoss(nn.Module, ABC):
     ) -> None:
         super().__init__()
         weight = self.default_weight if weight is None else weight
-        if not callable(weight):
-            _check_weight(weight)
-        if examples is not None:
-            check_count("examples", examples, 2)
-        check_count("every_n_steps", every_n_steps, 1)
-        check_count("gradient_accumulation_steps", gradient_accumulation_steps, 1)
-        self.weight: Weight = weight
-        self.examples = examples
-        self.every_n_steps = every_n_steps
-        self.gradient_accumulation_steps = gradient_accumulation_steps
-        self.seed = seed
-        self.centered = centered
-        self.per_layer = per_layer
-        self.sync = sync
-        if on_nonfinite not in ("raise", "skip"):
-            raise ValueError(f"on_nonfinite: expected 'raise' or 'skip', got {on_nonfinite!r}.")
-        self.on_nonfinite = on_nonfinite
+        self.weight: Weight = weight if callable(weight) else _check_weight(weight)
+        self.examples = None if examples is None else checks.count("examples", examples, 2)
+        self.every_n_steps = checks.count("every_n_steps", every_n_steps)
+        self.gradient_accumulation_steps = checks.count("gradient_accumulation_steps", gradient_accumulation_steps)
+        self.seed = checks.seed(seed)
+        self.centered = checks.flag("centered", centered)
+        self.per_layer = checks.flag("per_layer", per_layer)
+        self.sync = checks.flag("sync", sync)
+        self.on_nonfinite = checks.choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         self._features = TangentFeatures(model, params=params, forward_fn=forward_fn, statistics=statistics)
         self._features.over_ranks = sync
         self._refer(model)
@@ -373,15 +364,6 @@ class _Reference:
         return _Reference(memo.get(id(self.module), self.module))
 
 
-def check_count(name: str, value: int, least: int) -> None:
-    """Raise unless ``value`` is a whole number of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}.")
-
-
 def _check_weight(weight: Any, step: int | None = None) -> float:
-    if not (isinstance(weight, int | float) and math.isfinite(weight) and weight >= 0):
-        source = "or a function of the step" if step is None else f"from the schedule at step {step}"
-        hint = " Convert it with float()." if isinstance(weight, Tensor) else ""
-        raise ValueError(f"weight: expected a finite number of at least 0, {source}, got {weight!r}.{hint}")
-    return weight
+    source = "or a function of the step" if step is None else f"from the schedule at step {step}"
+    return checks.number("weight", weight, f"a finite number of at least 0, {source}", lambda found: found >= 0)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
 
-from alignreg import functional
+from alignreg import checks, functional
 from alignreg.batch import map_tensors, size
 from alignreg.batch_statistics import Statistics
 from alignreg.distributed import concatenate_over_ranks, sizes_of_ranks
@@ -101,9 +100,7 @@ class KARELoss(TangentLoss):
             params=params,
             forward_fn=forward_fn,
         )
-        if not (math.isfinite(ridge) and ridge > 0):
-            raise ValueError(f"ridge: expected a positive number, got {ridge!r}.")
-        self.ridge = ridge
+        self.ridge = checks.positive("ridge", ridge)
 
     def extra_repr(self) -> str:
         """Show the options."""

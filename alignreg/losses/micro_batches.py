@@ -53,7 +53,7 @@ class _Grams(torch.autograd.Function):
             part = features.pullback(slice_examples(x, start, start + step), cotangents[:, some])
             total = {name: total[name] + value for name, value in part.items()} if total else part
         ctx.given = features, x, cotangents, step, leaves, total
-        return tuple(estimators.gram({name: columns}) for name, columns in total.items())
+        return tuple(estimators.inner_products(columns) for columns in total.values())
 
     @staticmethod
     @once_differentiable

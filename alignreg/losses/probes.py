@@ -9,13 +9,13 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from alignreg import estimators, sketches
+from alignreg import checks, estimators, sketches
 from alignreg.batch import Batch, flat, size, slice_examples
 from alignreg.batch_statistics import Statistics
 from alignreg.distributed import rank, sizes_of_ranks, sum_over_ranks
 from alignreg.evaluation import ForwardFn, NonFiniteGradientError, NonFiniteOutputError, require_finite
 from alignreg.losses import micro_batches
-from alignreg.losses.base import Sample, TangentLoss, Weight, check_count
+from alignreg.losses.base import Sample, TangentLoss, Weight
 from alignreg.targets import encode
 
 
@@ -91,11 +91,8 @@ class ProbeLoss(TangentLoss, ABC):
             params=params,
             forward_fn=forward_fn,
         )
-        self.probes = self.default_probes if probes is None else probes
-        check_count("probes", self.probes, self.least_probes)
-        if micro_batch_size is not None:
-            check_count("micro_batch_size", micro_batch_size, 1)
-        self.micro_batch_size = micro_batch_size
+        self.probes = checks.count("probes", self.default_probes if probes is None else probes, self.least_probes)
+        self.micro_batch_size = None if micro_batch_size is None else checks.count("micro_batch_size", micro_batch_size)
         self._independent = False
 
     def extra_repr(self) -> str:
@@ -176,7 +173,7 @@ class ProbeLoss(TangentLoss, ABC):
         joined = self._sum(torch.cat([flat(value) for value in columns.values()], dim=1))
         parts = torch.split(joined, [value[0].numel() for value in columns.values()], dim=1)
         require_finite([joined])
-        return {name: estimators.gram({name: part}) for name, part in zip(columns, parts, strict=True)}
+        return {name: estimators.inner_products(part) for name, part in zip(columns, parts, strict=True)}
 
     def _examples_at_once(self, x: Batch) -> int:
         n, coupled = size(x), self._features.couples_examples

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, final
 
 from torch import Tensor, nn
 
-from alignreg import functional, hsic, moments
+from alignreg import checks, functional, hsic, moments
 from alignreg.evaluation import ForwardFn
 from alignreg.hsic import PairSums
 from alignreg.metrics.sketch import SketchMetric
@@ -114,7 +114,7 @@ class TangentAlignment(SketchMetric):
         return_std_error: bool = False,
         **metric_kwargs: Any,
     ) -> None:
-        if unbiased and not centered:
+        if checks.flag("unbiased", unbiased) and not checks.flag("centered", centered):
             raise ValueError("unbiased: expected the centred kernel with it. Leave centered out, or unbiased.")
         super().__init__(
             model,

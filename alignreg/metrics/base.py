@@ -19,17 +19,6 @@ from alignreg.switches import eager
 from alignreg.tangents import TangentFeatures
 
 
-def positive(name: str, value: Any) -> int:
-    """Return ``value`` if it is a positive integer.
-
-    Raises:
-        ValueError: if it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected a positive integer, got {value!r}.")
-    return value
-
-
 class TangentMetric(Metric, ABC):
     """A metric that is shown inputs and runs the live model on them by itself.
 

@@ -11,7 +11,7 @@ from torchmetrics.utilities import rank_zero_warn
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from alignreg import plotting
+from alignreg import checks, plotting
 from alignreg.batch import as_inputs, size
 from alignreg.evaluation import ForwardFn
 from alignreg.metrics.base import TangentMetric
@@ -98,9 +98,10 @@ class PathComplexity(TangentMetric):
         forward_fn: ForwardFn | None = None,
         **metric_kwargs: Any,
     ) -> None:
-        if convention not in ("paper", "official"):
-            raise ValueError(f"convention: expected 'paper' or 'official', got {convention!r}.")
-        normalize = (convention == "official") if normalize_by_n is None else normalize_by_n
+        checks.choice("convention", convention, ("paper", "official"))
+        normalize = convention == "official"
+        if normalize_by_n is not None:
+            normalize = checks.flag("normalize_by_n", normalize_by_n)
         # What is recorded does not depend on these, but metrics that shared it would also have to share step().
         configuration = ("path", convention, normalize)
         super().__init__(model, params=params, forward_fn=forward_fn, configuration=configuration, **metric_kwargs)

@@ -8,11 +8,10 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 
-from alignreg import estimators, functional, plotting, sketches
+from alignreg import checks, estimators, functional, plotting, sketches
 from alignreg.batch import slice_examples
 from alignreg.estimators import Estimate
 from alignreg.evaluation import ForwardFn
-from alignreg.metrics.base import positive
 from alignreg.metrics.probe_set import Examples, ProbeSetMetric
 from alignreg.metrics.records import canonical_order
 from alignreg.switches import eager
@@ -93,11 +92,11 @@ class LayerwiseAlignment(ProbeSetMetric):
         forward_fn: ForwardFn | None = None,
         **metric_kwargs: Any,
     ) -> None:
-        outputs, examples = positive("num_outputs", num_outputs), positive("max_examples", max_examples)
-        if method not in ("exact", "sketch"):
-            raise ValueError(f"method: expected 'exact' or 'sketch', got {method!r}.")
-        if positive("probes", probes) < 3:
-            raise ValueError(f"probes: expected at least 3, for an unbiased norm and its error, got {probes}.")
+        outputs, examples = checks.count("num_outputs", num_outputs), checks.count("max_examples", max_examples)
+        checks.choice("method", method, ("exact", "sketch"))
+        probes = checks.count("probes", probes, 3, ", for an unbiased norm and its error")
+        seed, centered = checks.seed(seed), checks.flag("centered", centered)
+        return_std_error = checks.flag("return_std_error", return_std_error)
         # Whatever is computed from them, the kept examples are the same.
         super().__init__(
             model, params=params, forward_fn=forward_fn, configuration=("layers", outputs, examples), **metric_kwargs

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.utilities import rank_zero_warn
 
-from alignreg import hsic, moments, plotting, sketches
+from alignreg import checks, hsic, moments, plotting, sketches
 from alignreg.batch import Batch, as_inputs, flat, size
 from alignreg.estimators import Estimate
 from alignreg.evaluation import ForwardFn
 from alignreg.hsic import PairSums
-from alignreg.metrics.base import positive
 from alignreg.metrics.probe_set import ProbeSetMetric
 from alignreg.metrics.records import digest
 from alignreg.moments import Moments
@@ -82,20 +81,15 @@ class SketchMetric(ProbeSetMetric, ABC):
         pairs: bool = False,
         **metric_kwargs: Any,
     ) -> None:
-        positive("num_outputs", num_outputs)
-        if isinstance(sketch_dim, bool) or not isinstance(sketch_dim, int) or sketch_dim < 3:
-            raise ValueError(
-                f"sketch_dim: expected at least 3 directions, for an unbiased norm and its error, got {sketch_dim!r}."
-            )
-        if method not in ("sketch", "exact"):
-            raise ValueError(f"method: expected 'sketch' or 'exact', got {method!r}.")
-        if sketch not in ("gaussian", "factored", "auto"):
-            raise ValueError(f"sketch: expected 'gaussian', 'factored' or 'auto', got {sketch!r}.")
+        num_outputs = checks.count("num_outputs", num_outputs)
+        sketch_dim = checks.count("sketch_dim", sketch_dim, 3, ", for an unbiased norm and its error")
+        checks.choice("method", method, ("sketch", "exact"))
+        checks.choice("sketch", sketch, ("gaussian", "factored", "auto"))
+        seed, centered = checks.seed(seed), checks.flag("centered", centered)
+        return_std_error = checks.flag("return_std_error", return_std_error)
         if sketch == "auto":
             sketch = "factored" if num_outputs * SKETCH_DIM_PER_OUTPUT <= sketch_dim else "gaussian"
-        guess = None if target_mean is None else torch.as_tensor(target_mean, dtype=torch.float64).detach().cpu()
-        if guess is not None and (guess.shape != (num_outputs,) or not bool(torch.isfinite(guess).all())):
-            raise ValueError(f"target_mean: expected {num_outputs} finite values, got {target_mean!r}.")
+        guess = None if target_mean is None else _mean_of_targets(target_mean, num_outputs)
         names = _group_names(groups)
         # `centered` is left out: the raw sums are the same, so both kinds do share.
         options = (sketch, sketch_dim, seed, None if guess is None else guess.tolist(), pairs)
@@ -347,8 +341,7 @@ class SketchMetric(ProbeSetMetric, ABC):
             return torch.zeros(n, dtype=torch.long)
         if not count:
             raise ValueError("group: the metric has no groups. Make it with groups=..., or leave group out.")
-        if not isinstance(group, Tensor):
-            raise TypeError(f"group: expected a tensor, got {type(group).__name__}. Convert it with torch.as_tensor.")
+        group = checks.dense("group", group)
         if group.shape != (n,) or group.is_floating_point() or group.is_complex():
             raise ValueError(f"group: expected indices ({n},), got {group.dtype} of shape {tuple(group.shape)}.")
         members = group.detach().cpu().long()
@@ -361,12 +354,28 @@ class SketchMetric(ProbeSetMetric, ABC):
 def _group_names(groups: int | Sequence[str] | None) -> tuple[str, ...]:
     if groups is None:
         return ()
-    if isinstance(groups, int):
-        return tuple(f"group_{index}" for index in range(positive("groups", groups)))
-    names = () if isinstance(groups, str) else tuple(groups)
+    expected = "a positive integer or different names other than 'total'"
+    names = checks.each(groups)
+    if len(names) == 1 and names[0] is groups:
+        number = checks.integer("groups", groups, expected)
+        return tuple(f"group_{index}" for index in range(checks.count("groups", number)))
     if not names or not all(isinstance(name, str) for name in names) or len({*names, "total"}) <= len(names):
-        raise ValueError(f"groups: expected a positive integer or different names other than 'total', got {groups!r}.")
+        raise ValueError(f"groups: expected {expected}, got {checks.shown(groups)}.")
     return names
+
+
+def _mean_of_targets(target_mean: Tensor | Sequence[float], c: int) -> Tensor:
+    values = target_mean
+    if not isinstance(values, Tensor):
+        try:
+            values = torch.as_tensor(values)
+        except Exception as error:
+            got = checks.shown(target_mean)
+            raise ValueError(f"target_mean: expected {c} finite values, got {got}.") from error
+    values = checks.values("target_mean", values).detach()
+    if values.shape != (c,):
+        raise ValueError(f"target_mean: expected {c} finite values, got {checks.shown(target_mean)}.")
+    return values.to("cpu", torch.float64)
 
 
 def _require_targets(missing: int, n: int) -> None:

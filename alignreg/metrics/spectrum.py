@@ -8,9 +8,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from alignreg import functional, plotting
+from alignreg import checks, functional, plotting, spectra
 from alignreg.evaluation import ForwardFn
-from alignreg.metrics.base import positive
 from alignreg.metrics.probe_set import ProbeSetMetric
 from alignreg.switches import eager
 from alignreg.targets import ConstantTargetError
@@ -83,8 +82,9 @@ class TangentSpectrum(ProbeSetMetric):
         forward_fn: ForwardFn | None = None,
         **metric_kwargs: Any,
     ) -> None:
-        ratios = tuple(positive("k", value) for value in ((k,) if isinstance(k, int) else k))
-        outputs, examples = positive("num_outputs", num_outputs), positive("max_examples", max_examples)
+        ratios = tuple(checks.count("k", value) for value in checks.each(k))
+        outputs, examples = checks.count("num_outputs", num_outputs), checks.count("max_examples", max_examples)
+        per_layer, centered = checks.flag("per_layer", per_layer), checks.flag("centered", centered)
         # Whatever is computed from them, the kept examples are the same.
         super().__init__(
             model, params=params, forward_fn=forward_fn, configuration=("spectrum", outputs, examples), **metric_kwargs
@@ -121,7 +121,7 @@ class TangentSpectrum(ProbeSetMetric):
             layers = self._features.kernel(x, per_layer=True) if self.per_layer else {"": self._features.kernel(x)}
             kernels = {layer: value.to(torch.float64) for layer, value in layers.items()}
             K = torch.stack(list(kernels.values())).sum(0)
-            eigenvalues = functional.spectrum(functional.center(K) if self.centered else K)
+            eigenvalues = spectra.eigenvalues(functional.center(K) if self.centered else K).clamp(min=0)
             found = functional.summary(eigenvalues, self.k)
             found["alignment"] = self._alignment(K, y)
             if self.per_layer:

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ranks import PATIENCE
+
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
 TINY = "--steps 6 --train_size 128 --hidden 16 --sketch_dim 4 --probe_size 110 --kernel_size 10 --cpu"
@@ -90,7 +92,7 @@ def start(*flags, launcher=LAUNCH, cwd=None, **environment):
 
 
 def finish(process):
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=PATIENCE)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 

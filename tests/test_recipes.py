@@ -114,7 +114,7 @@ def test_other_data_and_models(flags, tmp_path, monkeypatch):
 
 def test_figure_has_its_title(first, tmp_path, monkeypatch):
     figure, drawn = load("_figure"), []
-    monkeypatch.setattr(figure.plt.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    monkeypatch.setattr(figure.pyplot().Figure, "savefig", lambda self, *_, **__: drawn.append(self))
     figure.draw({"none": read(first[0])}, "the task", tmp_path / "figure.png")
     assert drawn[0].get_suptitle() == "the task"
     titles = [axis.get_title() for axis in drawn[0].axes]
@@ -217,7 +217,7 @@ def test_folder_that_cannot_be_written(tmp_path):
 
 
 def test_split_launch_is_refused(monkeypatch):
-    module = load("_run")
+    module = load("_processes")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="Accelerate sees one"):
         module.refuse_split_launch(1)

@@ -14,6 +14,7 @@ import oracles
 import psutil
 import pytest
 import torch
+from ranks import PATIENCE
 from recipe_runs import RECIPES, TINY, forget, run
 from safetensors.torch import load_file
 from test_recipes_alike import STUDIES
@@ -130,10 +131,10 @@ def test_a_study_that_is_stopped(tmp_path):
         time.sleep(0.05)
     children = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert f"stopped\ngo on with --resume {folder}" in said
-    assert not psutil.wait_procs(children, timeout=10)[1]  # one that keeps track of resources ends after the others
+    assert not psutil.wait_procs(children, timeout=PATIENCE)[1]  # one that keeps track of resources ends after the others
     seen = {path: path.read_text() for path in folder.rglob("metrics.jsonl")}
     command = [sys.executable, str(RECIPES / "spectrum.py"), "--resume", str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -41,7 +41,7 @@ def _open(accelerator: Accelerator, values: dict[str, Any], options: dict[str, s
     except wandb.Error as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"--with_tracking: expected a run of wandb, but {reason} Log in (wandb login) or set WANDB_MODE=offline."
+            f"--with_tracking: expected a run of wandb, but {reason} Without a login, set WANDB_MODE=offline."
         ) from None
 
 

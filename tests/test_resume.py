@@ -1,5 +1,6 @@
 """A run that was ended, by force or politely, goes on as if it had not been."""
 
+import hashlib
 import json
 import shutil
 import signal
@@ -171,16 +172,48 @@ def spoil_manifest(run, checkpoint):
     file.write_text(file.read_text()[:-50])
 
 
-def spoil_foreign(run, checkpoint):
+def spoil_step(run, checkpoint):
+    """Of the step, which nothing else in the file depends on, another digit."""
+    file, step = checkpoint / "manifest.json", checkpoint.name[5:]
+    file.write_text(file.read_text().replace(f'"step": {step}', f'"step": {int(step) ^ 1}'))
+
+
+def written(checkpoint, change):
+    """A manifest with its digest, of other content."""
     file = checkpoint / "manifest.json"
     manifest = json.loads(file.read_text())
-    manifest["config"]["lr"] = 0.5
-    file.write_text(json.dumps(manifest))
+    del manifest["digest"]
+    change(manifest)
+    manifest["digest"] = hashlib.sha256((json.dumps(manifest, indent=1) + "\n").encode()).hexdigest()
+    file.write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def spoil_processes(run, checkpoint):
-    file = checkpoint / "manifest.json"
-    file.write_text(file.read_text().replace('"processes": 1', '"processes": 2'))
+def changed(**entries):
+    return lambda run, checkpoint: written(checkpoint, lambda manifest: manifest.update(entries))
+
+
+def spoil_foreign(run, checkpoint):
+    written(checkpoint, lambda manifest: manifest["config"].update(lr=0.5))
+
+
+def spoil_unlisted(run, checkpoint):
+    (checkpoint / "optimizer.bin").write_bytes(b"damaged")
+    written(checkpoint, lambda manifest: manifest["files"].pop("optimizer.bin"))
+
+
+def spoil_added(run, checkpoint):
+    (checkpoint / "scheduler.bin").write_bytes(b"what Accelerate would read")
+
+
+def spoil_random_states(run, checkpoint):
+    file = checkpoint / "random_states_0.pkl"
+    file.write_bytes(b"no random states")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    written(checkpoint, lambda manifest: manifest["files"].update({file.name: digest}))
+
+
+def spoil_name(run, checkpoint):
+    checkpoint.rename(checkpoint.with_name("step_59"))
 
 
 def spoil_log(run, checkpoint):
@@ -198,7 +231,20 @@ SPOILED = {
     "missing": (spoil_missing, "optimizer.bin is missing"),
     "manifest": (spoil_manifest, "manifest.json is truncated or no manifest"),
     "foreign": (spoil_foreign, "it belongs to another run, with other lr"),
-    "processes": (spoil_processes, "2 process(es) wrote it and 1 would read it"),
+    "one digit": (spoil_step, "manifest.json was changed"),
+    "step of another": (changed(step=5), "manifest.json is that of step 5"),
+    "step below": (changed(step=-5), "manifest.json is that of step -5"),
+    "step beyond": (changed(step=10**99), "manifest.json is that of step a number of more than 50 digits"),
+    "step true": (changed(step=True), "truncated or no manifest"),
+    "no files": (
+        changed(files={}),
+        "manifest.json does not list model.safetensors, optimizer.bin, process_0.pt, random",
+    ),
+    "unlisted": (spoil_unlisted, "manifest.json does not list optimizer.bin"),
+    "added": (spoil_added, "scheduler.bin is not of it"),
+    "random states": (spoil_random_states, "random_states_0.pkl cannot be read"),
+    "name": (spoil_name, "manifest.json is that of step"),
+    "processes": (changed(processes=2), "2 process(es) wrote it and 1 would read it"),
     "log": (spoil_log, "lacks [0]"),
     "config": (spoil_config, "config.json of an earlier run, got another file"),
 }
@@ -212,6 +258,7 @@ def test_what_is_not_whole_or_not_ours_is_refused(stopped, kind, tmp_path, monke
     checkpoint = max(folder.glob("checkpoints/step_*"), key=lambda p: int(p.name[5:]))
     spoil, message = SPOILED[kind]
     spoil(folder, checkpoint)
+    (checkpoint,) = [checkpoint] if checkpoint.exists() else folder.glob("checkpoints/step_59")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit) as stop:
         recipe("train", monkeypatch, "--resume_from_checkpoint", checkpoint)

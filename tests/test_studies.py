@@ -134,7 +134,9 @@ def test_a_study_that_is_stopped(tmp_path):
     _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert f"stopped\ngo on with --resume {folder}" in said
-    assert not psutil.wait_procs(children, timeout=PATIENCE)[1]  # one that keeps track of resources ends after the others
+    assert not psutil.wait_procs(children, timeout=PATIENCE)[
+        1
+    ]  # one that keeps track of resources ends after the others
     seen = {path: path.read_text() for path in folder.rglob("metrics.jsonl")}
     command = [sys.executable, str(RECIPES / "spectrum.py"), "--resume", str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

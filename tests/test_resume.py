@@ -29,11 +29,15 @@ def uninterrupted(tmp_path_factory):
     return logs
 
 
-def interrupt(process, folder, how, step):
-    """End the processes of a run once the checkpoint of ``step`` is there."""
+def wait_for(process, folder, step):
     while not (folder / "checkpoints" / f"step_{step}").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.001)
+
+
+def interrupt(process, folder, how, step):
+    """End the processes of a run once the checkpoint of ``step`` is there."""
+    wait_for(process, folder, step)
     family = psutil.Process(process.pid)
     workers = family.children(recursive=True)
     for member in (family, *workers) if how == signal.SIGKILL else (workers or [family])[:1]:
@@ -44,6 +48,27 @@ def interrupt(process, folder, how, step):
     return finish(process)
 
 
+def kill_the_launcher_alone(process, folder, monkeypatch):
+    """Its workers outlive it, and while they do nothing goes on with their run."""
+    wait_for(process, folder, 7)
+    family = psutil.Process(process.pid)
+    workers = family.children(recursive=True) or [family]
+    for worker in workers:
+        worker.suspend()  # or they might be done before we are
+    if family not in workers:
+        process.kill()
+    try:
+        with pytest.raises(SystemExit) as stop:
+            recipe("train", monkeypatch, "--resume_from_checkpoint", folder)
+    finally:
+        for worker in workers:
+            worker.kill()
+        finish(process)
+    said = str(stop.value)
+    assert "--resume_from_checkpoint: expected a folder that nothing else writes to, but process" in said
+    assert any(f"process {worker.pid} on" in said for worker in workers)
+
+
 def begin(folder, launcher):
     return start(*TINY.split(), *FLAGS.split(), "--output_dir", folder, launcher=launcher)
 
@@ -52,11 +77,12 @@ def resume(folder, launcher):
     return start("--resume_from_checkpoint", folder, launcher=launcher)
 
 
+@pytest.mark.usefixtures("recipes_in_this_process")
 @pytest.mark.parametrize("processes", LAUNCHERS)
-def test_killed_three_times_is_the_uninterrupted_run(uninterrupted, processes, tmp_path):
+def test_killed_three_times_is_the_uninterrupted_run(uninterrupted, processes, tmp_path, monkeypatch):
     """Wherever in a step, a measurement or a checkpoint the kill comes."""
     folder, launcher = tmp_path / "run", LAUNCHERS[processes]
-    interrupt(begin(folder, launcher), folder, signal.SIGKILL, 7)
+    kill_the_launcher_alone(begin(folder, launcher), folder, monkeypatch)
     for step in (28, 49):
         interrupt(resume(folder, launcher), folder, signal.SIGKILL, step)
     assert (folder / "metrics.jsonl").read_bytes() != uninterrupted[processes]

@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import psutil
 import pytest
 import torch
 from ranks import PATIENCE
-from recipe_runs import RECIPES, TINY, forget, run
+from recipe_runs import ASCII, RECIPES, TINY, forget, run
 from safetensors.torch import load_file
 from test_recipes_alike import STUDIES
 from torch import nn
@@ -84,10 +85,11 @@ def test_a_configuration_takes_the_place_of_bundled_flags(name):
 def test_a_study_from_its_command_and_on(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "study"
     command = [sys.executable, str(RECIPES / "spectrum.py"), "--seeds", "1", *TINY.split(), "--hidden", "8"]
-    result = subprocess.run([*command, "--output_dir", folder], capture_output=True, text=True, check=False)
+    env = {**os.environ, **ASCII}
+    result = subprocess.run([*command, "--output_dir", folder], capture_output=True, text=True, check=False, env=env)
     assert result.returncode == 0, result.stderr
     assert "3 of 3 runs to do" in result.stdout
-    assert "effective rank" in (folder / "findings.txt").read_text()
+    assert "effective rank" in (folder / "findings.txt").read_text(encoding="utf-8")
     assert {path.name for path in folder.iterdir()} == {
         "figure.png",
         "findings.txt",

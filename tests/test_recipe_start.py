@@ -3,6 +3,8 @@
 import importlib
 import io
 import json
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -63,6 +65,25 @@ def test_as_a_module(monkeypatch):
     for name in ("recipes", "recipes.train", "_figure"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     assert importlib.import_module("recipes.train").RECIPE
+
+
+def test_make_in_a_folder_with_a_space(tmp_path):
+    """With a Python in one, too. pip splits PIP_CONSTRAINT at spaces, as the shell does here."""
+    make, folder = shutil.which("make"), tmp_path / "a b"
+    if make is None:
+        pytest.skip("no make")
+    folder.mkdir()
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, folder)
+    python = folder / "my python"
+    work = 'if [ "$2" = venv ]; then mkdir -p .venv/bin; cp "$0" .venv/bin/python; fi; grep -c torch== $PIP_CONSTRAINT'
+    python.write_text(f'#!/bin/sh\nset -e\n{work}\necho "$@"\n')
+    python.chmod(0o755)
+    command = [make, "--no-print-directory", ".venv/installed", f"PYTHON={python}"]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    called = [line for line in result.stdout.splitlines() if line.startswith(("1", "-m"))]
+    assert called == ["1", "-m venv .venv", "1", "-m pip install --quiet -e .[recipes,dev]"]
 
 
 def test_terminals_without_our_signs(monkeypatch):

@@ -19,8 +19,8 @@ killed at any time and goes on exactly where the newest checkpoint is:
 
     accelerate launch --config_file recipes/configs/single.yaml recipes/train.py --checkpointing_steps 200
     accelerate launch --config_file recipes/configs/single.yaml recipes/train.py --resume_from_checkpoint runs/FOLDER
-    torchrun --nproc_per_node 2 --max_restarts 3 recipes/train.py --cpu --checkpointing_steps 200 \
-        --output_dir runs/mine --resume_from_checkpoint latest               # goes on each time it is started
+    accelerate launch --config_file recipes/configs/single.yaml recipes/train.py --checkpointing_steps 200 \
+        --output_dir runs/mine --resume_from_checkpoint latest                # begins, or goes on, when started again
 
 On SIGTERM it finishes the step, writes a checkpoint and leaves with exit status 143. The signal must reach this
 process: torchrun passes it on, accelerate launch does not (send it to the launcher's child).

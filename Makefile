@@ -1,6 +1,7 @@
 # make demo | test | check | format | docs | clean. Everything lives in .venv, which is rebuilt when its inputs change.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+# Relative, as all paths here: pip splits the variable at spaces, which the folder's own path may have.
+export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BIN := .venv/bin
 STAMP := .venv/installed
@@ -29,7 +30,7 @@ $(ADAPTERS)/installed: $(STAMP)
 	$(BIN)/python -m venv $(ADAPTERS)
 	$(BIN)/python -c "import glob, site; here, = glob.glob('$(ADAPTERS)/lib/*/site-packages'); \
 	  open(here + '/below.pth', 'w').write(f'import site; site.addsitedir({site.getsitepackages()[0]!r})\n')"
-	$(ADAPTERS)/bin/python -m pip install --quiet -c constraints.txt lightning transformers
+	$(ADAPTERS)/bin/python -m pip install --quiet lightning transformers
 	@touch $@
 
 check: $(STAMP)
@@ -47,15 +48,15 @@ docs: $(DOCS_STAMP)
 	@echo "open docs/_build/html/index.html"
 
 $(DOCS_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
 	@touch $@
 
 # One stamp for recipes and dev together: `make test` after `make demo` finds pytest.
 $(STAMP): pyproject.toml constraints.txt Makefile
 	@test -n "$(PYTHON)" || { echo "make: no python3 found; install Python >= 3.10 or pass PYTHON=..."; exit 1; }
 	@echo "installing into .venv with $(PYTHON), once; about 2 GB with the CPU build of torch, more with a CUDA build"
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[recipes,dev]"
+	"$(PYTHON)" -m venv .venv
+	$(BIN)/python -m pip install --quiet -e ".[recipes,dev]"
 	@touch $@
 
 clean:

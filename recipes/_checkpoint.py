@@ -4,42 +4,78 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
 
+import _files
+import _processes
+import _words
 import torch
 from accelerate import Accelerator
+from accelerate.utils import load as load_plain
+from safetensors import SafetensorError
 from torch import nn
 
 FLAG = "--resume_from_checkpoint"
+LATEST = "latest"
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
+ENTRIES = {"step": int, "processes": int, "config": dict, "files": dict, "digest": str}
 
 
 def save(accelerator: Accelerator, run: Path, step: int, config: dict[str, Any], parts: dict[str, nn.Module]) -> Path:
-    """Write model, optimizer, random states, and the parts of every process; the folder appears when it is complete."""
+    """Write model, optimizer, random states, and the parts of every process; the folder appears when it is complete.
+
+    Raises:
+        ValueError: on every process, if one of them cannot write; of the checkpoint nothing is left.
+    """
     folder = run / FOLDER / f"step_{step}"
     partial = run / FOLDER / f".step_{step}.partial"
-    if accelerator.is_main_process:
+
+    def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    torch.save({name: part.state_dict() for name, part in parts.items()}, partial / _own(accelerator))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        manifest = {
+        with _files.writing(partial):
+            partial.mkdir(parents=True)
+
+    def write() -> None:
+        try:
+            accelerator.save_state(str(partial))
+            torch.save(
+                {name: part.state_dict() for name, part in parts.items()}, partial / _parts(accelerator.process_index)
+            )
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise _unwritten(partial, error) from None
+
+    def complete() -> None:
+        manifest: dict[str, Any] = {
             "step": step,
             "processes": accelerator.num_processes,
             "config": config,
-            "files": {file.name: _digest(file) for file in sorted(partial.iterdir())},
+            "files": {file.name: _digest(file.read_bytes()) for file in sorted(partial.iterdir())},
         }
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        manifest["digest"] = _digest(_text(manifest).encode())
+        _files.write(partial / MANIFEST, _text(manifest))
         shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    accelerator.wait_for_everyone()
+        with _files.writing(folder):
+            partial.rename(folder)
+
+    try:
+        _processes.on_main(accelerator, begin)
+        _processes.everywhere(accelerator, write)
+        _processes.on_main(accelerator, complete)
+    except BaseException:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     return folder
+
+
+def newest(run: Path) -> Path | None:
+    """Return the newest checkpoint of a run."""
+    steps = {int(p.name[5:]): p for p in (run / FOLDER).glob("step_*") if p.name[5:].isdecimal()}
+    return steps[max(steps)] if steps else None
 
 
 def find(path: str) -> Path:
@@ -51,18 +87,34 @@ def find(path: str) -> Path:
     given = Path(path)
     if not given.is_dir():
         raise ValueError(f"{FLAG}: expected a checkpoint's folder, but {given}: No such folder.")
-    steps = {int(p.name[5:]): p for p in (given / FOLDER).glob("step_*") if p.name[5:].isdigit()}
-    if steps:
-        return steps[max(steps)]
+    if found := newest(given):
+        return found
     if not (given / MANIFEST).is_file():
         reason = f"there is no {MANIFEST} and no {FOLDER}/step_N in it. Runs write them with --checkpointing_steps"
         raise _refusal(given, reason)
     return given
 
 
+def latest(run: str | None) -> Path | None:
+    """Return what a command that is started again goes on with.
+
+    Returns:
+        The newest checkpoint of the run, or its folder where it was begun and ended before the first one, or nothing
+        where it was not begun.
+
+    Raises:
+        ValueError: without a folder to look into.
+    """
+    if run is None:
+        raise ValueError(f"{FLAG} {LATEST}: expected an --output_dir with it, whose newest checkpoint that is.")
+    folder = Path(run).resolve()
+    return newest(folder) or (folder if (folder / "config.json").is_file() else None)
+
+
 def run_of(checkpoint: Path) -> Path:
-    """Return the folder of the run that wrote the checkpoint."""
-    return checkpoint.resolve().parent.parent
+    """Return the folder of the run that wrote the checkpoint; a run's own folder is its."""
+    checkpoint = checkpoint.resolve()
+    return checkpoint.parent.parent if checkpoint.parent.name == FOLDER else checkpoint
 
 
 def verify(checkpoint: Path, config: dict[str, Any], processes: int) -> int:
@@ -71,43 +123,112 @@ def verify(checkpoint: Path, config: dict[str, Any], processes: int) -> int:
     Raises:
         ValueError: with path and reason; nothing has been read into anything yet.
     """
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-        step, files = int(manifest["step"]), dict(manifest["files"])
-        theirs, count = dict(manifest["config"]), int(manifest["processes"])
-    except OSError as error:
-        raise _refusal(checkpoint, f"{MANIFEST}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise _refusal(checkpoint, f"{MANIFEST} is truncated or no manifest of a checkpoint") from None
-    for name, digest in files.items():
-        file = checkpoint / Path(name).name
-        if not file.is_file():
-            raise _refusal(checkpoint, f"{name} is missing")
-        if _digest(file) != digest:
-            raise _refusal(checkpoint, f"{name} is truncated or was changed")
+    manifest = _manifest(checkpoint)
+    step, files, theirs, count = (manifest[key] for key in ("step", "files", "config", "processes"))
+    if not 1 <= step <= config["steps"] or checkpoint.resolve().name != f"step_{step}":
+        raise _refusal(checkpoint, f"{MANIFEST} is that of step {_words.short(step)}")
     if theirs != config:
         odd = sorted(key for key in theirs | config if theirs.get(key) != config.get(key))
         raise _refusal(checkpoint, f"it belongs to another run, with other {', '.join(odd)}")
     if count != processes:
         raise _refusal(checkpoint, f"{count} process(es) wrote it and {processes} would read it; launch as many")
-    return step
+    wanted = {"optimizer.bin"}.union(*({_random_states(i), _parts(i)} for i in range(processes)))
+    if not any(map(_is_model, files)):
+        wanted.add("model.safetensors")
+    if missing := sorted(wanted - files.keys()):
+        raise _refusal(checkpoint, f"{MANIFEST} does not list {', '.join(missing)}")
+    for name, digest in files.items():
+        file = checkpoint / Path(name).name
+        if not file.is_file():
+            raise _refusal(checkpoint, f"{name} is missing")
+        if _digest(file.read_bytes()) != digest:
+            raise _refusal(checkpoint, f"{name} is truncated or was changed")
+    foreign = {file.name for file in checkpoint.iterdir() if not file.name.startswith(".")} - files.keys() - {MANIFEST}
+    if foreign:
+        raise _refusal(checkpoint, f"{', '.join(sorted(foreign))} is not of it. Remove that file")
+    return step  # type: ignore[no-any-return]
 
 
 def load(accelerator: Accelerator, checkpoint: Path, parts: dict[str, nn.Module]) -> None:
-    """Read a verified checkpoint into model, optimizer, random states and parts, without unpickling code."""
+    """Read a verified checkpoint into model, optimizer, random states and parts, without unpickling code.
+
+    Raises:
+        ValueError: on every process, if the random states of one cannot be read: Accelerate would go on without them.
+    """
+    name = _random_states(accelerator.process_index)
+    states: dict[str, Any] = {}
+
+    def read() -> None:
+        try:
+            states.update(load_plain(checkpoint / name))
+            states["torch_manual_seed"], states["random_state"]
+        except Exception as error:  # noqa: BLE001 - a class for each kind of damage
+            raise _refusal(checkpoint, f"{name} cannot be read: {_words.short(str(error))}") from None
+
+    def compare() -> None:
+        same = torch.equal(torch.get_rng_state(), states["torch_manual_seed"])
+        if not (same and random.getstate() == states["random_state"]):
+            raise _refusal(checkpoint, f"the random states of {name} are not those of this machine and its versions")
+
+    _processes.everywhere(accelerator, read)
     accelerator.load_state(str(checkpoint))
-    own = torch.load(checkpoint / _own(accelerator), map_location="cpu", weights_only=True)
-    for name, part in parts.items():
-        part.load_state_dict(own[name])
+    _processes.everywhere(accelerator, compare)
+    own = torch.load(checkpoint / _parts(accelerator.process_index), map_location="cpu", weights_only=True)
+    for part_name, part in parts.items():
+        part.load_state_dict(own[part_name])
         part.to(accelerator.device)
 
 
-def _own(accelerator: Accelerator) -> str:
-    return f"process_{accelerator.process_index}.pt"
+def _manifest(checkpoint: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(_files.read(checkpoint / MANIFEST))
+    except OSError as error:
+        raise _refusal(checkpoint, f"{MANIFEST}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        manifest = None
+    kinds = {key: type(value) for key, value in manifest.items()} if isinstance(manifest, dict) else None
+    if kinds != ENTRIES:
+        raise _refusal(checkpoint, f"{MANIFEST} is truncated or no manifest of a checkpoint")
+    digest = manifest.pop("digest")
+    if _digest(_text(manifest).encode()) != digest:
+        raise _refusal(checkpoint, f"{MANIFEST} was changed")
+    return manifest
 
 
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def _text(manifest: dict[str, Any]) -> str:
+    return json.dumps(manifest, indent=1) + "\n"
+
+
+def _is_model(name: str) -> bool:
+    return name.startswith("model") and name.endswith(".safetensors")
+
+
+def _random_states(process: int) -> str:
+    return f"random_states_{process}.pkl"
+
+
+def _parts(process: int) -> str:
+    return f"process_{process}.pt"
+
+
+def _unwritten(partial: Path, error: Exception) -> ValueError:
+    reason = getattr(error, "strerror", None)
+    if reason is None:
+        try:  # torch says where in the file it stopped, but not why: a full disk has no room for this either
+            (partial / ".room").write_bytes(bytes(2**20))
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+        except OSError as why:
+            reason = why.strerror
+    run = partial.parent.parent
+    found = newest(run)
+    hint = f"go on with {FLAG} {run}" if found else "start again"
+    return ValueError(
+        f"--output_dir: expected a folder that can be written, but {partial}: {reason}. Make room there, and {hint}."
+    )
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _refusal(checkpoint: Path, reason: str) -> ValueError:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import _comparison_figures
+import _files
 import _jobs
 import _run
 from _comparison_figures import ALIGNMENT, PATH, RANK, TEST
@@ -108,20 +109,21 @@ def report(place: Path, files: list[Path]) -> None:
     """
     source = place / "comparison.json" if place.is_dir() else place
     try:
-        found = json.loads(source.read_text())
+        found = json.loads(_files.read(source))
         settings = found["settings"]
     except (OSError, ValueError, KeyError):
         hint = f"; go on with --resume {place}" if (place / "plan.json").exists() else ""
         expected = "--report: expected the folder of a comparison that is done, or its json"
         raise ValueError(f"{expected}, got {place}{hint}.") from None
-    texts = {file: filled(file.read_text(), found) for file in files}
+    texts = {file: filled(_files.read(file), found) for file in files}
     for file, text in texts.items():
-        file.write_text(text)
+        with _files.writing(file, "--into"):
+            file.write_text(text, encoding="utf-8")
     shown = {"table": full_table(found), "findings": findings(found)}
     print("\n".join(shown.values()))
     if place.is_dir():
         for name, text in shown.items():
-            (place / f"{name}.md").write_text(text)
+            _files.write(place / f"{name}.md", text)
         for figure in _comparison_figures.draw(place, settings, found["seeds"]):
             print(f"figure: {figure}")
     print(f"{found['runs']} runs, {found['minutes']:.0f} min: {source}")

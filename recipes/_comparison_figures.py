@@ -8,8 +8,7 @@ from typing import Any
 import _figure
 import _jobs
 import _study
-import matplotlib.pyplot as plt
-from _figure import COLORS, Log
+from _figure import COLORS, Log, pyplot
 from _methods import DECAY, NONE, SMOOTHING, words
 from _plan import Row
 
@@ -48,8 +47,7 @@ def draw(folder: Path, settings: list[dict[str, Any]], seeds: int) -> list[Path]
     for name, make, dpi in (("paths", _paths, 75), ("explicit", _explicit, 110)):
         figure = make(logs, _styles(names))
         drawn.append(folder / f"{name}.png")
-        figure.savefig(drawn[-1], dpi=dpi)
-        plt.close(figure)
+        _figure.save(figure, drawn[-1], dpi)
     return drawn
 
 
@@ -57,7 +55,7 @@ def _paths(logs: dict[str, dict[str, list[Log]]], styles: dict[str, dict[str, An
     """Along training, a line of panels a setting."""
     shape = (len(logs), len(PANELS))
     size = (3.4 * shape[1], 2.5 * shape[0] + 0.6)
-    figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
+    figure, axes = pyplot().subplots(*shape, figsize=size, layout="constrained", squeeze=False)
     for line, (setting, of_methods) in zip(axes, logs.items(), strict=True):
         for axis, (title, key) in zip(line, PANELS.items(), strict=True):
             for name, of_seeds in of_methods.items():
@@ -77,7 +75,7 @@ def _explicit(logs: dict[str, dict[str, list[Log]]], styles: dict[str, dict[str,
     lines = -(-len(logs) // columns)
     shape = (len(others) * lines, columns)
     size = (max(5.8, 2.9 * columns), 2.5 * shape[0] + 0.4)
-    figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
+    figure, axes = pyplot().subplots(*shape, figsize=size, layout="constrained", squeeze=False)
     for axis in axes.flat:
         axis.set_visible(False)
     for place, (setting, of_methods) in enumerate(logs.items()):
@@ -105,5 +103,5 @@ def _with_legend(figure: Any, axes: Any) -> Any:
 
 def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
     further = [name for name in names if name not in FIXED]
-    own = {name: plt.get_cmap("turbo")((index + 0.5) / len(further)) for index, name in enumerate(further)}
+    own = {name: pyplot().get_cmap("turbo")((index + 0.5) / len(further)) for index, name in enumerate(further)}
     return {name: {"color": {**FIXED, **own}[name], "label": words(name)} for name in names}

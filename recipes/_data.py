@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+import _files
 import _images
 import _sets
 import torch
@@ -109,7 +110,8 @@ def save(data: Data, path: Path) -> None:
     saved = {"rows": data.rows, "labels": data.train_y, "difficult": data.difficult}
     if len(data.val_rows):
         saved |= {"val_rows": data.val_rows, "val_labels": data.val_y}
-    save_file(saved, path)
+    with _files.writing(path):
+        save_file(saved, path)
 
 
 def _mixed(data: Data, name: str, other: _sets.Split, size: int, generator: torch.Generator) -> Data:

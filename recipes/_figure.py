@@ -5,21 +5,49 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import _files
 import _run
-import matplotlib as mpl
+import _words
 from rich import box
 from rich.console import Console
 from rich.table import Table
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 
 Log = list[dict[str, float]]
 COLORS = ("#1f6fb4", "#d1661f", "#2c8a57", "#8a4fa0", "#8c6d31", "#c0392b")
 
 
+def pyplot() -> Any:
+    """Return matplotlib.pyplot, which draws into files; a run without a figure does without it.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    try:
+        import matplotlib as mpl  # noqa: PLC0415
+    except ImportError:
+        raise _words.ToldError(
+            "expected the package matplotlib, to draw with. Install it: pip install matplotlib"
+        ) from None
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt  # noqa: PLC0415
+
+    return plt
+
+
+def save(figure: Any, path: Path, dpi: int = 150) -> None:
+    """Write a figure, and be done with it.
+
+    Raises:
+        ValueError: if it cannot be written.
+    """
+    with _files.writing(path):
+        figure.savefig(path, dpi=dpi)
+    pyplot().close(figure)
+
+
 def draw(runs: dict[str, Log], title: str, path: Path) -> None:
     """Draw accuracy and, where logged, alignment with its error, ranks, and path complexity; a colour a run."""
+    plt = pyplot()
     have = set.intersection(*(set(log[0]) for log in runs.values()))
     panels = [_accuracy, *(panel for key, panel in PANELS.items() if key in have)]
     figure, axes = plt.subplots(1, len(panels), figsize=(3.5 * len(panels), 3.4), layout="constrained", squeeze=False)
@@ -34,8 +62,7 @@ def draw(runs: dict[str, Log], title: str, path: Path) -> None:
     if len(runs) > 1:
         handles = [plt.Line2D([], [], color=COLORS[index % len(COLORS)]) for index in range(len(runs))]
         figure.legend(handles, list(runs), loc="outside lower center", ncols=len(runs), frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path)
 
 
 def _accuracy(axis: Any, log: Log, steps: list[float], color: str) -> None:

@@ -7,19 +7,24 @@ import dataclasses
 import importlib.util
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import _checkpoint
 import _data
+import _files
 import _models
 import _sets
+import _words
 import yaml
 
 C = TypeVar("C", bound="Common")
 FREE = ("output_dir", "max_steps")
 """Flags that a run which goes on may have otherwise."""
+LARGEST = 2**63 - 1
+"""The largest whole number that torch takes."""
 
 
 def flag(
@@ -49,11 +54,13 @@ class Common:
     mix_path: str | None = flag(None, "folder of that data set")
     augment: bool = flag(False, "cut images out of a margin of 4 pixels, and mirror half of them, at every step")
     model: str = flag("mlp", "the network", choices=tuple(_models.WIDTHS))
-    hidden: int = flag(0, "units, channels of the first stage, or size of the embedding; 0 for its own", least=0)
-    depth: int = flag(0, "layers (mlp, cnn) or blocks (transformer); 0 for its own", least=0)
+    hidden: int = flag(
+        0, "units, channels of the first stage, or size of the embedding; 0 for its own", least=0, most=10**9
+    )
+    depth: int = flag(0, "layers (mlp, cnn) or blocks (transformer); 0 for its own", least=0, most=10**4)
     batch_norm: bool = flag(False, "batch normalisation (vgg, resnet18)")
     init: str = flag("torch", "weights at the start: torch's, or Kaiming's normal ones", choices=_models.INITS)
-    seed: int = flag(0, "of initialisation, subset, label noise, batches and sketches", least=0)
+    seed: int = flag(0, "of initialisation, subset, label noise, batches and sketches", least=0, most=2**32 - 1)
     steps: int = flag(1500, "optimizer steps", least=0)
     max_steps: int = flag(0, "stop after so many, with a checkpoint to go on from; 0 for no such stop", least=0)
     stop_loss: float = flag(0.0, "stop where the training loss is measured to be lower", least=0)
@@ -111,9 +118,12 @@ def parse(kind: type[C], doc: str | None, arguments: list[str] | None = None) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--config", help="yaml file of flags, or an earlier run's config.json: the defaults then")
-    source.add_argument(_checkpoint.FLAG, help="a checkpoint, or a run's folder for its newest, to go on from")
+    parser.add_argument("--config", help="yaml file of flags, or an earlier run's config.json: the defaults then")
+    parser.add_argument(
+        _checkpoint.FLAG,
+        help=f"a checkpoint, or a run's folder for its newest, to go on from; {_checkpoint.LATEST}: the newest in "
+        "--output_dir, or to begin there if it has none, for launchers that start a command again",
+    )
     kinds = {"int": int, "float": float}
     for field in dataclasses.fields(kind):
         options: dict[str, Any] = {"default": argparse.SUPPRESS}
@@ -126,14 +136,18 @@ def parse(kind: type[C], doc: str | None, arguments: list[str] | None = None) ->
         parser.add_argument(f"--{field.name}", **options)
     given = vars(parser.parse_args(arguments))
     template, checkpoint = given.pop("config"), given.pop("resume_from_checkpoint")
+    again = checkpoint == _checkpoint.LATEST
+    if template and checkpoint and not again:
+        parser.error(f"argument --config: not allowed with argument {_checkpoint.FLAG}, but with {_checkpoint.LATEST}")
     resume = None
     try:
+        earlier = _read(kind, Path(template), "--config") if template else {}
         if checkpoint:
-            resume = _checkpoint.find(checkpoint)
+            resume = _checkpoint.latest(given.get("output_dir")) if again else _checkpoint.find(checkpoint)
+        if resume is not None:
+            wanted = {**earlier, **given}
             earlier = _read(kind, _checkpoint.run_of(resume) / "config.json", _checkpoint.FLAG)
-            _refuse_changes(given, earlier)
-        else:
-            earlier = _read(kind, Path(template), "--config") if template else {}
+            _refuse_changes(wanted, earlier)
         for name in FREE:
             earlier.pop(name, None)  # a new run has its own folder, and one that goes on may have been moved
         config = kind(**{**earlier, **given})
@@ -150,36 +164,57 @@ def identity(values: dict[str, Any]) -> dict[str, Any]:
 
 def _check_value(field: dataclasses.Field[Any], value: Any) -> None:
     least, most, choices = (field.metadata[key] for key in ("least", "most", "choices"))
+    got = f"got {_words.short(value)}."
     if choices is not None and value not in choices and not (value is None and field.default is None):
-        raise ValueError(f"--{field.name}: expected one of {', '.join(choices)}, got {value!r}.")
+        raise ValueError(f"--{field.name}: expected one of {', '.join(choices)}, {got}")
     expected = {"int": int, "float": (int, float), "bool": bool}.get(str(field.type), (str, type(None)))
     if not isinstance(value, expected) or (isinstance(value, bool) and field.type != "bool"):
-        raise ValueError(f"--{field.name}: expected {field.type}, got {value!r}.")
-    if least is not None and not (least <= value <= most and math.isfinite(value)):
-        bounds = f"of at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
-        raise ValueError(f"--{field.name}: expected a number {bounds}, got {value}.")
+        raise ValueError(f"--{field.name}: expected {field.type}, {got}")
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError(f"--{field.name}: expected a text without zero bytes, {got}")
+    if least is None:
+        return
+    largest = LARGEST if field.type == "int" else sys.float_info.max
+    if not (least <= value <= min(most, largest)):
+        open_ended = most == math.inf and not (field.type == "int" and value > largest)
+        bounds = f"of at least {least}" if open_ended else f"between {least} and {min(most, largest)}"
+        raise ValueError(f"--{field.name}: expected a number {bounds}, {got}")
 
 
 def _refuse_changes(given: dict[str, Any], earlier: dict[str, Any]) -> None:
     for name, value in given.items():
         if name not in FREE and value != earlier.get(name, value):
             raise ValueError(
-                f"--{name}: expected the value of the run that goes on, {earlier[name]}, got {value}. "
-                "Leave the flag out, or start a new run."
+                f"--{name}: expected the value of the run that goes on, {_words.short(earlier[name])}, "
+                f"got {_words.short(value)}. Leave the flag out, or start a new run."
             )
 
 
 def _read(kind: type[Common], source: Path, name: str) -> dict[str, Any]:
     expected = f"{name}: expected a yaml file of flags or the config.json of an earlier run"
+    is_yaml = source.suffix in (".yaml", ".yml")
     try:
-        text = source.read_text()
-        values = dict(yaml.safe_load(text)) if source.suffix in (".yaml", ".yml") else dict(json.loads(text)["config"])
+        text = _files.read(source)
+        nested = _nested(text) if is_yaml else None
+        values = {} if nested else dict(yaml.safe_load(text) if is_yaml else json.loads(text)["config"])
     except OSError as error:
         raise ValueError(f"{expected}, but {source}: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError, yaml.YAMLError):
+    except (ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError):
         raise ValueError(f"{expected}, got another file: {source}.") from None
-    unknown = values.keys() - {field.name for field in dataclasses.fields(kind)}
+    if nested:
+        raise ValueError(f"{expected}, each flag with one plain value, got more in line {nested} of {source}.")
+    unknown = sorted(map(str, values.keys() - {field.name for field in dataclasses.fields(kind)}))
     if unknown:
-        odd = ", ".join(sorted(map(str, unknown)))
+        odd = ", ".join(map(_words.shortened, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
         raise ValueError(f"{name}: {source} has flags that this recipe does not know: {odd}.")
     return values
+
+
+def _nested(text: str) -> int | None:
+    """Return the first line with a list, a mapping in the mapping, or an alias, before anything is made of it."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > 1 or isinstance(event, yaml.AliasEvent):
+            return int(event.start_mark.line) + 1
+    return None

@@ -11,15 +11,17 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import final
 
 import _checkpoint
+import _files
 import _flags
+import _lock
 import _loop
-import _run
+import _words
 import torch
 import train
 from rich.progress import track
@@ -86,17 +88,22 @@ def threads(at_once: int) -> int:
     return max(1, (os.cpu_count() or 1) // at_once)
 
 
-def claim(wanted: Path | None, name: str) -> Path:
-    """Make the folder of a study: the one that is wanted, or a new one under runs/.
+@contextlib.contextmanager
+def opened(resume: Path | None, wanted: Path | None, name: str) -> Iterator[Path]:
+    """Hold the folder of a study while it runs: of one that goes on, the one that is wanted, or a new one under runs/.
 
     Raises:
-        ValueError: if it holds something.
+        ValueError: if it is a new one and holds something, or another study holds it.
     """
-    folder = wanted or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise ValueError(f"--output_dir: expected a new or empty folder, but {folder} holds something. Try --resume.")
-    return folder
+    folder = resume or wanted or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    with _files.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not resume and any(folder.iterdir()):
+            raise ValueError(
+                f"--output_dir: expected a new or empty folder, but {folder} holds something. Try --resume."
+            )
+    with _lock.hold(folder, "--resume" if resume else "--output_dir"):
+        yield folder
 
 
 def done(folder: Path) -> bool:
@@ -121,16 +128,24 @@ def _said(future: Future[str | None]) -> str | None:
         return "a process of the study ended before its run"
 
 
+def _clear(folder: Path) -> None:
+    """Remove a run that this study has begun, and that did not come far; not one that a process still writes to."""
+    if folder.exists():
+        with _lock.hold(folder, "--resume"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def _train(folder: Path, flags: list[str], may_break_off: bool = False) -> str | None:
     """Run train.py in this process, from the newest checkpoint if there is one; return what it said if it failed."""
     if list(folder.glob("checkpoints/step_*")):
         arguments = [_checkpoint.FLAG, str(folder)]
     else:
-        shutil.rmtree(folder, ignore_errors=True)  # begun by this study, and not far
         arguments = [*flags, "--output_dir", str(folder)]
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            if arguments[0] != _checkpoint.FLAG:
+                _clear(folder)
             config, resume = _flags.parse(train.Config, None, arguments)
             _loop.run(train.Train(config), resume)
         (folder / DONE).touch()
@@ -139,11 +154,12 @@ def _train(folder: Path, flags: list[str], may_break_off: bool = False) -> str |
             os._exit(stop.code)  # nothing of the queue is to begin
         return f"{folder}: train.py failed\n{said.getvalue()[-2000:]}"
     except Exception as error:  # noqa: BLE001 - the study says it
-        if may_break_off and isinstance(error, ValueError) and _run.log_of(folder).is_file():
-            (folder / BROKEN_OFF).write_text(f"{error}\n")
+        if may_break_off and isinstance(error, _loop.DivergedError):
+            _files.write(folder / BROKEN_OFF, f"{error}\n")
             (folder / DONE).touch()
             return None
-        return f"{folder}: train.py failed\n{traceback.format_exc()[-2000:]}"
+        told = str(error) if _words.is_told(error) else traceback.format_exc()[-2000:]
+        return f"{folder}: train.py failed\n{told}"
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the run's own handler waits for its next step
     return None

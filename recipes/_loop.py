@@ -7,15 +7,20 @@ import os
 import signal
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, final
 
 import _checkpoint
 import _data
 import _flags
 import _models
+import _processes
 import _run
 import _tracking
+import _words
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
@@ -85,15 +90,16 @@ class Recipe(ABC, Generic[C]):
         return steps
 
 
+@final
+class DivergedError(_words.ToldError):
+    """A loss or a metric does not take what training has made of the network."""
+
+
 def main(kind: type[Recipe[C]], doc: str | None) -> None:
     """Run a recipe from the command line."""
-    config, resume = _flags.parse(kind.config_class, doc)
-    try:
+    with _words.in_words():
+        config, resume = _flags.parse(kind.config_class, doc)
         run(kind(config), resume)
-    except ValueError as error:
-        if not str(error).startswith("--"):
-            raise
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Gloo's threads outlive the process group, and one that still drops its last work while the interpreter exits
         # aborts the process. All is written and ended by now: leave without the interpreter's farewell.
@@ -103,21 +109,26 @@ def main(kind: type[Recipe[C]], doc: str | None) -> None:
 
 
 def run(recipe: Recipe[C], resume: Path | None = None) -> Path:
-    """Train, log and draw; return the run's folder. ``resume`` is a checkpoint of the run to go on with."""
+    """Train, log and draw; return the run's folder.
+
+    Args:
+        recipe: what to run.
+        resume: a checkpoint of the run to go on with, or the folder of a run to begin again.
+    """
     setup = prepare(recipe)
     accelerator, config = setup.accelerator, recipe.config
-    folder, start = _open(accelerator, recipe, resume, setup.data)
-    _tracking.start(accelerator, config, folder)
-    if resume is not None:
-        _checkpoint.load(accelerator, resume, recipe.parts)
+    if resume is None:
+        folder = _run.claim_folder(accelerator, config.output_dir, recipe.name)
     else:
-        _log(setup, recipe, folder, start)
-    _train(setup, recipe, folder, start)
-    if accelerator.is_main_process:
-        figures = recipe.conclude(folder)
-        print("\n".join([f"log:    {_run.log_of(folder)}", *(f"figure: {figure}" for figure in figures)]))
-        _tracking.finish(accelerator, config, folder, figures)
-    accelerator.wait_for_everyone()  # no process tears the group down while another still uses it
+        folder = _checkpoint.run_of(resume)
+    with _run.only_writer(accelerator, folder, "--output_dir" if resume is None else _checkpoint.FLAG):
+        step = _begin(setup, recipe, folder, resume)
+        _train(setup, recipe, folder, step)
+        if accelerator.is_main_process:
+            figures = recipe.conclude(folder)
+            print("\n".join([f"log:    {_run.log_of(folder)}", *(f"figure: {figure}" for figure in figures)]))
+            _tracking.finish(accelerator, config, folder, figures)
+        accelerator.wait_for_everyone()  # no process tears the group down while another still uses it
     accelerator.end_training()
     return folder
 
@@ -132,7 +143,8 @@ def prepare(recipe: Recipe[C]) -> Setup:
         # Probe loaders must not repeat examples to fill the last batch: metrics would count them twice.
         dataloader_config=DataLoaderConfiguration(even_batches=False, use_seedable_sampler=True),
     )
-    _run.refuse_split_launch(accelerator.num_processes)
+    _processes.refuse_split_launch(accelerator.num_processes)
+    _processes.refuse_other_training(accelerator, config.mixed_precision)
     set_seed(config.seed)
     with accelerator.main_process_first():  # it fetches, the others find
         data = _load(config)
@@ -174,33 +186,47 @@ def _refuse_empty_shares(config: _flags.Common, examples: int, processes: int) -
         )
 
 
-def _open(accelerator: Accelerator, recipe: Recipe[C], resume: Path | None, data: _data.Data) -> tuple[Path, int]:
-    """Return the run's folder, new or gone on with, and the step that it is at."""
-    values = dataclasses.asdict(recipe.config)
-    if resume is not None:
-        folder = _checkpoint.run_of(resume)
-        step = _checkpoint.verify(resume, _flags.identity(values), accelerator.num_processes)
-        _run.cut(accelerator, folder, [other for other in recipe.logged() if other <= step])
-        return folder, step
-    folder = _run.claim_folder(accelerator, recipe.config.output_dir, recipe.name)
-    if accelerator.is_main_process:
-        _run.save_config(folder, values)
-        _data.save(data, folder / "examples.safetensors")
-    return folder, 0
+def _refuse_too_large(parameters: float, device: torch.device) -> None:
+    cuda = device.type == "cuda"
+    room = torch.cuda.get_device_properties(device).total_memory if cuda else psutil.virtual_memory().total
+    needed = 3 * 4 * parameters  # float32: weights, their gradients, and momentum
+    if needed > room:
+        raise ValueError(
+            f"--hidden, --depth: expected a network that fits into the {room / 2**30:.3g} GiB of memory, got one of "
+            f"{parameters:.3g} parameters, which take {needed / 2**30:.3g} GiB while it is trained."
+        )
+
+
+def _begin(setup: Setup, recipe: Recipe[C], folder: Path, resume: Path | None) -> int:
+    """Bring the run to where training begins, at its start or at a checkpoint, and return that step."""
+    accelerator, config = setup.accelerator, recipe.config
+    values, step = dataclasses.asdict(config), 0
+    with ExitStack() as attempt:
+        if resume is None:
+            if accelerator.is_main_process:
+                attempt.enter_context(_run.unclaimed_on_failure(folder))
+            _processes.on_main(accelerator, lambda: _run.save_config(folder, values))
+        elif resume == folder:
+            _processes.on_main(accelerator, lambda: _run.refuse_done(folder, config.steps, config.stop_loss))
+            _run.cut(accelerator, folder, [])
+        else:
+            step = _checkpoint.verify(resume, _flags.identity(values), accelerator.num_processes)
+            _run.cut(accelerator, folder, [other for other in recipe.logged() if other <= step])
+        _tracking.start(accelerator, config, folder)
+        if resume is not None and step:
+            _checkpoint.load(accelerator, resume, recipe.parts)
+        else:
+            _processes.on_main(accelerator, lambda: _data.save(setup.data, folder / "examples.safetensors"))
+            _log(setup, recipe, folder, step)
+    return step
 
 
 def _set_up(accelerator: Accelerator, config: _flags.Common, data: _data.Data) -> Setup:
+    network = (config.model, tuple(data.train_x.shape[1:]), data.num_classes)
+    options = {name: getattr(config, name) for name in ("hidden", "depth", "batch_norm", "init")}
+    _refuse_too_large(_models.size(*network, **options), accelerator.device)
     set_seed(config.seed)
-    shape = tuple(data.train_x.shape[1:])
-    model = _models.build(
-        config.model,
-        shape,
-        data.num_classes,
-        hidden=config.hidden,
-        depth=config.depth,
-        batch_norm=config.batch_norm,
-        init=config.init,
-    )
+    model = _models.build(*network, **options)
     optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
     # drop_last: every process takes the same number of steps.
     loader = DataLoader(TensorDataset(data.train_x, data.train_y), config.batch_size, shuffle=True, drop_last=True)
@@ -215,16 +241,33 @@ def _train(setup: Setup, recipe: Recipe[C], folder: Path, start: int) -> None:
     with _progress(accelerator) as progress:
         bar = progress.add_task("training", total=config.last_step, completed=start)
         for step, (x, y) in _run.batches(setup.loader, start, config.last_step):
-            advance(setup, recipe, step, x, y)
+            with _diverging(folder, step):
+                advance(setup, recipe, step, x, y)
+                low = step in logged and _log(setup, recipe, folder, step)
             progress.update(bar, completed=step)
-            if step in logged and _log(setup, recipe, folder, step):
+            if low:
                 return
             _save_or_stop(accelerator, recipe, folder, step)
 
 
+@contextmanager
+def _diverging(folder: Path, step: int) -> Iterator[None]:
+    """Say where a loss or a metric no longer takes what training has made of the network."""
+    try:
+        yield
+    except (ValueError, torch.linalg.LinAlgError) as error:
+        if _words.is_told(error):
+            raise
+        raise DivergedError(
+            f"training ended at step {step}: {' '.join(str(error).split())} If it diverged, lower --lr or --weight. "
+            f"The log until then is kept: {_run.log_of(folder)}"
+        ) from error
+
+
 def _augmented(x: torch.Tensor, seed: int, step: int, process: int) -> torch.Tensor:
-    # Of its own, so that a run which goes on draws what it would have drawn.
-    generator = torch.Generator().manual_seed((seed * 10**9 + step) * 10**4 + process)
+    # Of its own, so that a run which goes on draws what it would have drawn. Below 2⁶³, as torch wants seeds, no two
+    # steps of a run share one: 10⁴ times their difference is no multiple of 2⁶³.
+    generator = torch.Generator().manual_seed(((seed * 10**9 + step) * 10**4 + process) % 2**63)
     return _data.crop_and_flip(x, generator)
 
 
@@ -248,13 +291,12 @@ def _save_or_stop(accelerator: Accelerator, recipe: Recipe[C], folder: Path, ste
 def _log(setup: Setup, recipe: Recipe[C], folder: Path, step: int) -> bool:
     """Measure, and say whether the training loss is low enough to stop."""
     model = setup.accelerator.unwrap_model(setup.model)
-    _run.share_buffers(setup.accelerator, model)
+    _processes.share_buffers(setup.accelerator, model)
     training = model.training
     setup.model.eval()
     values: dict[str, Any] = {"step": step, **recipe.measure(folder, step)}
     setup.model.train(training)
-    if setup.accelerator.is_main_process:
-        _run.append(folder, values)
+    _processes.on_main(setup.accelerator, lambda: _run.append(folder, values))
     setup.accelerator.log(values, step=step)
     return bool(values["train/loss"] < recipe.config.stop_loss)
 

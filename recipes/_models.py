@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,15 @@ def build(
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
     return model
+
+
+def size(*arguments: Any, **options: Any) -> float:
+    """Return how many parameters a network of :func:`build` would have; infinity where torch cannot count them."""
+    try:
+        with torch.device("meta"):
+            return sum(p.numel() for p in build(*arguments, **options).parameters())
+    except (RuntimeError, TypeError, OverflowError):
+        return math.inf
 
 
 def mlp(shape: tuple[int, ...], num_classes: int, width: int, depth: int) -> nn.Module:

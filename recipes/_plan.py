@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, final
 
+import _files
 import _flags
 import train
 from _jobs import Job
@@ -64,13 +65,13 @@ class Plan:
         """
         file = folder / "plan.json"
         try:
-            return cls(**json.loads(file.read_text()))
+            return cls(**json.loads(_files.read(file)))
         except (OSError, ValueError, TypeError):
             raise ValueError(f"--resume: expected the folder of a comparison, but there is no {file}.") from None
 
     def save(self, folder: Path) -> None:
         """Write it."""
-        (folder / "plan.json").write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        _files.write(folder / "plan.json", json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     @property
     def settings(self) -> dict[str, str]:

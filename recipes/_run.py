@@ -1,56 +1,26 @@
-"""What recipes share around training: the launch guard, the run folder and the log."""
+"""A run's folder: claimed by one run, written to by one process, its flags and its log."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import _files
+import _lock
+import _processes
 import torch
 from accelerate import Accelerator, skip_first_batches
-from accelerate.utils import broadcast, broadcast_object_list
-from torch import nn
 
 import alignreg
-
-
-def refuse_split_launch(num_processes: int) -> None:
-    """Stop where a launcher was asked for several processes that do not train together.
-
-    Raises:
-        RuntimeError: if ``WORLD_SIZE`` and Accelerate disagree: every process would train alone, and all of them
-            would write the same files; or if ``accelerate launch`` was asked for several processes and started one.
-    """
-    if num_processes > 1:
-        return
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
-        raise RuntimeError(
-            f"expected the launcher's {world} processes to train together, but Accelerate sees one. "
-            "On CPUs pass --cpu to the recipe: torchrun --nproc_per_node 2 recipes/train.py --cpu"
-        )
-    # What `accelerate launch` sets for the one process that it starts on CPUs in place of several.
-    if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise RuntimeError(
-            "expected the several processes that accelerate launch was asked for, but on CPUs it starts only one "
-            "process. Use torchrun --nproc_per_node 2 RECIPE --cpu, or "
-            "accelerate launch --multi_gpu --num_processes 2 RECIPE --cpu. (For one process: --num_processes 1, and "
-            "no MASTER_ADDR in the environment.)"
-        )
-
-
-def share_buffers(accelerator: Accelerator, model: nn.Module) -> None:
-    """Give all processes the running statistics of the main one, as DDP does before its forward passes."""
-    if accelerator.num_processes > 1:
-        for buffer in model.buffers():
-            broadcast(buffer)
 
 
 def claim_folder(accelerator: Accelerator, wanted: str | None, default_name: str) -> Path:
@@ -59,30 +29,73 @@ def claim_folder(accelerator: Accelerator, wanted: str | None, default_name: str
     Raises:
         ValueError: on every process, if the folder holds something already or cannot be written.
     """
-    answer: list[Any] = [None, None]
-    if accelerator.is_main_process:
+
+    def claimed() -> str:
         stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")
         folder = Path(wanted) if wanted else Path("runs") / f"{default_name}-{stamp}"
-        answer = [str(folder), claim(folder)]
-    broadcast_object_list(answer)
-    if answer[1]:
-        raise ValueError(answer[1])
-    return Path(answer[0])
+        claim(folder)
+        return str(folder)
+
+    return Path(_processes.on_main(accelerator, claimed))
 
 
-def claim(folder: Path) -> str | None:
-    """Make a folder for one run with an empty log in it, or return why that cannot be."""
-    try:
+def claim(folder: Path) -> None:
+    """Make a folder for one run, with an empty log in it.
+
+    Raises:
+        ValueError: if it holds something already, or cannot be written.
+    """
+    with _files.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            return (
-                f"--output_dir: expected a new or empty folder, but {folder} holds another run. "
-                "Choose another one, or leave the flag out for a new folder under runs/."
-            )
-        log_of(folder).touch()
-    except OSError as error:
-        return f"--output_dir: expected a folder that can be written, but {folder}: {error.strerror}."
-    return None
+        taken = any(folder.iterdir())
+        try:
+            if not taken:
+                log_of(folder).open("x").close()
+        except FileExistsError:  # of two at once, the other
+            taken = True
+    if taken:
+        raise ValueError(
+            f"--output_dir: expected a new or empty folder, but {folder} holds another run. "
+            "Choose another one, or leave the flag out for a new folder under runs/."
+        )
+
+
+@contextmanager
+def only_writer(accelerator: Accelerator, folder: Path, flag: str) -> Iterator[None]:
+    """Hold a run's lock on the main process, and with it the run for all.
+
+    Raises:
+        ValueError: on every process, if another run holds it.
+    """
+    with ExitStack() as held:
+        _processes.on_main(accelerator, lambda: held.enter_context(_lock.hold(folder, flag)))
+        yield
+
+
+@contextmanager
+def unclaimed_on_failure(folder: Path) -> Iterator[None]:
+    """Remove a folder that was claimed where its run does not begin: the same command then works again."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def refuse_done(folder: Path, steps: int, stop_loss: float) -> None:
+    """Stop where a run would begin again that has come to its end.
+
+    Raises:
+        ValueError: if the log has its last line.
+    """
+    log = log_of(folder)
+    lines = _files.read(log).splitlines() if log.exists() else []
+    values = [json.loads(line) for line in lines if _step(line) is not None]
+    if any(line["step"] == steps or (line.get("train/loss") or stop_loss) < stop_loss for line in values):
+        raise ValueError(
+            f"--resume_from_checkpoint: expected a run that has not come to its end, but {log} is whole. "
+            "Choose another --output_dir."
+        )
 
 
 def batches(loader: Any, step: int, last: int) -> Iterator[tuple[int, Any]]:
@@ -106,7 +119,7 @@ def save_config(folder: Path, config: dict[str, Any]) -> None:
         "git": _git(),
         "versions": versions(),
     }
-    (folder / "config.json").write_text(json.dumps(made, indent=1) + "\n")
+    _files.write(folder / "config.json", json.dumps(made, indent=1) + "\n")
 
 
 def versions() -> dict[str, str]:
@@ -116,12 +129,12 @@ def versions() -> dict[str, str]:
 
 def config_of(folder: Path) -> dict[str, Any]:
     """Return the flags that made a run."""
-    return dict(json.loads((folder / "config.json").read_text())["config"])
+    return dict(json.loads(_files.read(folder / "config.json"))["config"])
 
 
 def made(folder: Path) -> str:
     """Return when the run was made: what tells it from every other."""
-    return str(json.loads((folder / "config.json").read_text())["made"])
+    return str(json.loads(_files.read(folder / "config.json"))["made"])
 
 
 def _git() -> str | None:
@@ -142,15 +155,20 @@ def log_of(folder: Path) -> Path:
 
 
 def append(folder: Path, values: dict[str, float]) -> None:
-    """Add one line to the log. Numbers that json has no word for become null."""
+    """Add one line to the log. Numbers that json has no word for become null.
+
+    Raises:
+        ValueError: if it cannot be written.
+    """
     line = {key: value if math.isfinite(value) else None for key, value in values.items()}
-    with log_of(folder).open("a") as file:
+    log = log_of(folder)
+    with _files.writing(log), log.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
 def read(folder: Path) -> list[dict[str, float]]:
     """Read the log; null comes back as NaN."""
-    lines = log_of(folder).read_text().splitlines()
+    lines = _files.read(log_of(folder)).splitlines()
     return [{key: math.nan if v is None else v for key, v in json.loads(line).items()} for line in lines]
 
 
@@ -160,21 +178,19 @@ def cut(accelerator: Accelerator, folder: Path, steps: list[int]) -> None:
     Raises:
         ValueError: on every process, if the log lacks one of them; it is then left as it is.
     """
-    answer: list[Any] = [None]
-    if accelerator.is_main_process:
+
+    def cut_back() -> None:
         log = log_of(folder)
-        lines = log.read_text().splitlines() if log.exists() else []
+        lines = _files.read(log).splitlines() if log.exists() else []
         kept = {step: line for line in lines if (step := _step(line)) in steps}
-        if sorted(kept) != sorted(steps):
-            lost = sorted(set(steps) - kept.keys())
-            answer = [f"--resume_from_checkpoint: expected a log with the steps before it, but {log}: lacks {lost}."]
-        else:
-            new = log.with_suffix(".new")
-            new.write_text("".join(f"{kept[step]}\n" for step in sorted(steps)))
-            new.replace(log)
-    broadcast_object_list(answer)
-    if answer[0]:
-        raise ValueError(answer[0])
+        lost = sorted(set(steps) - kept.keys())
+        if lost:
+            raise ValueError(
+                f"--resume_from_checkpoint: expected a log with the steps before it, but {log}: lacks {lost}."
+            )
+        _files.write(log, "".join(f"{kept[step]}\n" for step in sorted(steps)))
+
+    _processes.on_main(accelerator, cut_back)
 
 
 def _step(line: str) -> int | None:

@@ -8,16 +8,17 @@ import math
 import os
 import shlex
 import statistics
-import sys
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
 import _figure
+import _files
 import _flags
 import _jobs
 import _run
+import _words
 import train
 from _figure import Log
 
@@ -55,6 +56,16 @@ class Study(ABC):
 
 def main(study: Study, doc: str | None) -> None:
     """Run a study from the command line: the runs that are not there yet, then figure and findings."""
+    with _words.in_words():
+        arguments, further = _arguments(doc)
+        _figure.pyplot()  # missing, it is missed before the work
+        plan = _known(study, arguments, further) if arguments.resume else _new(study, arguments, further)
+        _runs(plan)  # refuses wrong flags before there is a folder
+        with _jobs.opened(arguments.resume, arguments.output_dir, study.name) as folder:
+            _run_and_draw(study, plan, folder, arguments.jobs)
+
+
+def _arguments(doc: str | None) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -71,22 +82,20 @@ def main(study: Study, doc: str | None) -> None:
         parser.error("--seeds, --jobs: expected at least 1 of each.")
     if "--seed" in further:
         parser.error("--seed: the seeds of a study are 0, 1, ...; choose how many with --seeds.")
+    return arguments, further
+
+
+def _run_and_draw(study: Study, plan: dict[str, Any], folder: Path, at_once: int) -> None:
     started = time.monotonic()
-    try:
-        plan = _known(study, arguments, further) if arguments.resume else _new(study, arguments, further)
-        jobs = _runs(plan)  # refuses wrong flags before there is a folder
-        folder = arguments.resume or _jobs.claim(arguments.output_dir, study.name)
-        (folder / "study.json").write_text(json.dumps(plan, indent=1) + "\n")
-    except (OSError, ValueError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
-    with _jobs.Workers(arguments.jobs, folder) as workers:
-        workers.run([(folder / run, flags) for run, flags in jobs])
+    _files.write(folder / "study.json", json.dumps(plan, indent=1) + "\n")
+    with _jobs.Workers(at_once, folder) as workers:
+        workers.run([(folder / run, flags) for run, flags in _runs(plan)])
     figure = folder / "figure.png"
     seeds = range(plan["seeds"])
     runs = {label: [folder / _jobs.slug(label) / f"seed-{seed}" for seed in seeds] for label in plan["settings"]}
     study.draw(runs, figure)
     findings = study.findings(runs)
-    (folder / "findings.txt").write_text("\n".join(findings) + "\n")
+    _files.write(folder / "findings.txt", "\n".join(findings) + "\n")
     print("\n".join(findings))
     print(f"figure: {figure}\n{(time.monotonic() - started) / 60:.1f} minutes")
 
@@ -101,18 +110,21 @@ def _known(study: Study, arguments: argparse.Namespace, further: list[str]) -> d
     file = arguments.resume / "study.json"
     if not file.is_file():
         raise ValueError(f"--resume: expected the folder of a study, but there is no {file}.")
-    plan: dict[str, Any] = json.loads(file.read_text())
-    if plan["study"] != study.name:
-        raise ValueError(f"--resume: expected a study of {study.name}, but {file} is one of {plan['study']}.")
+    try:
+        plan = dict(json.loads(_files.read(file)))
+        name, was, seeds = plan["study"], " ".join(plan["further"]) or "none", int(plan["seeds"])
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"--resume: expected the folder of a study, but {file} is truncated or none.") from None
+    if name != study.name:
+        raise ValueError(f"--resume: expected a study of {study.name}, but {file} is one of {name}.")
     if further and further != plan["further"]:
-        was = " ".join(plan["further"]) or "none"
         raise ValueError(
             f"--resume: expected the further flags of the study that goes on, {was}, got {' '.join(further)}. "
             "Leave them out, or start a new study."
         )
-    if arguments.seeds is not None and arguments.seeds < plan["seeds"]:
-        raise ValueError(f"--seeds: expected at least the {plan['seeds']} of the study, got {arguments.seeds}.")
-    return {**plan, "seeds": arguments.seeds or plan["seeds"]}
+    if arguments.seeds is not None and arguments.seeds < seeds:
+        raise ValueError(f"--seeds: expected at least the {seeds} of the study, got {arguments.seeds}.")
+    return {**plan, "seeds": arguments.seeds or seeds}
 
 
 def _runs(plan: dict[str, Any]) -> list[tuple[str, list[str]]]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import _flags
+import _processes
 import _run
 from accelerate import Accelerator
 
@@ -15,16 +17,32 @@ BEST = {"accuracy": "max", "alignment": "max", "loss": "min"}
 
 
 def start(accelerator: Accelerator, config: _flags.Common, folder: Path) -> None:
-    """Open the run; one that goes on from a checkpoint keeps its identity."""
+    """Open the run; one that goes on from a checkpoint keeps its identity.
+
+    Raises:
+        ValueError: on every process, if wandb does not open it: without a login, for one.
+    """
     if not config.with_tracking:
         return
     identity = hashlib.blake2b(_run.made(folder).encode(), digest_size=8).hexdigest()
     options = {"dir": str(folder), "name": folder.name, "id": identity, "resume": "allow"}
-    accelerator.init_trackers("alignreg", dataclasses.asdict(config), {"wandb": options})
+    _processes.everywhere(accelerator, lambda: _open(accelerator, dataclasses.asdict(config), options))
     if accelerator.is_main_process:
         run = accelerator.get_tracker("wandb", unwrap=True)
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
+
+
+def _open(accelerator: Accelerator, values: dict[str, Any], options: dict[str, str]) -> None:
+    import wandb  # noqa: PLC0415 - optional
+
+    try:
+        accelerator.init_trackers("alignreg", values, {"wandb": options})
+    except wandb.Error as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"--with_tracking: expected a run of wandb, but {reason} Without a login, set WANDB_MODE=offline."
+        ) from None
 
 
 def finish(accelerator: Accelerator, config: _flags.Common, folder: Path, figures: list[Path]) -> None:

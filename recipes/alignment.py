@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import ClassVar, final
 
 import _study
-import matplotlib.pyplot as plt
-from _figure import COLORS, finish
+from _figure import COLORS, finish, pyplot, save
 
 
 @final
@@ -36,7 +35,7 @@ class Alignment(_study.Study):
 
     def draw(self, runs: _study.Runs, figure: Path) -> None:
         """See the base class."""
-        drawing, axes = plt.subplots(1, 1 + len(runs), figsize=(4.2 * (1 + len(runs)), 3.4), layout="constrained")
+        drawing, axes = pyplot().subplots(1, 1 + len(runs), figsize=(4.2 * (1 + len(runs)), 3.4), layout="constrained")
         for (label, folders), color, axis in zip(runs.items(), COLORS, axes[1:], strict=False):
             found = _study.logs(folders)
             _study.band(axes[0], found, "test/alignment", color=color, label=f"{label}: test")
@@ -53,8 +52,7 @@ class Alignment(_study.Study):
             axis.set_title(f"{label}: alignment of each layer", fontsize=10)
             drawing.colorbar(mesh, ax=axis)
         finish(axes[0], "alignment with the labels")
-        drawing.savefig(figure, dpi=150)
-        plt.close(drawing)
+        save(drawing, figure)
 
     def findings(self, runs: _study.Runs) -> list[str]:
         """See the base class."""

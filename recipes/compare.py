@@ -33,8 +33,11 @@ from typing import Any
 
 import _comparison
 import _cost
+import _figure
+import _files
 import _jobs
 import _run
+import _words
 from _methods import DECAY, KNOWN, METHODS, NETWORKS, NONE, TASKS, VARIANTS, base
 from _plan import Plan, Row, Weights
 
@@ -50,12 +53,13 @@ SHORT: dict[str, Any] = {
 
 def main() -> None:
     """Run a comparison from the command line: the runs that are not there yet, then table, figures and findings."""
-    arguments, further = _parser().parse_known_args()
-    started = time.monotonic()
-    try:
+    with _words.in_words():
+        arguments, further = _parser().parse_known_args()
+        _figure.pyplot()  # missing, it is missed before the work
         if arguments.report:
             _comparison.report(arguments.report, arguments.into)
             return
+        started = time.monotonic()
         plan = _known(arguments, further) if arguments.resume else _new(arguments, further)
         for setting in plan.settings:
             for name in plan.methods:
@@ -66,16 +70,17 @@ def main() -> None:
                 setting: _cost.of({name: plan.config(setting, Row(name)) for name in plan.methods}, arguments.jobs)
                 for setting in plan.settings
             }
-        folder = arguments.resume or _jobs.claim(arguments.output_dir, "compare")
-    except (OSError, ValueError) as error:
-        if not isinstance(error, OSError) and not str(error).startswith("--"):
-            raise
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+        with _jobs.opened(arguments.resume, arguments.output_dir, "compare") as folder:
+            _compare(plan, folder, arguments.jobs, started)
+            _comparison.report(folder, arguments.into)
+
+
+def _compare(plan: Plan, folder: Path, at_once: int, started: float) -> None:
     plan.save(folder)
-    minutes = max(1, round(plan.estimated_minutes(arguments.jobs)))
-    print(f"{plan.runs} runs, about {minutes} min in all with {arguments.jobs} at a time", flush=True)
+    minutes = max(1, round(plan.estimated_minutes(at_once)))
+    print(f"{plan.runs} runs, about {minutes} min in all with {at_once} at a time", flush=True)
     try:
-        with _jobs.Workers(arguments.jobs, folder) as workers:
+        with _jobs.Workers(at_once, folder) as workers:
             chosen = _choose(plan, folder, workers)
             finals = [
                 job
@@ -90,8 +95,7 @@ def main() -> None:
     text = json.dumps(_found(plan, folder, chosen), indent=1)
     # Values of seeds in one line.
     text = re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)
-    (folder / "comparison.json").write_text(f"{text}\n")
-    _comparison.report(folder, arguments.into)
+    _files.write(folder / "comparison.json", f"{text}\n")
 
 
 def _parser() -> argparse.ArgumentParser:

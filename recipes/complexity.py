@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import ClassVar, final
 
 import _study
-import matplotlib.pyplot as plt
-from _figure import COLORS
+from _figure import COLORS, pyplot, save
 from scipy.stats import spearmanr
 
 WIDTHS = (16, 64, 256, 1024)
@@ -47,7 +46,7 @@ class Complexity(_study.Study):
 
     def draw(self, runs: _study.Runs, figure: Path) -> None:
         """See the base class."""
-        drawing, axes = plt.subplots(1, len(GROUPS), figsize=(5.5 * len(GROUPS), 3.8), layout="constrained")
+        drawing, axes = pyplot().subplots(1, len(GROUPS), figsize=(5.5 * len(GROUPS), 3.8), layout="constrained")
         for axis, (what, group) in zip(axes, GROUPS.items(), strict=True):
             places = range(len(group))
             found = {label: _study.logs(runs[label]) for label in group.values()}
@@ -65,8 +64,7 @@ class Complexity(_study.Study):
             axis.spines[["top", "right"]].set_visible(False)
         axes[0].set_ylabel("share of the largest")
         axes[-1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-        drawing.savefig(figure, dpi=150)
-        plt.close(drawing)
+        save(drawing, figure)
 
     def findings(self, runs: _study.Runs) -> list[str]:
         """See the base class."""

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import ClassVar, final
 
 import _study
-import matplotlib.pyplot as plt
 import torch
-from _figure import COLORS, finish
+from _figure import COLORS, finish, pyplot, save
 from safetensors.torch import load_file
 
 from alignreg import plotting
@@ -43,7 +42,7 @@ class DiskEigenfunctions(_study.Study):
         steps = [int(line["step"]) for line in found[0]]
         shown = [steps[0], steps[len(steps) // 2], steps[-1]]
         names = ["f", *(f"eigenfunction {j + 1}" for j in range(FUNCTIONS)), "|∂f/∂x|", "|∂f/∂w|"]
-        drawing = plt.figure(figsize=(1.55 * len(names) + 3.4, 5.2), layout="constrained")
+        drawing = pyplot().figure(figsize=(1.55 * len(names) + 3.4, 5.2), layout="constrained")
         grid = drawing.add_gridspec(len(shown), len(names) + 2)
         for row, step in enumerate(shown):
             plane = load_file(folders[0] / f"plane-{step}.safetensors")
@@ -69,8 +68,7 @@ class DiskEigenfunctions(_study.Study):
         _study.band(axis, found, "plane/ratio_20_centered", color=COLORS[1], label="centred")
         finish(axis, "20th eigenvalue / 1st")
         drawing.suptitle("seed 0; the line is where f = 0", fontsize=9)
-        drawing.savefig(figure, dpi=150)
-        plt.close(drawing)
+        save(drawing, figure)
 
     def findings(self, runs: _study.Runs) -> list[str]:
         """See the base class."""

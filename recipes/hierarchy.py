@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import ClassVar, final
 
 import _study
-import matplotlib.pyplot as plt
-from _figure import COLORS, finish
+from _figure import COLORS, finish, pyplot, save
 
 DEPTHS = (3, 6, 9)
 KINDS = {
@@ -42,7 +41,9 @@ class Hierarchy(_study.Study):
     def draw(self, runs: _study.Runs, figure: Path) -> None:
         """See the base class."""
         kinds = list(dict.fromkeys(label.rpartition(",")[0] for label in runs))
-        drawing, axes = plt.subplots(1, 1 + len(kinds), figsize=(4.2 * (1 + len(kinds)), 3.4), layout="constrained")
+        drawing, axes = pyplot().subplots(
+            1, 1 + len(kinds), figsize=(4.2 * (1 + len(kinds)), 3.4), layout="constrained"
+        )
         for kind, axis, mark in zip(kinds, axes, "os", strict=False):
             ratios = []
             for depth, color in zip(DEPTHS, COLORS, strict=False):
@@ -58,8 +59,7 @@ class Hierarchy(_study.Study):
         axes[-1].set_title("highest alignment, easy / difficult", fontsize=10)
         axes[-1].legend(frameon=False, fontsize=8)
         axes[-1].spines[["top", "right"]].set_visible(False)
-        drawing.savefig(figure, dpi=150)
-        plt.close(drawing)
+        save(drawing, figure)
 
     def findings(self, runs: _study.Runs) -> list[str]:
         """See the base class."""

@@ -8,12 +8,13 @@ Takes any number of folders that recipes/train.py wrote.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 import _figure
+import _files
 import _run
+import _words
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +24,11 @@ TASK = ("dataset", "model", "label_noise", "train_size", "mix", "mix_size")
 
 def main() -> None:
     """Run from the command line."""
+    with _words.in_words():
+        _overlay()
+
+
+def _overlay() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
     parser.add_argument("--output_dir", type=Path, required=True, help="where figure.png goes")
@@ -36,18 +42,19 @@ def main() -> None:
             config = _run.config_of(run)
             log = _run.read(run)
         except OSError as error:
-            sys.exit(f"overlay.py: error: expected the folder of a run, but {error.filename}: {error.strerror}.")
+            raise _words.ToldError(f"expected the folder of a run, but {error.filename}: {error.strerror}.") from None
         tasks.add(tuple(f"{key} {config[key]}" for key in TASK))
         names.append(_figure.label(config))
         logs.append(log)
     if len(tasks) > 1:
-        sys.exit(f"overlay.py: error: expected runs of one task, got {' and '.join(map(', '.join, sorted(tasks)))}.")
+        raise _words.ToldError(f"expected runs of one task, got {' and '.join(map(', '.join, sorted(tasks)))}.")
     labels = [
         name if names.count(name) == 1 else f"{name} ({run.name})"
         for name, run in zip(names, arguments.runs, strict=True)
     ]
     title = _figure.task(config)
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    with _files.writing(arguments.output_dir):
+        arguments.output_dir.mkdir(parents=True, exist_ok=True)
     figure = arguments.output_dir / "figure.png"
     _figure.draw(dict(zip(labels, logs, strict=True)), title, figure)
 

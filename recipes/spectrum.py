@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import ClassVar, final
 
 import _study
-import matplotlib.pyplot as plt
-from _figure import COLORS, finish
+from _figure import COLORS, finish, pyplot, save
 from scipy.stats import spearmanr
 
 MEASUREMENTS = 5
@@ -41,7 +40,7 @@ class Spectrum(_study.Study):
 
     def draw(self, runs: _study.Runs, figure: Path) -> None:
         """See the base class."""
-        drawing, axes = plt.subplots(1, 4, figsize=(14, 3.4), layout="constrained")
+        drawing, axes = pyplot().subplots(1, 4, figsize=(14, 3.4), layout="constrained")
         for (label, folders), color in zip(runs.items(), COLORS, strict=False):
             found = _study.logs(folders)
             _study.band(axes[0], found, "test/accuracy", color=color, label=label)
@@ -58,8 +57,7 @@ class Spectrum(_study.Study):
         ):
             finish(axis, title, bottom=bottom, legend=axis is axes[0])
         axes[3].set_yscale("log")
-        drawing.savefig(figure, dpi=150)
-        plt.close(drawing)
+        save(drawing, figure)
 
     def findings(self, runs: _study.Runs) -> list[str]:
         """See the base class."""

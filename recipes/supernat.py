@@ -22,7 +22,6 @@ validation examples.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,6 +29,7 @@ from typing import Any
 
 import _figure
 import _run
+import _words
 import torch
 from rich import box
 from rich.console import Console
@@ -38,26 +38,35 @@ from torch import Tensor
 
 from alignreg.linear import GradientDescent, SuperNat
 
-plt = _figure.plt
 Model = GradientDescent | SuperNat
 NAMES = {"gd": "gradient descent", "truth": "true function"}
 
 
 def main() -> None:
     """Run from the command line."""
-    config = vars(_parser().parse_args())
+    with _words.in_words():
+        run(vars(_parser().parse_args()))
+
+
+def run(config: dict[str, Any]) -> None:
+    """Train for each k and seed, draw and print.
+
+    Raises:
+        ValueError: if the folder holds something, or a method diverges.
+    """
+    _figure.pyplot()  # missing, it is missed before the work
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")
     folder = Path(config["output_dir"] or f"runs/supernat-{stamp}")
-    if problem := _run.claim(folder):
-        sys.exit(f"supernat.py: error: {problem}")
-    _run.save_config(folder, config)
+    _run.claim(folder)
+    with _run.unclaimed_on_failure(folder):
+        _run.save_config(folder, config)
     start = time.perf_counter()
     for k in config["noise_features"]:
         for seed in range(config["seeds"]):
             try:
                 train(folder, k, seed, config)
             except RuntimeError as error:
-                sys.exit(f"supernat.py: error: {k} noise features, seed {seed}: {error}")
+                raise _words.ToldError(f"{k} noise features, seed {seed}: {error}") from error
     draw(folder)
     print_table(folder)
     print(f"log:    {_run.log_of(folder)}")
@@ -167,7 +176,9 @@ def draw(folder: Path) -> None:
     log = _run.read(folder)
     panels = list(dict.fromkeys(int(line["noise_features"]) for line in log))
     size = (3.5, 0.8 + 1.7 * len(panels))  # a column of a paper, at which the type is 8 points
-    figure, axes = plt.subplots(len(panels), 1, figsize=size, layout="constrained", sharex=True, squeeze=False)
+    figure, axes = _figure.pyplot().subplots(
+        len(panels), 1, figsize=size, layout="constrained", sharex=True, squeeze=False
+    )
     for axis, k in zip(axes[:, 0], panels, strict=True):
         for index, method in enumerate(methods(log)):
             steps, values = curves(log, k, f"{method}/validation_error")
@@ -185,8 +196,7 @@ def draw(folder: Path) -> None:
     axes[-1, 0].set_xlabel("steps + 1", fontsize=8)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    figure.savefig(folder / "figure.png", dpi=200)
-    plt.close(figure)
+    _figure.save(figure, folder / "figure.png", 200)
 
 
 def print_table(folder: Path) -> None:

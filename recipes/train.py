@@ -19,6 +19,8 @@ killed at any time and goes on exactly where the newest checkpoint is:
 
     accelerate launch --config_file recipes/configs/single.yaml recipes/train.py --checkpointing_steps 200
     accelerate launch --config_file recipes/configs/single.yaml recipes/train.py --resume_from_checkpoint runs/FOLDER
+    accelerate launch --config_file recipes/configs/single.yaml recipes/train.py --checkpointing_steps 200 \
+        --output_dir runs/mine --resume_from_checkpoint latest                # begins, or goes on, when started again
 
 On SIGTERM it finishes the step, writes a checkpoint and leaves with exit status 143. The signal must reach this
 process: torchrun passes it on, accelerate launch does not (send it to the launcher's child).
@@ -26,6 +28,7 @@ process: torchrun passes it on, accelerate launch does not (send it to the launc
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -67,11 +70,11 @@ class Config(_flags.Common):
     reg_every: int = flag(1, "steps between their evaluations", least=1)
     reg_from: float = flag(0.0, "share of training before the regularizer sets in", least=0, most=1)
     reg_until: float = flag(1.0, "share of training after which it is left out", least=0, most=1)
-    reg_probes: int = flag(0, "its random probes; 0 for its own number", least=0)
+    reg_probes: int = flag(0, "its random probes; 0 for its own number", least=0, most=10**5)
     reg_layers: str = flag("all", "whose tangent features count", choices=tuple(LAYERS))
     reg_centered: bool = flag(True, "centre the kernel")
     reg_per_layer: bool = flag(False, "the mean over layers of each one's own")
-    sketch_dim: int = flag(64, "random directions of the alignment", least=3)
+    sketch_dim: int = flag(64, "random directions of the alignment", least=3, most=10**5)
     probe_size: int = flag(500, "training, and test, examples that alignment is measured on, or all if fewer", least=10)
     kernel_size: int = flag(50, "training examples of the exact kernel, or all if fewer", least=2)
     figure: bool = flag(True, "draw the log and print a table of it")
@@ -85,6 +88,8 @@ class Config(_flags.Common):
     def check(self) -> None:
         """See the base class."""
         super().check()
+        if self.figure and importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("--figure: expected the package matplotlib. pip install matplotlib, or pass --no-figure.")
         odd = set(self.measures) - QUANTITIES.keys()
         if odd:
             raise ValueError(f"--measure: expected some of {', '.join(QUANTITIES)}, got {', '.join(sorted(odd))}.")

@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+PATIENCE = 600
+"""Seconds that any process of a test may take: for machines many times slower, and still an end."""
+
 
 def run_two(script, folder):
     """Run `script RANK STORE OUT` twice and return what each wrote as json to OUT.RANK."""
@@ -27,7 +30,7 @@ def run_two(script, folder):
         for rank in range(2)
     ]
     try:
-        outputs = [worker.communicate(timeout=300)[0] for worker in workers]
+        outputs = [worker.communicate(timeout=PATIENCE)[0] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

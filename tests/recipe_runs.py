@@ -9,11 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ranks import PATIENCE
+
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
 TINY = "--steps 6 --train_size 128 --hidden 16 --sketch_dim 4 --probe_size 110 --kernel_size 10 --cpu"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(RECIPES / "configs/single.yaml")]
 SPAWN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+"""An environment in which files and terminals are ASCII if nobody says otherwise."""
 KEYS = ["step"]
 for _quantities in (("loss", "accuracy"), ("alignment", "alignment_std_error")):
     KEYS += [f"{part}/{key}" for part in ("train", "test") for key in _quantities]
@@ -90,7 +94,7 @@ def start(*flags, launcher=LAUNCH, cwd=None, **environment):
 
 
 def finish(process):
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=PATIENCE)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 

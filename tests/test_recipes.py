@@ -114,7 +114,7 @@ def test_other_data_and_models(flags, tmp_path, monkeypatch):
 
 def test_figure_has_its_title(first, tmp_path, monkeypatch):
     figure, drawn = load("_figure"), []
-    monkeypatch.setattr(figure.plt.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    monkeypatch.setattr(figure.pyplot().Figure, "savefig", lambda self, *_, **__: drawn.append(self))
     figure.draw({"none": read(first[0])}, "the task", tmp_path / "figure.png")
     assert drawn[0].get_suptitle() == "the task"
     titles = [axis.get_title() for axis in drawn[0].axes]
@@ -176,7 +176,7 @@ BAD = {
     "--init magic": "--init: expected one of torch, kaiming",
     "--max_steps -1": "--max_steps: expected a number of at least 0",
     "--log_spacing 1": "--log_spacing: expected a number of at least 1.01",
-    "--sketch_dim 2": "--sketch_dim: expected a number of at least 3",
+    "--sketch_dim 2": "--sketch_dim: expected a number between 3 and 100000, got 2",
     "--steps -1": "--steps: expected a number of at least 0",
     "--dataset disk --model cnn": "points and no images",
     "--config missing.json": "missing.json: No such file",
@@ -184,7 +184,12 @@ BAD = {
     "--lr nan": "--lr: expected a number of at least 0",
     "--lr inf": "--lr: expected a number of at least 0",
     "--momentum 2": "--momentum: expected a number between 0 and 1",
-    "--seed -1": "--seed: expected a number of at least 0",
+    "--seed -1": "--seed: expected a number between 0 and 4294967295, got -1",
+    "--seed 4294967296": "--seed: expected a number between 0 and 4294967295, got 4294967296",
+    "--hidden 100000000000": "--hidden: expected a number between 0 and 1000000000, got 100000000000",
+    f"--steps {10**30}": f"--steps: expected a number between 0 and {2**63 - 1}",
+    "--depth 1000000": "--depth: expected a number between 0 and 10000",
+    "--sketch_dim 100000000000": "--sketch_dim: expected a number between 3 and 100000",
     "--reg_examples 1": "--reg_examples: expected a number of at least 2",
     "--reg_every 0": "--reg_every: expected a number of at least 1",
     "--checkpointing_steps -1": "--checkpointing_steps: expected a number of at least 0",
@@ -217,7 +222,7 @@ def test_folder_that_cannot_be_written(tmp_path):
 
 
 def test_split_launch_is_refused(monkeypatch):
-    module = load("_run")
+    module = load("_processes")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="Accelerate sees one"):
         module.refuse_split_launch(1)

@@ -1,5 +1,6 @@
 """A run that was ended, by force or politely, goes on as if it had not been."""
 
+import hashlib
 import json
 import shutil
 import signal
@@ -28,11 +29,15 @@ def uninterrupted(tmp_path_factory):
     return logs
 
 
-def interrupt(process, folder, how, step):
-    """End the processes of a run once the checkpoint of ``step`` is there."""
+def wait_for(process, folder, step):
     while not (folder / "checkpoints" / f"step_{step}").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.001)
+
+
+def interrupt(process, folder, how, step):
+    """End the processes of a run once the checkpoint of ``step`` is there."""
+    wait_for(process, folder, step)
     family = psutil.Process(process.pid)
     workers = family.children(recursive=True)
     for member in (family, *workers) if how == signal.SIGKILL else (workers or [family])[:1]:
@@ -43,6 +48,27 @@ def interrupt(process, folder, how, step):
     return finish(process)
 
 
+def kill_the_launcher_alone(process, folder, monkeypatch):
+    """Its workers outlive it, and while they do nothing goes on with their run."""
+    wait_for(process, folder, 7)
+    family = psutil.Process(process.pid)
+    workers = family.children(recursive=True) or [family]
+    for worker in workers:
+        worker.suspend()  # or they might be done before we are
+    if family not in workers:
+        process.kill()
+    try:
+        with pytest.raises(SystemExit) as stop:
+            recipe("train", monkeypatch, "--resume_from_checkpoint", folder)
+    finally:
+        for worker in workers:
+            worker.kill()
+        finish(process)
+    said = str(stop.value)
+    assert "--resume_from_checkpoint: expected a folder that nothing else writes to, but process" in said
+    assert any(f"process {worker.pid} on" in said for worker in workers)
+
+
 def begin(folder, launcher):
     return start(*TINY.split(), *FLAGS.split(), "--output_dir", folder, launcher=launcher)
 
@@ -51,11 +77,12 @@ def resume(folder, launcher):
     return start("--resume_from_checkpoint", folder, launcher=launcher)
 
 
+@pytest.mark.usefixtures("recipes_in_this_process")
 @pytest.mark.parametrize("processes", LAUNCHERS)
-def test_killed_three_times_is_the_uninterrupted_run(uninterrupted, processes, tmp_path):
+def test_killed_three_times_is_the_uninterrupted_run(uninterrupted, processes, tmp_path, monkeypatch):
     """Wherever in a step, a measurement or a checkpoint the kill comes."""
     folder, launcher = tmp_path / "run", LAUNCHERS[processes]
-    interrupt(begin(folder, launcher), folder, signal.SIGKILL, 7)
+    kill_the_launcher_alone(begin(folder, launcher), folder, monkeypatch)
     for step in (28, 49):
         interrupt(resume(folder, launcher), folder, signal.SIGKILL, step)
     assert (folder / "metrics.jsonl").read_bytes() != uninterrupted[processes]
@@ -171,16 +198,48 @@ def spoil_manifest(run, checkpoint):
     file.write_text(file.read_text()[:-50])
 
 
-def spoil_foreign(run, checkpoint):
+def spoil_step(run, checkpoint):
+    """Of the step, which nothing else in the file depends on, another digit."""
+    file, step = checkpoint / "manifest.json", checkpoint.name[5:]
+    file.write_text(file.read_text().replace(f'"step": {step}', f'"step": {int(step) ^ 1}'))
+
+
+def written(checkpoint, change):
+    """A manifest with its digest, of other content."""
     file = checkpoint / "manifest.json"
     manifest = json.loads(file.read_text())
-    manifest["config"]["lr"] = 0.5
-    file.write_text(json.dumps(manifest))
+    del manifest["digest"]
+    change(manifest)
+    manifest["digest"] = hashlib.sha256((json.dumps(manifest, indent=1) + "\n").encode()).hexdigest()
+    file.write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def spoil_processes(run, checkpoint):
-    file = checkpoint / "manifest.json"
-    file.write_text(file.read_text().replace('"processes": 1', '"processes": 2'))
+def changed(**entries):
+    return lambda run, checkpoint: written(checkpoint, lambda manifest: manifest.update(entries))
+
+
+def spoil_foreign(run, checkpoint):
+    written(checkpoint, lambda manifest: manifest["config"].update(lr=0.5))
+
+
+def spoil_unlisted(run, checkpoint):
+    (checkpoint / "optimizer.bin").write_bytes(b"damaged")
+    written(checkpoint, lambda manifest: manifest["files"].pop("optimizer.bin"))
+
+
+def spoil_added(run, checkpoint):
+    (checkpoint / "scheduler.bin").write_bytes(b"what Accelerate would read")
+
+
+def spoil_random_states(run, checkpoint):
+    file = checkpoint / "random_states_0.pkl"
+    file.write_bytes(b"no random states")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    written(checkpoint, lambda manifest: manifest["files"].update({file.name: digest}))
+
+
+def spoil_name(run, checkpoint):
+    checkpoint.rename(checkpoint.with_name("step_59"))
 
 
 def spoil_log(run, checkpoint):
@@ -198,7 +257,20 @@ SPOILED = {
     "missing": (spoil_missing, "optimizer.bin is missing"),
     "manifest": (spoil_manifest, "manifest.json is truncated or no manifest"),
     "foreign": (spoil_foreign, "it belongs to another run, with other lr"),
-    "processes": (spoil_processes, "2 process(es) wrote it and 1 would read it"),
+    "one digit": (spoil_step, "manifest.json was changed"),
+    "step of another": (changed(step=5), "manifest.json is that of step 5"),
+    "step below": (changed(step=-5), "manifest.json is that of step -5"),
+    "step beyond": (changed(step=10**99), "manifest.json is that of step a number of more than 50 digits"),
+    "step true": (changed(step=True), "truncated or no manifest"),
+    "no files": (
+        changed(files={}),
+        "manifest.json does not list model.safetensors, optimizer.bin, process_0.pt, random",
+    ),
+    "unlisted": (spoil_unlisted, "manifest.json does not list optimizer.bin"),
+    "added": (spoil_added, "scheduler.bin is not of it"),
+    "random states": (spoil_random_states, "random_states_0.pkl cannot be read"),
+    "name": (spoil_name, "manifest.json is that of step"),
+    "processes": (changed(processes=2), "2 process(es) wrote it and 1 would read it"),
     "log": (spoil_log, "lacks [0]"),
     "config": (spoil_config, "config.json of an earlier run, got another file"),
 }
@@ -212,6 +284,7 @@ def test_what_is_not_whole_or_not_ours_is_refused(stopped, kind, tmp_path, monke
     checkpoint = max(folder.glob("checkpoints/step_*"), key=lambda p: int(p.name[5:]))
     spoil, message = SPOILED[kind]
     spoil(folder, checkpoint)
+    (checkpoint,) = [checkpoint] if checkpoint.exists() else folder.glob("checkpoints/step_59")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit) as stop:
         recipe("train", monkeypatch, "--resume_from_checkpoint", checkpoint)

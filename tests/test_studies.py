@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import oracles
 import psutil
 import pytest
 import torch
-from recipe_runs import RECIPES, TINY, forget, run
+from ranks import PATIENCE
+from recipe_runs import ASCII, RECIPES, TINY, forget, run
 from safetensors.torch import load_file
 from test_recipes_alike import STUDIES
 from torch import nn
@@ -83,10 +85,11 @@ def test_a_configuration_takes_the_place_of_bundled_flags(name):
 def test_a_study_from_its_command_and_on(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "study"
     command = [sys.executable, str(RECIPES / "spectrum.py"), "--seeds", "1", *TINY.split(), "--hidden", "8"]
-    result = subprocess.run([*command, "--output_dir", folder], capture_output=True, text=True, check=False)
+    env = {**os.environ, **ASCII}
+    result = subprocess.run([*command, "--output_dir", folder], capture_output=True, text=True, check=False, env=env)
     assert result.returncode == 0, result.stderr
     assert "3 of 3 runs to do" in result.stdout
-    assert "effective rank" in (folder / "findings.txt").read_text()
+    assert "effective rank" in (folder / "findings.txt").read_text(encoding="utf-8")
     assert {path.name for path in folder.iterdir()} == {
         "figure.png",
         "findings.txt",
@@ -130,10 +133,12 @@ def test_a_study_that_is_stopped(tmp_path):
         time.sleep(0.05)
     children = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert f"stopped\ngo on with --resume {folder}" in said
-    assert not psutil.wait_procs(children, timeout=10)[1]  # one that keeps track of resources ends after the others
+    assert not psutil.wait_procs(children, timeout=PATIENCE)[
+        1
+    ]  # one that keeps track of resources ends after the others
     seen = {path: path.read_text() for path in folder.rglob("metrics.jsonl")}
     command = [sys.executable, str(RECIPES / "spectrum.py"), "--resume", str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

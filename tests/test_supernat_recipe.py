@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from recipe_runs import RECIPES, load, read
+from ranks import PATIENCE
+from recipe_runs import ASCII, RECIPES, load, read
 
 TINY = "--noise_features 2 6 --seeds 2 --steps 30 --n 12 --n_validation 40 --d_signal 3 --lr 0.05 --noise 0.5"
 METHODS = ["gd", "supernat-max", "supernat-0.05"]
@@ -16,8 +17,8 @@ METHODS = ["gd", "supernat-max", "supernat-0.05"]
 
 def run(folder, *flags):
     command = [sys.executable, str(RECIPES / "supernat.py"), *TINY.split(), "--output_dir", str(folder), *flags]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, check=False)
+    env = {**os.environ, **ASCII, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=PATIENCE, check=False)
 
 
 def run_here(folder, flags, monkeypatch):

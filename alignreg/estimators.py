@@ -11,7 +11,7 @@ Columns of structured sketches (:func:`alignreg.sketches.factored`) come in inde
 ``block``, their size, a ≠ b are taken from different blocks, and the jackknife leaves out blocks. For a sketch without
 such copies, :func:`cross_frobenius2` of two independent ones is right.
 All functions are differentiable. Half precision is computed in float32. That G is symmetric is taken for granted: what
-centring leaves of it may be rounding errors alone.
+centering leaves of it may be rounding errors alone.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ ROUNDING = 0.01
 """Relative errors beyond which a tensor is no kernel: those of bfloat16 stay below."""
 _INDEFINITE = (
     "K: expected a positive semi-definite kernel, of products of features, got one with negative eigenvalues. Where "
-    "only rounding errors are left of a centred one, compute it in float64."
+    "only rounding errors are left of a centered one, compute it in float64."
 )
 
 
@@ -86,7 +86,7 @@ def alignment(K: Tensor, y: Tensor, centered: bool = True, *, unbiased: bool = F
     if checks.flag("unbiased", unbiased) and not checks.flag("centered", centered):
         raise ValueError("unbiased: expected the centred kernel with it. Leave centered out, or unbiased.")
     checks.flag("centered", centered)
-    targets = _centred_targets(K, y)
+    targets = _centered_targets(K, y)
     if unbiased:
         return hsic.of_kernel(K, targets)
     if centered:
@@ -253,7 +253,7 @@ def eigenvector_alignment(K: Tensor, y: Tensor, k: int | None = None, centered: 
     K = _kernel(K)
     k = None if k is None else checks.count("k", k)
     centered = checks.flag("centered", centered)
-    targets = _centred_targets(K, y).flatten()
+    targets = _centered_targets(K, y).flatten()
     values, vectors = torch.linalg.eigh(spectra.symmetric(center(K) if centered else K))
     _semidefinite(values.flip(0))
     vectors = vectors.flip(1)[:, :k]
@@ -311,7 +311,7 @@ def _kernel(K: Tensor, ridge: float = 0.0) -> Tensor:
     if not checks.holds(K, lambda v: (v - v.permute(2, 3, 0, 1)).abs_().amax() <= ROUNDING * v.abs().amax() + slack):
         raise ValueError(
             "K: expected a symmetric kernel, got another tensor. Take the kernel of one batch with itself; where only "
-            "rounding errors are left of a centred one, compute it in float64."
+            "rounding errors are left of a centered one, compute it in float64."
         )
     if not ridge and not checks.holds(K, _may_be_semidefinite):
         raise ValueError(_INDEFINITE)
@@ -331,7 +331,7 @@ def _semidefinite(eigenvalues: Tensor) -> Tensor:
     return eigenvalues
 
 
-def _centred_targets(K: Tensor, y: Tensor) -> Tensor:
+def _centered_targets(K: Tensor, y: Tensor) -> Tensor:
     targets = encode(y, K.shape[1], len(K), name="y")
     if bool((targets == targets[0]).all()):
         raise ConstantTargetError("y")

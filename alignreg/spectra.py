@@ -1,6 +1,6 @@
 """Eigenvalues of a kernel and what they come to, where it is known to be one.
 
-Centring a kernel that is nearly constant leaves rounding errors, which need be neither symmetric nor positive. Numbers
+Centering a kernel that is nearly constant leaves rounding errors, which need be neither symmetric nor positive. Numbers
 of such a rest are noise, and computed here like any others. :mod:`.functional` refuses it: who hands over a tensor may
 have no kernel at all.
 """

@@ -116,7 +116,7 @@ def test_what_rounding_leaves_of_a_constant_kernel_is_none():
 
 @pytest.mark.parametrize("kind", [metrics.TangentSpectrum, metrics.TangentParticipationRatio, metrics.TangentTrace])
 def test_identical_examples_are_legal_in_metrics(kind):
-    """Of their centred kernel rounding errors are left, which are neither symmetric nor positive."""
+    """Of their centered kernel rounding errors are left, which are neither symmetric nor positive."""
     options = {} if kind is metrics.TangentSpectrum else {"method": "exact"}
     metric = kind(net(), 3, **options)
     metric.update(torch.randn(1, 4).expand(7, 4) * (1 + 1e-7 * torch.randn(7, 1)))

@@ -332,7 +332,7 @@ class TangentFeatures:
             tensor([[2., 0.],
                     [0., 2.]])
         """
-        layer_of = self._layer_of(per_layer=per_layer)
+        layer_of = self._layer_of(per_layer=checks.flag("per_layer", per_layer))
         with self._evaluation(x, create_graph=create_graph) as at:
             parts = diagonals(at, layer_of, blocks, self._refused)
         by_layer: dict[str, list[Tensor]] = {layer: [] for layer in layer_of.values()}
@@ -394,7 +394,8 @@ class TangentFeatures:
             >>> list(layers), torch.allclose(sum(layers.values()), features.kernel(x), atol=1e-5)
             (['0', '2'], True)
         """
-        layer_of = self._layer_of(per_layer=per_layer)
+        layer_of = self._layer_of(per_layer=checks.flag("per_layer", per_layer))
+        checks.flag("progress", progress)
         with self._evaluation(x, create_graph=create_graph) as one, ExitStack() as stack:
             two = None if x2 is None else stack.enter_context(self._evaluation(x2, create_graph=create_graph))
             tick = stack.enter_context(bar("tangent kernel", self.num_parameters, show=progress))
@@ -432,6 +433,11 @@ class TangentFeatures:
             torch.Size([4, 2, 16])
         """
         lazy = GivenDirections(directions, self._shapes) if isinstance(directions, Mapping) else directions
+        if not hasattr(lazy, "block"):
+            raise TypeError(
+                f"directions: expected tensors by parameter name or a sketch, got {type(directions).__name__}. Draw "
+                "them with sketches.gaussian(m, seed)."
+            )
         with self._evaluation(x, create_graph=create_graph) as at:
             if isinstance(lazy, FactoredDirections):
                 return factored.features(at, lazy, self._refused)
@@ -464,7 +470,9 @@ class TangentFeatures:
             >>> features.pullback(torch.ones(4, 3), torch.ones(1, 4, 2))["bias"]
             tensor([[4., 4.]])
         """
+        cotangents = checks.real("cotangents", cotangents)
         if outputs is not None:
+            checks.dense("outputs", outputs)
             return graph.pull(outputs, self._own_parameters(), cotangents, create_graph=create_graph)
         with self._evaluation(x, create_graph=create_graph, backward_only=True) as at:
             return at.pullback(cotangents)
@@ -498,7 +506,9 @@ class TangentFeatures:
             >>> features.grams(torch.ones(4, 3), torch.ones(1, 4, 2))
             {'weight': tensor([[96.]]), 'bias': tensor([[32.]])}
         """
+        cotangents = checks.real("cotangents", cotangents)
         if outputs is not None:
+            checks.dense("outputs", outputs)
             return graph.grams(outputs, self._own_parameters(), cotangents, create_graph=create_graph)
         with self._evaluation(x, create_graph=create_graph, backward_only=True) as at:
             return at.grams(cotangents)
@@ -528,7 +538,7 @@ class TangentFeatures:
             >>> TangentFeatures(net).agree(x, net(x)), TangentFeatures(net.eval()).agree(x, net(x))
             (False, True)
         """
-        batch = as_batch(x)
+        batch, outputs = as_batch(x), checks.dense("outputs", outputs)
         n = size(batch)
         if outputs.ndim != 2 or len(outputs) != n:
             return False
@@ -558,6 +568,7 @@ class TangentFeatures:
     def _evaluation(self, x: Any, *, create_graph: bool, backward_only: bool = False) -> Iterator[Evaluation]:
         model = self.model
         batch = as_batch(x)
+        checks.flag("create_graph", create_graph)
         with ExitStack() as stack:
             if self._held is not None:
                 inside, every = self._held

@@ -348,3 +348,29 @@ def test_rubbish_is_refused_by_name(name, argument):
 
 
 CALLED = {"make": "metrics"}
+
+
+def features():
+    return TangentFeatures(nn.Linear(4, 3))
+
+
+METHODS = {
+    "directions": lambda bad: features().pushforward(X, bad),
+    "cotangents": lambda bad: features().pullback(X, bad),
+    "cotangents of grams": lambda bad: features().grams(X, bad),
+    "create_graph": lambda bad: features().trace(X, create_graph=bad),
+    "per_layer": lambda bad: features().kernel(X, per_layer=bad),
+    "per_layer of a diagonal": lambda bad: features().diagonal(X, per_layer=bad),
+    "progress": lambda bad: features().kernel(X, progress=bad),
+    "outputs": lambda bad: features().agree(X, bad),
+    "outputs of a pullback": lambda bad: features().pullback(X, torch.ones(1, 6, 3), outputs=bad),
+    "outputs of a loss": lambda bad: losses.ComplexityPenalty(nn.Linear(4, 3))(X, outputs=bad),
+    "inputs": lambda bad: features().trace(bad),
+}
+
+
+@pytest.mark.parametrize("bad", [5, "no", 1.5, [1, 2], np.ones(3), Unprintable()], ids=lambda bad: type(bad).__name__)
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_answer_alike(name, bad):
+    with pytest.raises((TypeError, ValueError), match=f"^{name.split(' ')[0]}"):
+        METHODS[name](bad)

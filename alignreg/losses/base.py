@@ -283,6 +283,8 @@ class TangentLoss(nn.Module, ABC):
             raise TypeError(f"target: expected a tensor, got {type(y).__name__}. Convert it with torch.as_tensor.")
         if y is not None and (y.ndim == 0 or len(y) != n):
             raise ValueError(f"target: expected one row for each of the {n} inputs, got shape {tuple(y.shape)}.")
+        if outputs is not None:
+            checks.dense("outputs", outputs)
         if outputs is not None and (outputs.ndim != 2 or len(outputs) != n):
             raise ValueError(f"outputs: expected shape (n, c) for n = {n} inputs, got {tuple(outputs.shape)}.")
 

@@ -220,7 +220,7 @@ def test_schedule_sees_optimiser_steps(kind):
         ValueError, match="weight: expected a finite number of at least 0, from the schedule at step 3, got -1"
     ):
         reg(x, y)
-    assert int(reg.step) == count + 1  # on other ranks the step may have gone well
+    assert int(reg.step) == count
 
 
 @pytest.mark.parametrize("kind", LOSSES)

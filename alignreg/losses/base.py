@@ -174,11 +174,11 @@ class TangentLoss(nn.Module, ABC):
         if not self.training:
             return zero
         call = int(self.step)
+        step = call // self.gradient_accumulation_steps
+        weight = _check_weight(self.weight(step), step) if callable(self.weight) else self.weight
         self._count()  # also where this raises: ranks that differ in their steps would part, or wait for each other
         if y is not None and self.needs_targets:
             encode(y, self._width(batch), size(batch))  # all of them, at every step
-        step = call // self.gradient_accumulation_steps
-        weight = _check_weight(self.weight(step), step) if callable(self.weight) else self.weight
         loss = None
         if weight > 0 and step % self.every_n_steps == 0:
             loss = self._evaluate(self._sample(batch, y, outputs, call), weight * self.every_n_steps)

@@ -14,6 +14,7 @@ from alignreg.batch import Batch, call, flat, map_tensors, size, tensors
 from alignreg.directions import Directions
 from alignreg.frozen import Saved, failing_module, repeatably
 from alignreg.jacobian import Block, Params, reduce_jacobian, signs, tolerance
+from alignreg.primitives import Primitives
 
 WORKING_MEMORY = 2 * 2**30
 """Bytes that a call may use beyond one forward and backward pass of its batch and its result."""
@@ -82,15 +83,20 @@ class Evaluation:
 
         leaves = self.leaves()
         saved = Saved(besides=(*self.params.values(), *self._others.values()))
-        with saved.recording():
-            y = self.function(leaves, self.x)
+        try:
+            with saved.recording():
+                y = self.function(leaves, self.x)
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+            y = self.function(leaves, self.x)  # the model calls torch.func, which cannot be recorded
         self.y = y.detach()
         self._graph = (leaves, y) if keep_graph else None
         self.c = y.shape[1]
         self._activation_bytes = saved.nbytes
         self.largest_activation_bytes = saved.largest
         # The coarsest precision on the way, a cast inside the model included: the scale of honest rounding.
-        dtypes = {y.dtype, *saved.dtypes, *(p.dtype for p in self.params.values())}
+        dtypes = {y.dtype, *saved.dtypes, *graph.dtypes(y), *(p.dtype for p in self.params.values())}
         self.precision = max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
         if not bool(torch.isfinite(self.y).all()):
             raise NonFiniteOutputError
@@ -99,6 +105,9 @@ class Evaluation:
                 f"the model's output does not depend on the selected parameters {list(leaves)}: nothing to "
                 "differentiate. Does forward_fn detach, or run under no_grad?"
             )
+        if create_graph:
+            graph.require_twice_differentiable(y, leaves.values())
+        self.vectorizes = not create_graph or graph.vectorizes(y)
 
     @property
     def gram_dtype(self) -> torch.dtype:
@@ -147,6 +156,7 @@ class Evaluation:
             rows=self._chunk_size or max(1, WORKING_MEMORY // 32 // per_row),
             pullback=pullback,
             before_whole_batch=self.require_independent_examples if independent else None,
+            vectorize=self.vectorizes,
             create_graph=self.create_graph,
             precision=self.precision,
         )
@@ -201,23 +211,25 @@ class Evaluation:
         blocks = [(start, min(start + starts.step, directions.m)) for start in starts]
         if not blocks:
             return self.y.new_empty(self.n, self.c, 0)
-        try:
-            return self._checked_pushforward(self._forward_mode, directions, blocks, create_graph=create_graph)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 - the plain forward pass ran, so this is forward mode's own failure
-            failure = error
-        try:
-            return self._checked_pushforward(self._double_reverse, directions, blocks, create_graph=create_graph)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever it is, it goes into the message
-            where = failing_module(failure, self._bound.model)
-            raise RuntimeError(
-                f"no pushforward through {where}: torch differentiates it neither in forward mode ({failure}) nor "
-                f"twice in reverse mode ({error}). Replace the operation, exclude the module from what forward_fn "
-                "runs, or select parameters after it."
-            ) from failure
+        # Forward-mode formulas take some of what they use for constants, which a check of values does not see: they are
+        # not differentiated.
+        reverse = self._double_reverse if self.vectorizes else self._by_rows
+        failures: list[Exception] = []
+        for route in (reverse,) if create_graph else (self._forward_mode, reverse):
+            try:
+                return self._checked_pushforward(route, directions, blocks, create_graph=create_graph)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # noqa: BLE001 - the plain forward pass ran, so this is the route's own failure
+                failures.append(error)
+        where = failing_module(failures[0], self._bound.model)
+        *forward, twice = (str(error).partition("\n")[0].removesuffix(".") for error in failures)
+        raise RuntimeError(
+            f"no pushforward through {where}: torch does not differentiate it "
+            + "".join(f"in forward mode ({said}), nor " for said in forward)
+            + f"twice in reverse mode ({twice}). Replace the operation, exclude the module from what forward_fn runs, "
+            "or select parameters after it; metrics with method='exact' need its first derivative only."
+        ) from failures[0]
 
     def _checked_pushforward(
         self,
@@ -265,7 +277,8 @@ class Evaluation:
     def _double_reverse(self, block: Params, create_graph: bool) -> Tensor:
         # u ↦ Jᵀu is linear, so its own vector–Jacobian product with s is J s.
         leaves = self.leaves()
-        y = self.function(leaves, self.x)
+        with Primitives(backward_only=True):
+            y = self.function(leaves, self.x)
         u = torch.zeros_like(y, requires_grad=True)
         pulled = torch.autograd.grad(y, list(leaves.values()), u, create_graph=True, materialize_grads=True)
         linear = [(name, g) for name, g in zip(leaves, pulled, strict=True) if g.requires_grad]
@@ -281,6 +294,13 @@ class Evaluation:
             for a in range(len(next(iter(block.values()))))
         ]
         return torch.stack(columns, dim=-1)
+
+    def _by_rows(self, block: Params, create_graph: bool) -> Tensor:  # noqa: ARG002
+        def project(rows: Iterator[Block]) -> Tensor:
+            parts = [[flat(part, 2) @ flat(block[name]).T for name, part in row.items()] for _, row in rows]
+            return torch.cat([torch.stack(part).sum(0) for part in parts])
+
+        return self.reduce(project)
 
     def _directions_at_once(self) -> int:
         if self._chunk_size is not None:

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from alignreg.normalization import PrimitiveNormalization
+from alignreg.primitives import Primitives
 from alignreg.sharding import gathered
 
 T = TypeVar("T")
 
 
 @contextmanager
-def frozen(model: nn.Module, *, normalization: PrimitiveNormalization | None = None) -> Iterator[None]:
+def frozen(model: nn.Module, *, normalization: Primitives | None = None) -> Iterator[None]:
     """Let the model be differentiated as a deterministic function of its parameters inside the block.
 
     Inside: gradients are on, whatever the caller's ``no_grad`` or ``inference_mode``; every module is in evaluation
@@ -101,6 +101,8 @@ class Saved:
 
         def pack(tensor: Tensor) -> Tensor:
             self.dtypes.add(tensor.dtype)
+            if tensor.layout != torch.strided:
+                return tensor.detach()
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in self._besides:
                 self._storages[storage.data_ptr()] = storage.nbytes()

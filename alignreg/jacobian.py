@@ -47,6 +47,7 @@ def reduce_jacobian(
     rows: int,
     pullback: Callable[[Tensor], Params],
     before_whole_batch: Callable[[], None] | None = None,
+    vectorize: bool = True,
     create_graph: bool,
     precision: torch.dtype,
 ) -> T:
@@ -67,6 +68,7 @@ def reduce_jacobian(
         rows: how many rows (example, output) of the Jacobian may be in memory at once.
         pullback: ``u (n, c) -> Jᵀu``, by which the routes are checked.
         before_whole_batch: called before the last route is tried; may raise.
+        vectorize: try the first route.
         create_graph: keep the graph of the Jacobian, for differentiating it again.
         precision: the coarsest dtype on the way through f.
 
@@ -79,7 +81,7 @@ def reduce_jacobian(
     per_example = partial(_by_row, examples=1, create_graph=create_graph)
     whole_batch = partial(_by_row, examples=n, create_graph=create_graph)
     failure: Exception | None = None
-    for route in (_by_example, per_example, whole_batch):
+    for route in (_by_example, per_example, whole_batch)[0 if vectorize else 1 :]:
         if route is whole_batch and before_whole_batch is not None:
             before_whole_batch()
         try:
@@ -126,7 +128,7 @@ def _by_row(
                 for k in range(outputs)
             ]
             block = {
-                name: rearrange(torch.stack(column), "(n c) ... -> n c ...", c=outputs)
+                name: rearrange(torch.stack([g.to_dense() for g in column]), "(n c) ... -> n c ...", c=outputs)
                 for name, column in zip(names, zip(*gradients, strict=True), strict=True)
             }
             yield slice(first + start, first + stop), block

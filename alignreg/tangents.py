@@ -21,7 +21,7 @@ from alignreg.kernels import factored
 from alignreg.kernels.exact import kernels
 from alignreg.kernels.gradients import blocks, norms
 from alignreg.kernels.per_example import diagonals
-from alignreg.normalization import PrimitiveNormalization
+from alignreg.primitives import Primitives
 from alignreg.progress import bar
 from alignreg.selection import select
 from alignreg.sharding import is_sharded
@@ -457,7 +457,7 @@ class TangentFeatures:
     def _evaluation(self, x: Any, *, create_graph: bool, backward_only: bool = False) -> Iterator[Evaluation]:
         model = self.model
         batch = as_batch(x)
-        normalization = PrimitiveNormalization(backward_only=backward_only) if create_graph else None
+        normalization = Primitives(backward_only=backward_only) if create_graph else None
         with frozen(model, normalization=normalization):
             assert self._bound is not None
             yield Evaluation(

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
-from alignreg import sketches
+from alignreg import graph, sketches
 from alignreg.batch import Batch, as_inputs, size, take
 from alignreg.distributed import find_ddp, rank, require_sync, world_size
 from alignreg.evaluation import ForwardFn
 from alignreg.frozen import frozen
 from alignreg.graph import leaves_of
+from alignreg.primitives import Primitives
 from alignreg.sharding import is_sharded, ranks_of
 from alignreg.tangents import TangentFeatures
 
@@ -189,12 +190,12 @@ class TangentLoss(nn.Module, ABC):
 
     def _evaluate(self, sample: Sample, factor: float) -> Tensor | None:
         create_graph = torch.is_grad_enabled()
-        with frozen(self._features.model):
+        with frozen(self._features.model, normalization=Primitives(backward_only=True)):
             value = self._estimate(sample, create_graph=create_graph)
             if value is None or not create_graph or not value.requires_grad:
                 return None if value is None else factor * value.detach()
             leaves = leaves_of(value)
-            gradients = torch.autograd.grad(
+            gradients = graph.gradients(
                 factor * value, leaves, retain_graph=sample.outputs is not None, allow_unused=True
             )
         loss: Tensor = _Known.apply(factor * value.detach(), gradients, *leaves)  # type: ignore[no-untyped-call]

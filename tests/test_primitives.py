@@ -3,9 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-
 from alignreg.normalization import PrimitiveNormalization
+from torch import nn
 
 
 def x(*shape):

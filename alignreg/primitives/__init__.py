@@ -1,0 +1,3 @@
+"""Functions of torch from primitive operations, for derivatives that torch's own do not have or get wrong."""
+
+from alignreg.primitives.mode import Primitives as Primitives

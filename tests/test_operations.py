@@ -16,8 +16,12 @@ ONCE = {
     "F.ctc_loss": "ctc_loss",
 }
 """Differentiated once only: the name in the error."""
-SINGLE = {"torch.to float32 and back": {"rtol": 1e-6, "slopes": 0.05}}
-"""In single precision on the way, which differences feel."""
+SINGLE = {
+    "torch.to float32 and back": {"rtol": 1e-6, "slopes": 0.05},
+    "F.hardsigmoid": {"rtol": 1e-7},
+    "F.hardsigmoid, inplace": {"rtol": 1e-7},
+}
+"""In single precision on the way, which differences feel; so is torch's sixth in hardsigmoid."""
 
 
 class Between(nn.Module):
@@ -69,13 +73,15 @@ NO_DERIVATIVE = {
     "torch.fft.fft2",  # the angle of zero
     "torch.sgn of complex",
     "torch.scatter_reduce, prod",
+    "torch.to float32 and back",  # too coarse for differences
+    "renorm_",
 }
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    "name", [name for name in ALL if "padding" not in name and name not in ONCE.keys() | SINGLE.keys() | NO_DERIVATIVE]
+    "name", [name for name in ALL if "padding" not in name and name not in ONCE.keys() | NO_DERIVATIVE]
 )
 def test_with_a_padded_example(name):
-    wrong = {key: said for key, said in of(masked(ALL[name])).items() if said != "right"}
+    wrong = {key: said for key, said in of(masked(ALL[name]), **SINGLE.get(name, {})).items() if said != "right"}
     assert not wrong

@@ -19,7 +19,6 @@ from alignreg.distributed import find_ddp, rank, require_sync, world_size
 from alignreg.evaluation import ForwardFn
 from alignreg.frozen import frozen
 from alignreg.graph import leaves_of
-from alignreg.primitives import Primitives
 from alignreg.sharding import is_sharded, ranks_of
 from alignreg.tangents import TangentFeatures
 
@@ -190,7 +189,7 @@ class TangentLoss(nn.Module, ABC):
 
     def _evaluate(self, sample: Sample, factor: float) -> Tensor | None:
         create_graph = torch.is_grad_enabled()
-        with frozen(self._features.model, normalization=Primitives(backward_only=True)):
+        with frozen(self._features.model):
             value = self._estimate(sample, create_graph=create_graph)
             if value is None or not create_graph or not value.requires_grad:
                 return None if value is None else factor * value.detach()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, final
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from alignreg.primitives import activations, at_zero, distances, embeddings, margins, normalization, norms
 
@@ -27,10 +29,11 @@ class Primitives(TorchFunctionMode):
       derivative accounts for what depends on them, and so does that of a plain backward pass; a derivative *of* a
       vectorized one silently misses it.
 
-    Calls inside scripted modules do not come by here.
+    Calls inside scripted modules do not come by here. Checkpointed modules run again in backward passes, outside the
+    block, and must be what they were: functions in them are left as they are.
 
     Args:
-        backward_only: for derivatives of plain backward passes, which need no other normalizations.
+        backward_only: for derivatives of plain backward passes, which do with fused normalizations.
     """
 
     def __init__(self, *, backward_only: bool = False) -> None:
@@ -43,11 +46,20 @@ class Primitives(TorchFunctionMode):
         """Replace the functions of the table and run anything else as it is."""
         kwargs = kwargs or {}
         replacement = self._replacements.get(func)
-        if replacement is None or kwargs.get("out") is not None:
+        if replacement is None or kwargs.get("out") is not None or is_checkpointed():
             return func(*args, **kwargs)
         return replacement(*args, **{name: value for name, value in kwargs.items() if name != "out"})
 
 
+def is_checkpointed() -> bool:
+    """Say whether the caller runs inside a checkpointed module, which will be run again."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename != _CHECKPOINT:
+        frame = frame.f_back
+    return frame is not None
+
+
+_CHECKPOINT = checkpoint.__code__.co_filename
 _aten = torch.ops.aten  # what exported modules call
 _TWICE: dict[Function, Function] = {
     torch._weight_norm: normalization.weight_norm,  # noqa: SLF001 - what both weight_norm of torch.nn.utils call

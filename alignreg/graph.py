@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from alignreg import estimators
@@ -16,15 +17,17 @@ from alignreg import estimators
 _ONCE = (
     *("ScaledDotProductE", "ScaledDotProductF", "ScaledDotProductC", "CudnnRnn", "MkldnnRnn", "MiopenRnn"),
     *("ThnnFusedLstm", "ThnnFusedGru", "CompiledFunction", "WeightNorm", "FusedRmsNorm", "MaskedSoftmax"),
-    *("Hardsigmoid", "MultiMarginLoss", "MultilabelMarginLoss", "CtcLoss", "CdistForward", "PdistForward"),
+    *("Hardsigmoid", "MultiMarginLoss", "MultilabelMarginLoss", "CtcLoss", "CdistBackward", "PdistBackward"),
     *("EmbeddingBag", "SegmentReduce", "SparseSoftmax", "SparseLogSoftmax", "SparseSum", "SparseMmReduce"),
     *("FakeQuantizeLearnable", "Mkldnn"),
 )
 # Those whose second derivatives are NaN where their result is zero.
-_AT_ZERO = ("LinalgVectorNorm", "NormBackward", "StdBackward")
+_AT_ZERO = ("LinalgVectorNorm", "NormBackward", "Std", "EuclideanDist")
 # Normalizations hand their statistics to the backward pass as constants, which the derivative of a vectorized one
 # believes; what runs inside scripted modules does not show.
 _CONSTANTS = ("NativeLayerNorm", "NativeGroupNorm", "NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
+# Functions marked with once_differentiable, which where gradients are constants are silently taken for linear.
+_MARKED = once_differentiable(lambda _: None).__code__
 _HIDDEN = "DifferentiableGraphBackward"
 # The products that linear layers run: which of the factors is the weight, and under what name the other is saved.
 _PRODUCTS = {"AddmmBackward0": (2, "_saved_mat1"), "MmBackward0": (1, "_saved_self")}
@@ -94,11 +97,16 @@ def dtypes(y: Tensor) -> set[torch.dtype]:
 
 def _once(node: Any) -> bool:
     sparse = node.name().startswith("EmbeddingBackward") and getattr(node, "_saved_sparse", False)
-    return bool(node.name().startswith(_ONCE) or sparse)
+    backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+    return bool(node.name().startswith(_ONCE) or sparse or getattr(backward, "__code__", None) is _MARKED)
 
 
 def _vanishes(node: Any) -> bool:
-    return node.name().startswith(_AT_ZERO) and not bool(getattr(node, "_saved_result", torch.zeros(1)).all())
+    if not node.name().startswith(_AT_ZERO):
+        return False
+    result = getattr(node, "_saved_result", None)
+    result = getattr(node, "_saved_result0", None) if result is None else result
+    return result is None or not bool(result.all())
 
 
 def leaves_of(value: Tensor) -> list[Tensor]:

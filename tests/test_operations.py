@@ -18,8 +18,8 @@ ONCE = {
 """Differentiated once only: the name in the error."""
 SINGLE = {
     "torch.to float32 and back": {"rtol": 1e-6, "slopes": 0.05},
-    "F.hardsigmoid": {"rtol": 1e-7},
-    "F.hardsigmoid, inplace": {"rtol": 1e-7},
+    "F.hardsigmoid": {"rtol": 1e-6},
+    "F.hardsigmoid, inplace": {"rtol": 1e-6},
 }
 """In single precision on the way, which differences feel; so is torch's sixth in hardsigmoid."""
 
@@ -44,7 +44,21 @@ def of(operation, **options):
     return compare(model, x, torch.tensor([0, 1, 0]), **options)
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name not in ONCE])
+MENDED = (
+    "hardsigmoid glu norm cdist pdist distance cosine std atan2 copysign sinc lp_pool logcumsumexp margin det solve "
+    "householder select_scatter weight sparse func checkpoint float32"
+)
+
+
+def rows():
+    """Those that were wrong once, and every other one of the rest; all of them with ``-m thorough``."""
+    for i, name in enumerate(ALL):
+        quick = i % 2 == 0 or any(word in name for word in MENDED.split())
+        if name not in ONCE:
+            yield name if quick else pytest.param(name, marks=pytest.mark.thorough)
+
+
+@pytest.mark.parametrize("name", rows())
 def test_values_and_slopes(name):
     wrong = {key: said for key, said in of(ALL[name], **SINGLE.get(name, {})).items() if said != "right"}
     assert not wrong

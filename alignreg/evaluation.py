@@ -16,6 +16,7 @@ from alignreg.batch import Batch, call, flat, map_tensors, size, take, tensors
 from alignreg.directions import Directions
 from alignreg.frozen import Frozen, Saved, draws, failing_module, repeatably
 from alignreg.jacobian import Block, Params, reduce_jacobian, signs, tolerance
+from alignreg.primitives import Primitives
 
 WORKING_MEMORY = 2 * 2**30
 """Bytes that a call may use beyond one forward and backward pass of its batch and its result."""
@@ -120,7 +121,13 @@ class Evaluation:
         saved = Saved(besides=(*self.params.values(), *self._others.values()))
         copied = map_tensors(torch.clone, self.x)
         versions = [part._version for part in tensors(copied)]  # noqa: SLF001 - of changes in place
-        with saved.recording():
+        try:
+            with saved.recording():
+                y, self._draws = draws(self.function, leaves, copied, devices=self._devices)
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+            # The model calls torch.func, which cannot be recorded.
             y, self._draws = draws(self.function, leaves, copied, devices=self._devices)
         self._writes_inputs = versions != [part._version for part in tensors(copied)]  # noqa: SLF001
         self._leaves_traces = inside.settle()
@@ -130,11 +137,14 @@ class Evaluation:
         self._activation_bytes = saved.nbytes
         self.largest_activation_bytes = saved.largest
         # The coarsest precision on the way, a cast inside the model included: the scale of honest rounding.
-        dtypes = {y.dtype, *saved.dtypes, *(p.dtype for p in self.params.values())}
+        dtypes = {y.dtype, *saved.dtypes, *graph.dtypes(y), *(p.dtype for p in self.params.values())}
         self.precision = max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
         if not bool(torch.isfinite(self.y).all()):
             raise NonFiniteOutputError(self.c)
         self.unused = self._unused(y, leaves, own)
+        if create_graph:
+            graph.require_twice_differentiable(y, leaves.values())
+        self.vectorizes = not create_graph or graph.vectorizes(y)
 
     def _unused(self, y: Tensor, leaves: Params, names: Mapping[int, str]) -> set[str]:
         """Return which of the parameters the outputs do not depend on.
@@ -218,6 +228,7 @@ class Evaluation:
             pullback=pullback,
             before_whole_batch=self.require_independent_examples if independent else None,
             whole_batch=self.couples_examples,
+            vectorize=self.vectorizes,
             create_graph=self.create_graph,
             precision=self.precision,
         )
@@ -230,7 +241,7 @@ class Evaluation:
         """
         if self.couples_examples:
             return
-        few = representatives(self.n)
+        few = representatives(self.n)[: max(1, self.n - 1)]  # not all: what is the same for every order must change
         orders = (
             torch.arange(self.n),
             torch.tensor(few).repeat(self.n)[: self.n],
@@ -306,23 +317,25 @@ class Evaluation:
         u = signs(self.y)
         back = {name: value[0] for name, value in self.pullback(u[None], create_graph=False).items()}
         check = partial(self._checked_pushforward, directions, blocks, u, back, create_graph=create_graph)
-        try:
-            return check(self._forward_mode)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 - the plain forward pass ran, so this is forward mode's own failure
-            failure = error
-        try:
-            return check(self._double_reverse)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever it is, it goes into the message
-            where = failing_module(failure, self._bound.model)
-            raise RuntimeError(
-                f"no pushforward through {where}: torch differentiates it neither in forward mode ({failure}) nor "
-                f"twice in reverse mode ({error}). Replace the operation, exclude the module from what forward_fn "
-                "runs, or select parameters after it."
-            ) from failure
+        # Forward-mode formulas take some of what they use for constants, which a check of values does not see: they are
+        # not differentiated.
+        reverse = self._double_reverse if self.vectorizes else self._by_rows
+        failures: list[Exception] = []
+        for route in (reverse,) if create_graph else (self._forward_mode, reverse):
+            try:
+                return check(route)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # noqa: BLE001 - the plain forward pass ran, so this is the route's own failure
+                failures.append(error)
+        where = failing_module(failures[0], self._bound.model)
+        *forward, twice = (str(error).partition("\n")[0].removesuffix(".") for error in failures)
+        raise RuntimeError(
+            f"no pushforward through {where}: torch does not differentiate it "
+            + "".join(f"in forward mode ({said}), nor " for said in forward)
+            + f"twice in reverse mode ({twice}). Replace the operation, exclude the module from what forward_fn runs, "
+            "or select parameters after it; metrics with method='exact' need its first derivative only."
+        ) from failures[0]
 
     def _checked_pushforward(
         self,
@@ -368,7 +381,8 @@ class Evaluation:
     def _double_reverse(self, block: Params, create_graph: bool) -> Tensor:
         # u ↦ Jᵀu is linear, so its own vector–Jacobian product with s is J s.
         leaves = self.leaves()
-        y = self.function(leaves, self.x)
+        with Primitives(backward_only=True):
+            y = self.function(leaves, self.x)
         u = torch.zeros_like(y, requires_grad=True)
         pulled = torch.autograd.grad(y, list(leaves.values()), u, create_graph=True, materialize_grads=True)
         linear = [(name, g) for name, g in zip(leaves, pulled, strict=True) if g.requires_grad]
@@ -384,6 +398,13 @@ class Evaluation:
             for a in range(len(next(iter(block.values()))))
         ]
         return torch.stack(columns, dim=-1)
+
+    def _by_rows(self, block: Params, create_graph: bool) -> Tensor:  # noqa: ARG002
+        def project(rows: Iterator[Block]) -> Tensor:
+            parts = [[flat(part, 2) @ flat(block[name]).T for name, part in row.items()] for _, row in rows]
+            return torch.cat([torch.stack(part).sum(0) for part in parts])
+
+        return self.reduce(project)
 
     def _directions_at_once(self) -> int:
         if self._chunk_size is not None:

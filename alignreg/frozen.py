@@ -255,6 +255,8 @@ class Saved:
 
         def pack(tensor: Tensor) -> Tensor:
             self.dtypes.add(tensor.dtype)
+            if tensor.layout != torch.strided:
+                return tensor.detach()
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in self._besides:
                 self._storages[storage.data_ptr()] = storage.nbytes()

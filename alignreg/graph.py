@@ -2,24 +2,111 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from alignreg import estimators
 
-# Nodes of kernels that torch differentiates once only, or twice and wrong.
-_ONCE = ("ScaledDotProduct", "CudnnRnn", "MkldnnRnn", "CompiledFunction", "WeightNorm")
+# Operations that torch differentiates once only, or twice and wrong, by the names of their nodes.
+_ONCE = (
+    *("ScaledDotProductE", "ScaledDotProductF", "ScaledDotProductC", "CudnnRnn", "MkldnnRnn", "MiopenRnn"),
+    *("ThnnFusedLstm", "ThnnFusedGru", "CompiledFunction", "WeightNorm", "FusedRmsNorm", "MaskedSoftmax"),
+    *("Hardsigmoid", "MultiMarginLoss", "MultilabelMarginLoss", "CtcLoss", "CdistBackward", "PdistBackward"),
+    *("EmbeddingBag", "SegmentReduce", "SparseSoftmax", "SparseLogSoftmax", "SparseSum", "SparseMmReduce"),
+    *("FakeQuantizeLearnable", "Mkldnn"),
+)
+# Those whose second derivatives are NaN where their result is zero.
+_AT_ZERO = ("LinalgVectorNorm", "NormBackward", "Std", "EuclideanDist")
+# Normalizations hand their statistics to the backward pass as constants, which the derivative of a vectorized one
+# believes; what runs inside scripted modules does not show.
+_CONSTANTS = ("NativeLayerNorm", "NativeGroupNorm", "NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
+# Functions marked with once_differentiable, which where gradients are constants are silently taken for linear.
+_MARKED = once_differentiable(lambda _: None).__code__
+_HIDDEN = "DifferentiableGraphBackward"
 # The products that linear layers run: which of the factors is the weight, and under what name the other is saved.
 _PRODUCTS = {"AddmmBackward0": (2, "_saved_mat1"), "MmBackward0": (1, "_saved_self")}
 
 
 def twice_differentiable(y: Tensor) -> bool:
     """Say whether y has a graph, without kernels that are known to be differentiated once only."""
-    return y.requires_grad and not any(node.name().startswith(_ONCE) for node in _nodes(y))
+    return y.requires_grad and not any(_once(node) or _vanishes(node) for node in _nodes(y))
+
+
+def require_twice_differentiable(y: Tensor, sources: Iterable[Tensor]) -> None:
+    """Check the graph between y and what it is differentiated with respect to.
+
+    Raises:
+        RuntimeError: if there is a kernel in it that is known to be differentiated once only.
+    """
+    users: dict[Any, list[Any]] = {}
+    for node in _nodes(y):
+        for following, _ in node.next_functions:
+            users.setdefault(following, []).append(node)
+    waiting = [get_gradient_edge(source).node for source in sources]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if _once(node):
+            raise once_only(node.name())
+        new = [user for user in users.get(node, []) if user not in seen]
+        seen.update(new)
+        waiting += new
+
+
+def gradients(value: Tensor, leaves: Sequence[Tensor], **options: Any) -> tuple[Tensor | None, ...]:
+    """Return the gradients of a value that was made of gradients: as :func:`torch.autograd.grad` does.
+
+    Raises:
+        RuntimeError: if something on the way can be differentiated once only.
+    """
+    try:
+        return torch.autograd.grad(value, leaves, **options)
+    except RuntimeError as error:  # NotImplementedError is one
+        if found := re.search(
+            r"derivative for '?(?:aten::)?(\w+)'? is not implemented|(once_differentiable)", str(error)
+        ):
+            raise once_only(found[1] or "a custom autograd function") from error
+        raise
+
+
+def once_only(name: str) -> RuntimeError:
+    """Return the error that tells of an operation that is differentiated once only, from the name of its node."""
+    operation = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", re.sub(r"_?[bB]ackward\d*$", "", name)).lower().strip("_")
+    return RuntimeError(
+        f"the model: expected operations that torch can differentiate twice, got {operation}. Write it with others, "
+        "take it out of what forward_fn runs, or select parameters after it; metrics with method='exact' and products "
+        "without create_graph need a first derivative only."
+    )
+
+
+def vectorizes(y: Tensor) -> bool:
+    """Say whether a vectorized backward pass of y can be differentiated: without normalizations in fused kernels."""
+    return not any(node.name().startswith(_CONSTANTS) or _HIDDEN in node.name() for node in _nodes(y))
+
+
+def dtypes(y: Tensor) -> set[torch.dtype]:
+    """Return the dtypes of all that y was made of, also where nothing was kept for the backward pass."""
+    return {meta.dtype for node in _nodes(y) for meta in getattr(node, "_input_metadata", ())}
+
+
+def _once(node: Any) -> bool:
+    sparse = node.name().startswith("EmbeddingBackward") and getattr(node, "_saved_sparse", False)
+    backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+    return bool(node.name().startswith(_ONCE) or sparse or getattr(backward, "__code__", None) is _MARKED)
+
+
+def _vanishes(node: Any) -> bool:
+    if not node.name().startswith(_AT_ZERO):
+        return False
+    result = getattr(node, "_saved_result", None)
+    result = getattr(node, "_saved_result0", None) if result is None else result
+    return result is None or not bool(result.all())
 
 
 def leaves_of(value: Tensor) -> list[Tensor]:
@@ -111,7 +198,7 @@ def _pull(
         return [tensor.new_empty(0, *tensor.shape) for tensor in like]
     columns = zip(*passes, strict=True)
     return [
-        torch.stack([torch.zeros_like(tensor) if g is None else g for g in column])
+        torch.stack([torch.zeros_like(tensor) if g is None else g.to_dense() for g in column])
         for column, tensor in zip(columns, like, strict=True)
     ]
 

@@ -48,6 +48,7 @@ def reduce_jacobian(
     pullback: Callable[[Tensor], Params],
     before_whole_batch: Callable[[], None] | None = None,
     whole_batch: bool = False,
+    vectorize: bool = True,
     create_graph: bool,
     precision: torch.dtype,
 ) -> T:
@@ -69,6 +70,7 @@ def reduce_jacobian(
         pullback: ``u (n, c) -> Jᵀu``, by which the routes are checked.
         before_whole_batch: called before the last route is tried; may raise.
         whole_batch: try the last route alone, for functions that take all examples together.
+        vectorize: try the first route.
         create_graph: keep the graph of the Jacobian, for differentiating it again.
         precision: the coarsest dtype on the way through f.
 
@@ -81,7 +83,8 @@ def reduce_jacobian(
     per_example = partial(_by_row, examples=1, create_graph=create_graph)
     last = partial(_by_row, examples=n, create_graph=create_graph)
     failure: Exception | None = None
-    for route in (last,) if whole_batch else (_by_example, per_example, last):
+    routes = (last,) if whole_batch else (_by_example, per_example, last)[0 if vectorize else 1 :]
+    for route in routes:
         if route is last and before_whole_batch is not None:
             before_whole_batch()
         try:
@@ -130,7 +133,7 @@ def _by_row(
                 for k in range(outputs)
             ]
             block = {
-                name: rearrange(torch.stack(column), "(n c) ... -> n c ...", c=outputs)
+                name: rearrange(torch.stack([g.to_dense() for g in column]), "(n c) ... -> n c ...", c=outputs)
                 for name, column in zip(names, zip(*gradients, strict=True), strict=True)
             }
             yield slice(first + start, first + stop), block

@@ -24,7 +24,7 @@ from alignreg.kernels import factored
 from alignreg.kernels.exact import kernels
 from alignreg.kernels.gradients import blocks, norms
 from alignreg.kernels.per_example import diagonals
-from alignreg.normalization import PrimitiveNormalization
+from alignreg.primitives import Primitives
 from alignreg.progress import bar
 from alignreg.selection import as_patterns, select
 from alignreg.sharding import is_sharded
@@ -577,7 +577,7 @@ class TangentFeatures:
                 inside = stack.enter_context(self._frozen())
                 every = dict(model.named_parameters())
             if create_graph:
-                stack.enter_context(PrimitiveNormalization(backward_only=backward_only))
+                stack.enter_context(Primitives(backward_only=backward_only))
             assert self._bound is not None
             selected = self.parameters
             evaluation = Evaluation(

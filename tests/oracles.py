@@ -51,7 +51,7 @@ def jacobian(model, x, forward_fn=call, names=None, *, trained=False):
             for i in range(y.shape[0])
         ]
     return {
-        name: torch.stack([torch.stack([row[p].detach() for row in example]) for example in rows])
+        name: torch.stack([torch.stack([row[p].detach().to_dense() for row in example]) for example in rows])
         for p, name in enumerate(parameters)
     }
 

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from cases import MODELS
+from loss_cases import make
 from oracles import matrix
 from test_tangents import features_of
 from torch import nn
 
 from alignreg import TangentFeatures
-from alignreg.graph import _products
+from alignreg.graph import _products, dtypes, require_twice_differentiable, twice_differentiable
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -153,3 +154,65 @@ def test_no_cotangents():
     with pytest.raises(ValueError, match="cotangents"):
         TangentFeatures(nn.Linear(2, 3)).grams(torch.ones(4, 2), torch.ones(2, 4, 5))
     assert TangentFeatures(nn.Linear(2, 3)).grams(torch.ones(4, 2), torch.ones(0, 4, 3))["bias"].shape == (0, 0)
+
+
+class Square(torch.autograd.Function):
+    """Can be differentiated once, and last in a network pretends to be linear."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+def _bags(h):
+    return nn.functional.embedding_bag(torch.tensor([[0, 1], [2, 2], [1, 0]]), h, mode="sum")
+
+
+SERVES = {
+    "norm": (lambda h: h.norm(dim=1, keepdim=True), True),
+    "norm of zeros": (lambda h: (h * torch.tensor([[1.0], [0.0], [1.0]])).norm(dim=1, keepdim=True), False),
+    "deviation of constants": (lambda h: h[:, :1].expand(-1, 3).std(1, keepdim=True), False),
+    "hardsigmoid": (nn.functional.hardsigmoid, False),
+    "distances": (lambda h: torch.cdist(h, h), False),
+    "bags": (_bags, False),
+    "sparse": (lambda h: nn.functional.embedding(torch.arange(3), h * 1, sparse=True), False),
+    "fused normalization": (lambda h: nn.functional.layer_norm(h, (5,)), True),
+}
+
+
+@pytest.mark.parametrize("name", SERVES)
+def test_outputs_that_can_be_differentiated_twice(name):
+    function, serves = SERVES[name]
+    assert twice_differentiable(function(nn.Linear(4, 5)(torch.randn(3, 4)))) is serves
+
+
+def test_only_what_lies_on_the_way_must_be_differentiated_twice():
+    """The head's features need a first derivative of what is below it."""
+    first, last, x = nn.Linear(4, 5), nn.Linear(5, 2), torch.randn(3, 4)
+    y = last(torch.ops.aten.hardsigmoid(first(x)))
+    require_twice_differentiable(y, last.parameters())
+    with pytest.raises(RuntimeError, match=r"can differentiate twice, got hardsigmoid\. Write it with others"):
+        require_twice_differentiable(y, first.parameters())
+
+
+@pytest.mark.parametrize("kind", ["complexity", "alignment", "kare"])
+def test_losses_of_a_function_that_is_marked_as_differentiated_once(kind):
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    reg = make(kind, net, weight=1.0, forward_fn=lambda m, x: Square.apply(m(x)))
+    with pytest.raises(RuntimeError, match=r"can differentiate twice, got square"):
+        reg(torch.randn(7, 4, dtype=torch.float64), torch.arange(7) % 3)
+
+
+def test_dtypes_on_the_way():
+    """Also where nothing is kept for the backward pass."""
+    assert dtypes(nn.Linear(4, 5)(torch.ones(3, 4)).bfloat16().double()) == {
+        torch.float32,
+        torch.bfloat16,
+        torch.float64,
+    }

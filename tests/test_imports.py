@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "alignreg"
 # A module may import those in rows above its own.
 ORDER = [
     {"sharding", "switches", "checks"},
-    {"batch", "targets", "selection", "distributed", "normalization", "directions", "estimators", "sketches"},
+    {"batch", "targets", "selection", "distributed", "primitives", "directions", "estimators", "sketches"},
     {"batch_statistics"},
     {"frozen", "jacobian", "moments", "linear", "progress", "plotting", "graph", "weights"},
     {"hsic", "spectra"},

@@ -387,6 +387,14 @@ def test_comparisons_see_past_a_large_constant(offset, dtype):
         TangentFeatures(Masked(mixing, OFFSETS[offset]).to(dtype)).kernel(x)
 
 
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_few_examples_that_are_mixed_are_noticed(n):
+    mixing = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 3)).double()
+    with pytest.raises(ValueError, match="depend on the other examples"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        TangentFeatures(mixing).kernel(X[:n])
+
+
 class FromOneOn(nn.Module):
     """Another function of all examples but the first."""
 

@@ -99,11 +99,7 @@ def test_differentiable(name):
             assert name == "frozen backbone"  # the features of a linear head do not depend on the head
             continue
         torch.testing.assert_close(value.detach(), fn(False), rtol=1e-9, atol=1e-12)
-        try:
-            grads = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
-        except torch.utils.checkpoint.CheckpointError:
-            assert (name, label) == ("checkpointed", "pushforward")  # an error where torch cannot, or right as others
-            continue
+        grads = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
         step = [torch.randn_like(p) for p in parameters]
         slope = sum((g * s).sum() for g, s in zip(grads, step, strict=True))
         eps, ends = 1e-5, []

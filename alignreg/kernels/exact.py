@@ -259,7 +259,7 @@ def _by_rules(
             blocks += 1
             passes.visit(one, block.batch, layer_of, refused, partial(consume, block=block), batched=batched)
 
-    passes.batched_or_not(run, layer_of, refused)
+    passes.batched_or_not(run, layer_of, refused, vectorize=one.vectorizes)
     complete = [names for names, times in done.items() if times == blocks]
     return totals, complete, {name for names in done.keys() - set(complete) for name in names}
 

@@ -37,9 +37,11 @@ def visit(
     )
 
 
-def batched_or_not(run: Callable[[bool], None], layer_of: Mapping[str, str], refused: set[str]) -> None:
-    """Run with all outputs at once, or else one by one, or else refuse all rules."""
-    for batched in (True, False):
+def batched_or_not(
+    run: Callable[[bool], None], layer_of: Mapping[str, str], refused: set[str], *, vectorize: bool
+) -> None:
+    """Run with all outputs at once if that may be, or else one by one, or else refuse all rules."""
+    for batched in (True, False)[0 if vectorize else 1 :]:
         try:
             run(batched)
         except torch.OutOfMemoryError:

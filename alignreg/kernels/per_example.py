@@ -80,7 +80,7 @@ def by_example(
         scale = float(torch.linalg.vector_norm(back[name].double()))
         return bool(difference <= tolerance(at.precision) * scale + 10 * torch.finfo(at.precision).eps * whole)
 
-    passes.batched_or_not(run, layer_of, refused)
+    passes.batched_or_not(run, layer_of, refused, vectorize=at.vectorizes)
     for names, parts in list(found.items()):
         complete = sum(len(part) for part in parts) == at.n  # else the rules took only some of the blocks
         if complete and all(agrees(name) for name in names):

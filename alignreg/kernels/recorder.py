@@ -16,6 +16,7 @@ from alignreg.kernels.calls import Call, Lookups
 from alignreg.kernels.gradients import Gradients
 from alignreg.kernels.layout import Layout, candidates, explains
 from alignreg.kernels.rules import COMPOSITES, QUICKER, RULES, SIGNATURES
+from alignreg.primitives import is_checkpointed
 
 
 class Site(NamedTuple):
@@ -58,7 +59,8 @@ class Recorder(TorchFunctionMode):
         if func in COMPOSITES:
             with self:
                 return COMPOSITES[func](*args, **kwargs)
-        result = QUICKER.get(func, func)(*args, **kwargs)
+        quicker = func if func not in QUICKER or is_checkpointed() else QUICKER[func]
+        result = quicker(*args, **kwargs)
         found = {self._names[id(value)] for value in (*args, *kwargs.values()) if id(value) in self._names}
         if not found or not torch.is_grad_enabled():
             return result

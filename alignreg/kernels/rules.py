@@ -9,7 +9,6 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from alignreg import normalization
 from alignreg.kernels.batch_norm import batch_norm
 from alignreg.kernels.calls import Call
 from alignreg.kernels.convolution import convolution
@@ -19,6 +18,7 @@ from alignreg.kernels.instance_norm import instance_norm
 from alignreg.kernels.layer_norm import layer_norm
 from alignreg.kernels.linear import linear
 from alignreg.kernels.rms_norm import rms_norm
+from alignreg.primitives import normalization
 
 RULES: dict[Callable[..., Any], Callable[..., Call | None]] = {
     F.linear: linear,

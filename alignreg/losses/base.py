@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
-from alignreg import checks, sketches
+from alignreg import checks, graph, sketches
 from alignreg.batch import Batch, as_inputs, size, take
 from alignreg.batch_statistics import Statistics
 from alignreg.distributed import find_ddp, rank, require_sync, world_size
@@ -238,7 +238,7 @@ class TangentLoss(nn.Module, ABC):
                 if value is None or not create_graph or not value.requires_grad:
                     return None if value is None else factor * value.detach()
                 leaves = leaves_of(value)
-                gradients = torch.autograd.grad(
+                gradients = graph.gradients(
                     factor * value, leaves, retain_graph=sample.outputs is not None, allow_unused=True
                 )
                 value = factor * value.detach()

@@ -1,0 +1,29 @@
+"""Losses of margins, the backward pass of whose kernel has no derivative."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def multi_margin_loss(
+    input: Tensor,  # noqa: A002 - torch's name
+    target: Tensor,
+    p: int = 1,
+    margin: float = 1.0,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Mean over the other classes of max(0, margin − x_target + x)^p."""
+    if size_average is not None or reduce is not None:
+        return F.multi_margin_loss(input, target, p, margin, weight, size_average, reduce, reduction)
+    x, labels = (input, target) if input.ndim == 2 else (input[None], target.reshape(1))
+    own = labels[:, None]
+    short = (margin - x.gather(1, own) + x).clamp_min(0).pow(p).scatter(1, own, 0.0)
+    short = short if weight is None else short * weight[own]
+    losses = short.sum(1) / x.shape[1]
+    if reduction == "none":
+        return losses if input.ndim == 2 else losses[0]
+    return losses.mean() if reduction == "mean" else losses.sum()

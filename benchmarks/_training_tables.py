@@ -1,0 +1,84 @@
+"""The tables of benchmarks/training.json, for texts with marks."""
+
+import re
+import statistics
+
+LABELS = {0: "clean", 0.4: "40 % redrawn"}
+BELOW = 0.02
+LOSSES = ("complexity penalty", "alignment", "participation ratio", "KARE")
+
+
+def mean(value, decimals=3):
+    return f"{statistics.mean(value):.{decimals}f}" if isinstance(value, list) else str(value)
+
+
+def penalty_table(rows):
+    """Accuracies by how the penalty normalizes, one column a weight."""
+    weights = sorted({row["weight"] for row in rows})
+    lines = []
+    for labels, title in LABELS.items():
+        of_labels = [row for row in rows if row["labels"] == labels]
+        for how in dict.fromkeys(row["normalized_by"] for row in of_labels if row["weight"]):
+            by_weight = {row["weight"]: row for row in of_labels if row.get("normalized_by", how) == how}
+            lines.append([title, how, *(_both(by_weight.get(weight)) for weight in weights)])
+    return _table(["labels", "normalized by", "none", *(f"{weight:g}" for weight in weights[1:])], lines)
+
+
+def examples_table(rows):
+    """What few examples do, with statistics of the batch and without."""
+    decimals = {"value_bias": 2, "value_spread": 2, "gradient_bias": 2, "gradient_spread": 2}
+    decimals |= {"accuracy_clean": 3, "accuracy_noisy": 3}
+    lines = []
+    for row in rows:
+        cells = [mean(row[key], count).removeprefix("0") for key, count in decimals.items()]
+        lines.append([row["normalization"], str(row["examples"]), *cells])
+    return _table(["", "examples", *(key.replace("_", ": ") for key in decimals)], lines)
+
+
+def networks_table(rows):
+    """Accuracies at a tenth of the default weight, at it, and at three times it; bold if far below none."""
+
+    def of(row):
+        return row["network"], row["normalization"], row["labels"]
+
+    lines = []
+    for network in sorted(dict.fromkeys(map(of, rows)), key=lambda key: key[2]):
+        by_loss = {loss: [] for loss in ("none", *LOSSES)}
+        for row in rows:
+            if of(row) == network:
+                by_loss[row["loss"]].append(row)
+        (none,) = by_loss.pop("none")
+        least = statistics.mean(none["accuracy"]) - BELOW
+        cells = [
+            " ".join(_accuracy(row, least) for row in sorted(of_loss, key=lambda row: row["weight"])) or "–"
+            for of_loss in by_loss.values()
+        ]
+        title = ", ".join(network[:2]) + (f"; {LABELS[network[2]]}" if network[2] else "")
+        lines.append([title, _accuracy(none), *cells])
+    return _table(["", "none", *LOSSES], lines)
+
+
+TABLES = {"penalty": penalty_table, "examples": examples_table, "networks": networks_table}
+
+
+def filled(text, found):
+    """Return a text with its tables made anew, between ``<!-- training: PART -->`` and ``<!-- end -->``."""
+
+    def table(match):
+        return f"{match['mark']}\n{TABLES[match['part']](found[match['part']])}{match['end']}"
+
+    return re.sub(r"(?P<mark><!-- training: (?P<part>\w+) -->)\n.*?(?P<end><!-- end -->)", table, text, flags=re.DOTALL)
+
+
+def _accuracy(row, least=0.0):
+    shown = mean(row["accuracy"]).removeprefix("0") + ("†" if row["diverged"] else "")
+    return f"**{shown}**" if statistics.mean(row["accuracy"]) < least else shown
+
+
+def _both(row):
+    return "" if row is None else f"{_accuracy(row)} ({mean(row['by_batch']).removeprefix('0')})"
+
+
+def _table(titles, lines):
+    rows = [titles, ["---"] * len(titles), *lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)

@@ -319,7 +319,7 @@ def test_every_public_callable_has_a_row():
 
 INTERNAL = {
     *("moments.check", "moments.sample", "moments.require_different_targets"),
-    *("plotting.Path", "plotting.Real"),
+    *("plotting.Path", "plotting.Real", "estimators.inner_products"),
 }
 
 

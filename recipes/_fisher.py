@@ -6,6 +6,7 @@ from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from alignreg.distributed import rank
@@ -27,7 +28,9 @@ class FisherPenalty(TangentLoss):
     def _estimate(self, sample: Sample, *, create_graph: bool) -> Tensor | None:
         model: Any = self._features.model
         with torch.enable_grad():
-            logits = model(sample.x)
+            # Normalizations write to copies of their running statistics.
+            buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+            logits = functional_call(model, buffers, (sample.x,))
             seed = ((self.seed * 10**9 + sample.draw) << 16) + rank()
             generator = torch.Generator().manual_seed(seed % 2**63)
             chances = logits.detach().double().softmax(1).cpu()

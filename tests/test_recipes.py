@@ -188,6 +188,7 @@ BAD = {
     "--seed 4294967296": "--seed: expected a number between 0 and 4294967295, got 4294967296",
     "--hidden 100000000000": "--hidden: expected a number between 0 and 1000000000, got 100000000000",
     f"--steps {10**30}": f"--steps: expected a number between 0 and {2**63 - 1}",
+    "--output_dir a\0b": "--output_dir: expected a text without zero bytes, got 'a\\x00b'",
     "--depth 1000000": "--depth: expected a number between 0 and 10000",
     "--sketch_dim 100000000000": "--sketch_dim: expected a number between 3 and 100000",
     "--reg_examples 1": "--reg_examples: expected a number of at least 2",

@@ -295,6 +295,15 @@ def test_what_is_not_whole_or_not_ours_is_refused(stopped, kind, tmp_path, monke
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.usefixtures("recipes_in_this_process")
+def test_random_states_that_accelerate_leaves_out(stopped, tmp_path, monkeypatch):
+    """It says nothing where they cannot be set, and goes on to another log."""
+    shutil.copytree(stopped, tmp_path / "run")
+    monkeypatch.setattr(torch, "set_rng_state", lambda _: (_ for _ in ()).throw(RuntimeError("of another version")))
+    with pytest.raises(SystemExit, match=r"the random states of random_states_0\.pkl are not those of this machine"):
+        recipe("train", monkeypatch, "--resume_from_checkpoint", tmp_path / "run")
+
+
 def test_other_flags_are_refused(stopped, capsys):
     train = load("train")
     with pytest.raises(SystemExit):

@@ -5,7 +5,7 @@ import statistics
 
 LABELS = {0: "clean", 0.4: "40 % redrawn"}
 BELOW = 0.02
-LOSSES = ("complexity penalty", "alignment", "participation ratio", "KARE")
+DEFAULTS = {"complexity penalty": 0.01, "alignment": 0.1, "participation ratio": 0.1, "KARE": 1}
 
 
 def mean(value, decimals=3):
@@ -29,10 +29,20 @@ def examples_table(rows):
     decimals = {"value_bias": 2, "value_spread": 2, "gradient_bias": 2, "gradient_spread": 2}
     decimals |= {"accuracy_clean": 3, "accuracy_noisy": 3}
     lines = []
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row["normalization"], row["network"])):
         cells = [mean(row[key], count).removeprefix("0") for key, count in decimals.items()]
-        lines.append([row["normalization"], str(row["examples"]), *cells])
+        lines.append([f"{row['network']}, {row['normalization']}", str(row["examples"]), *cells])
     return _table(["", "examples", *(key.replace("_", ": ") for key in decimals)], lines)
+
+
+def cost_table(rows):
+    """Evaluations in plain steps: with statistics of the batch, and with running ones."""
+    networks = dict.fromkeys(f"{row['network']}, {row['normalization']}" for row in rows)
+    lines = []
+    for loss in DEFAULTS:
+        of_loss = [row for row in rows if row["loss"] == loss]
+        lines.append([loss, *(f"{mean(row['training'], 0)}x / {mean(row['running'], 0)}x" for row in of_loss)])
+    return _table(["", *networks], lines)
 
 
 def networks_table(rows):
@@ -43,22 +53,19 @@ def networks_table(rows):
 
     lines = []
     for network in sorted(dict.fromkeys(map(of, rows)), key=lambda key: key[2]):
-        by_loss = {loss: [] for loss in ("none", *LOSSES)}
+        by_loss = {loss: [] for loss in ("none", *DEFAULTS)}
         for row in rows:
             if of(row) == network:
                 by_loss[row["loss"]].append(row)
         (none,) = by_loss.pop("none")
         least = statistics.mean(none["accuracy"]) - BELOW
-        cells = [
-            " ".join(_accuracy(row, least) for row in sorted(of_loss, key=lambda row: row["weight"])) or "–"
-            for of_loss in by_loss.values()
-        ]
+        cells = [_by_weight(of_loss, DEFAULTS[loss], least) for loss, of_loss in by_loss.items()]
         title = ", ".join(network[:2]) + (f"; {LABELS[network[2]]}" if network[2] else "")
         lines.append([title, _accuracy(none), *cells])
-    return _table(["", "none", *LOSSES], lines)
+    return _table(["", "none", *DEFAULTS], lines)
 
 
-TABLES = {"penalty": penalty_table, "examples": examples_table, "networks": networks_table}
+TABLES = {"penalty": penalty_table, "examples": examples_table, "cost": cost_table, "networks": networks_table}
 
 
 def filled(text, found):
@@ -68,6 +75,12 @@ def filled(text, found):
         return f"{match['mark']}\n{TABLES[match['part']](found[match['part']])}{match['end']}"
 
     return re.sub(r"(?P<mark><!-- training: (?P<part>\w+) -->)\n.*?(?P<end><!-- end -->)", table, text, flags=re.DOTALL)
+
+
+def _by_weight(rows, default, least):
+    """Return all three accuracies, or only that at the default weight where the others were not run."""
+    found = {row["weight"]: _accuracy(row, least) for row in rows}
+    return " / ".join(found[weight] for weight in sorted(found)) if len(found) == 3 else found.get(default, "–")
 
 
 def _accuracy(row, least=0.0):

@@ -1,6 +1,6 @@
 """What training with the losses does to networks with each kind of normalization.
 
-    python benchmarks/training.py [--parts penalty examples networks] [--seeds 3] [--steps 400] [--into docs/losses.md]
+    python benchmarks/training.py [--parts penalty examples cost networks] [--seeds 3] [--into docs/losses.md]
 
 Digits: 1,000 training images, 797 held out; 400 steps of 64 images, SGD with learning rate 0.05 and momentum 0.9 (the
 Transformer: Adam, 0.003). `labels` says which share of the training labels is redrawn. Losses are as they come, but for
@@ -11,7 +11,8 @@ of the training set, empty where that is 0; `diverged` counts seeds that ended i
 Part `penalty`: the complexity penalty on a CNN with BatchNorm (16 and 32 channels), normalized as in training, by
 running statistics, or by those of the whole batch as constants (detached). Part `examples`: batches of 128, of which
 the penalty takes some; bias and spread of its value and of its gradient, over draws of examples and probes, relative
-to the mean of those of all 128. Part `networks`: each loss at 0.1, 1 and 3 times its default weight.
+to the mean of those of all 128. Part `cost`: CPU seconds of an evaluation and its backward pass, in plain steps, with
+statistics of the batch and with running ones. Part `networks`: each loss at 0.1, 1 and 3 times its default weight.
 
 Rows are written as they come; the same command goes on where it was ended. --report puts tables between the marks of
 the texts named by --into, and trains nothing.
@@ -19,9 +20,11 @@ the texts named by --into, and trains nothing.
 
 import argparse
 import json
+import statistics
+import time
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -50,12 +53,12 @@ ROWS = [
     ("Transformer", "LayerNorm", 0),
     ("MLP", "LayerNorm", 0),
     ("CNN", "GroupNorm", 0),
-    ("ResNet", "GroupNorm", 0),
     ("MLP", "weight norm", 0),
     ("CNN", "none", 0),
+    ("ResNet", "GroupNorm", 0),
     ("CNN", "weight norm", 0),
 ]
-FACTORS = (0.1, 1, 3)
+FACTORS = (1, 3, 0.1)
 CLEAN_WEIGHTS = (0.001, 0.004, 0.01)
 NOISY_WEIGHTS = (0.004, 0.01, 0.02, 0.04, 0.08)
 TRAIN, TEST = digits()
@@ -200,6 +203,23 @@ def off(some, every):
     }
 
 
+def run_cost(seed, _args, *, network, normalization, loss):
+    """Return CPU seconds of an evaluation and its backward pass, in plain steps of 64 images."""
+    torch.manual_seed(seed)
+    model = build(network, normalization)
+    (x, y), kind = (part[:64] for part in TRAIN), LOSSES[loss]
+    regs = {how: kind(model, statistics=how, every_n_steps=1) for how in ("training", "running")}
+    calls = {"plain": lambda: cross_entropy(model(x), y), **{how: partial(reg, x, y) for how, reg in regs.items()}}
+    taken = {how: [] for how in calls}
+    for _ in range(4):
+        for how, call in calls.items():
+            start = time.process_time()
+            call().backward()
+            taken[how].append(time.process_time() - start)
+    plain, *others = (statistics.median(seconds[1:]) for seconds in taken.values())
+    return {how: float(f"{seconds / plain:.3g}") for how, seconds in zip(regs, others, strict=True)}
+
+
 def penalty_rows():
     for labels, weights in ((0, CLEAN_WEIGHTS), (NOISE, NOISY_WEIGHTS)):
         yield {"labels": labels, "weight": 0}
@@ -208,30 +228,38 @@ def penalty_rows():
 
 
 def example_rows():
-    for normalization in ("BatchNorm", "GroupNorm"):
+    for network, normalization in (("MLP", "BatchNorm"), ("CNN", "BatchNorm"), ("CNN", "GroupNorm")):
         for examples in (8, 16, 32, 64, 128):
-            yield {"network": "CNN", "normalization": normalization, "examples": examples}
+            yield {"network": network, "normalization": normalization, "examples": examples}
+
+
+def cost_rows():
+    for network in ("MLP", "CNN", "ResNet"):
+        for loss in LOSSES:
+            yield {"network": network, "normalization": "BatchNorm", "loss": loss}
 
 
 def network_rows():
+    """All networks at the default weights first."""
     late = []
-    for network, normalization, labels in ROWS:
-        row = {"network": network, "normalization": normalization, "labels": labels}
-        yield {**row, "loss": "none", "weight": 0}
-        for loss, kind in LOSSES.items():
-            weights = [round(factor * kind.default_weight, 6) for factor in FACTORS]
-            of_loss = [{**row, "loss": loss, "weight": weight} for weight in weights]
-            if loss == "KARE" and normalization == "BatchNorm":
-                # Its kernel goes by rows of the Jacobian, which is slow: one weight, after all others.
-                late += [] if labels else of_loss[1:2]
-            else:
-                yield from of_loss
+    for factor in FACTORS:
+        for network, normalization, labels in ROWS:
+            row = {"network": network, "normalization": normalization, "labels": labels}
+            if factor == 1:
+                yield {**row, "loss": "none", "weight": 0}
+            for loss, kind in LOSSES.items():
+                of_loss = {**row, "loss": loss, "weight": round(factor * kind.default_weight, 6)}
+                if loss != "KARE" or normalization != "BatchNorm":
+                    yield of_loss
+                elif factor == 1 and not labels:
+                    late.append(of_loss)  # its kernel goes by rows of the Jacobian, which is slow
     yield from late
 
 
 PARTS = {
     "penalty": (penalty_rows, run_penalty, 5),
     "examples": (example_rows, run_examples, 3),
+    "cost": (cost_rows, run_cost, 3),
     "networks": (network_rows, run_network, 3),
 }
 

@@ -11,6 +11,7 @@ from recipe_runs import load
 
 README = Path(__file__).parent.parent / "README.md"
 DOCS = README.parent / "docs"
+BENCHMARKS = README.parent / "benchmarks"
 WRITTEN = ("_build", "api", "learn")  # by the build of the site
 PAGES = [
     page for page in sorted(DOCS.rglob("*.md")) if page.relative_to(DOCS).parts[0] not in (*WRITTEN, "benchmarks.md")
@@ -29,12 +30,16 @@ def run_blocks(page):
     return names
 
 
+def module(path):
+    """A file that is in no package, as a module."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}{path.stem}", path)
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
 def generator(name):
-    """A file of docs/, which is no package, as a module."""
-    spec = importlib.util.spec_from_file_location(f"docs{name}", DOCS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module(DOCS / f"{name}.py")
 
 
 ELSEWHERE = {"adapters.md"}  # needs packages that not all tests have: test_callbacks.py
@@ -102,6 +107,13 @@ def test_links_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
             of_the_site = target in ("learn/index.rst", "api/index.md", "benchmarks.md")
             assert target.startswith("https://") or of_the_site or (document.parent / target).exists(), target
+
+
+def test_tables_of_training_are_those_of_its_json():
+    tables, written = module(BENCHMARKS / "_training_tables.py"), (DOCS / "losses.md").read_text()
+    found = json.loads((BENCHMARKS / "training.json").read_text())
+    assert written.count("<!-- training: ") == written.count("<!-- end -->") == len(tables.TABLES)
+    assert tables.filled(written, found) == written
 
 
 @pytest.mark.parametrize(

@@ -48,16 +48,19 @@ class NonFiniteGradientError(ValueError):
         )
 
 
-def require_finite(gradients: Iterable[Tensor]) -> None:
-    """Raise unless all gradients are finite.
+def finite_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """Return the norm of all gradients together, which must be finite.
 
     Raises:
         NonFiniteGradientError: if one is not.
     """
     given = [gradient.detach() for gradient in gradients]
-    # One number to look at; where that overflows, all of them.
-    if not bool(torch.isfinite(get_total_norm(given))) and not all(bool(torch.isfinite(g).all()) for g in given):
-        raise NonFiniteGradientError
+    norm = get_total_norm(given)
+    if not bool(torch.isfinite(norm)):
+        if not all(bool(torch.isfinite(gradient).all()) for gradient in given):
+            raise NonFiniteGradientError
+        norm = get_total_norm([gradient.double() for gradient in given])  # it was too large for their dtype
+    return norm
 
 
 @final
@@ -285,14 +288,14 @@ class Evaluation:
         create_graph = self.create_graph if create_graph is None else create_graph
         leaves, y = self._graph_of(examples)
         columns = graph.pull(y, leaves, cotangents, create_graph=create_graph)
-        require_finite(columns.values())
+        finite_norm(columns.values())
         return columns
 
     def grams(self, cotangents: Tensor) -> Params:
         """Return ⟨Φᵀω_a, Φᵀω_b⟩ for cotangents ``(m, n, c)``, by parameter name ``(m, m)``."""
         leaves, y = self._graph_of(slice(None))
         products = graph.grams(y, leaves, cotangents, create_graph=self.create_graph)
-        require_finite(products.values())
+        finite_norm(products.values())
         return products
 
     def graph_leaves(self) -> list[Tensor]:

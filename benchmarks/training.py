@@ -11,8 +11,9 @@ of the training set, empty where that is 0; `diverged` counts seeds that ended i
 Part `penalty`: the complexity penalty on a CNN with BatchNorm (16 and 32 channels), normalized as in training, by
 running statistics, or by those of the whole batch as constants (detached). Part `examples`: batches of 128, of which
 the penalty takes some; bias and spread of its value and of its gradient, over draws of examples and probes, relative
-to the mean of those of all 128. Part `cost`: CPU seconds of an evaluation and its backward pass, in plain steps, with
-statistics of the batch and with running ones. Part `networks`: each loss at 0.1, 1 and 3 times its default weight.
+to the mean of those of all 128. In both no gradient is clipped. Part `cost`: CPU seconds of an evaluation and its
+backward pass, in plain steps, with statistics of the batch and with running ones. Part `networks`: each loss at 0.1, 1
+and 3 times its default weight.
 
 Rows are written as they come; the same command goes on where it was ended. --report puts tables between the marks of
 the texts named by --into, and trains nothing.
@@ -133,7 +134,7 @@ def run_penalty(seed, args, *, labels, weight, normalized_by="batch"):
     torch.manual_seed(seed)
     model = cnn("BatchNorm", (16, 32))
     how = "training" if normalized_by == "batch" else "running"
-    reg = ComplexityPenalty(model, weight=weight, seed=seed, statistics=how) if weight else None
+    reg = ComplexityPenalty(model, weight=weight, seed=seed, statistics=how, clip=None) if weight else None
     detached = {"around": lambda x: statistics_of(model, x)} if normalized_by == "batch, detached" else {}
     return outcome(model, diverged=train(model, labels, seed, args.steps, reg=reg, **detached))
 
@@ -152,7 +153,7 @@ def run_examples(seed, args, *, network, normalization, examples):
     for name, labels, weight in (("clean", 0, 0.01), ("noisy", NOISE, 0.04)):
         torch.manual_seed(seed)
         model = build(network, normalization)
-        reg = ComplexityPenalty(model, weight=weight, examples=examples, seed=seed)
+        reg = ComplexityPenalty(model, weight=weight, examples=examples, seed=seed, clip=None)
         diverged = train(model, labels, seed, args.steps, batch=128, reg=reg)
         found[f"accuracy_{name}"] = outcome(model, diverged=diverged)["accuracy"]
     model, every = reference(seed, network, normalization, args.steps, args.draws)

@@ -15,21 +15,22 @@ class Method(NamedTuple):
     weights: tuple[float, ...]
 
 
-STRIDE = "--reg_every 3"  # the losses' own default
-ALIGNMENT = f"{STRIDE} --regularizer alignment --weight {{}}"
-COMPLEXITY = f"{STRIDE} --regularizer complexity --weight {{}}"
+# The losses' own stride; unclipped, so that weights which are too large show what they do.
+PLAIN = "--reg_every 3 --reg_clip 0"
+ALIGNMENT = f"{PLAIN} --regularizer alignment --weight {{}}"
+COMPLEXITY = f"{PLAIN} --regularizer complexity --weight {{}}"
 LARGE, SMALL = (0.03, 0.1, 0.2, 0.4, 0.8), (0.004, 0.008, 0.016, 0.032, 0.064)
 METHODS = {
     NONE: Method("", ()),
     DECAY: Method("--weight_decay {}", (0.001, 0.003, 0.01, 0.02, 0.04)),
     SMOOTHING: Method("--label_smoothing {}", (0.2, 0.4, 0.6, 0.8, 0.9)),
-    "fisher": Method(f"{STRIDE} --regularizer fisher --weight {{}}", (0.001, 0.002, 0.004, 0.008, 0.016)),
+    "fisher": Method(f"{PLAIN} --regularizer fisher --weight {{}}", (0.001, 0.002, 0.004, 0.008, 0.016)),
     "alignment": Method(ALIGNMENT, LARGE),
     "complexity": Method(COMPLEXITY, SMALL),
     "participation_ratio": Method(
-        f"{STRIDE} --regularizer participation_ratio --weight {{}}", (0.01, 0.03, 0.1, 0.3, 1)
+        f"{PLAIN} --regularizer participation_ratio --weight {{}}", (0.01, 0.03, 0.1, 0.3, 1)
     ),
-    "kare": Method(f"{STRIDE} --reg_examples 16 --regularizer kare --weight {{}}", (1, 3, 10, 30, 100)),
+    "kare": Method(f"{PLAIN} --reg_examples 16 --regularizer kare --weight {{}}", (1, 3, 10, 30, 100)),
 }
 VARIANTS = {
     "alignment:every_step": Method(f"{ALIGNMENT} --reg_every 1", LARGE),

@@ -71,6 +71,7 @@ class Config(_flags.Common):
     reg_from: float = flag(0.0, "share of training before the regularizer sets in", least=0, most=1)
     reg_until: float = flag(1.0, "share of training after which it is left out", least=0, most=1)
     reg_probes: int = flag(0, "its random probes; 0 for its own number", least=0, most=10**5)
+    reg_clip: float = flag(0.25, "how many times as long as the weights its gradient may be; 0 for no limit", least=0)
     reg_layers: str = flag("all", "whose tangent features count", choices=tuple(LAYERS))
     reg_centered: bool = flag(True, "centre the kernel")
     reg_per_layer: bool = flag(False, "the mean over layers of each one's own")
@@ -137,6 +138,7 @@ class Train(_loop.Recipe[Config]):
             seed=config.seed,
             centered=config.reg_centered,
             per_layer=config.reg_per_layer,
+            clip=config.reg_clip or None,
             params=counted,
             **options,
         ).to(setup.accelerator.device)

@@ -19,7 +19,7 @@ LOSSES = {
 
 def make(kind, model, **options):
     """A loss of the whole batch at every step, unless told otherwise; probes where it has any."""
-    options = {"examples": None, "every_n_steps": 1, **options}
+    options = {"examples": None, "every_n_steps": 1, "clip": None, **options}
     if kind == "kare":
         options.pop("probes", None)
     return LOSSES[kind](model, **options)

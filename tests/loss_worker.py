@@ -260,6 +260,22 @@ def not_finite(rank):
     return found
 
 
+def clipped(rank):
+    """How far the mean over ranks of clipped gradients is from the direction of the whole gradient, and its length."""
+    found = {}
+    x, y, cuts = whole_batch("uneven", torch.float64)
+    for kind in LOSSES:
+        means = []
+        for clip in (None, 1.0):
+            model = replica()
+            make(kind, model, weight=1e4, sync=True, clip=clip)(x[cuts[rank]], y[cuts[rank]]).backward()
+            grads = gathered(gradient(model))
+            means.append((grads[0] + grads[1]) / 2)
+        ratio = float(means[1].norm() / means[0].norm())
+        found[kind] = [float((means[1] - ratio * means[0]).norm() / means[1].norm()), ratio]
+    return found
+
+
 def counted(call):
     """How many numbers the reductions and gathers of a call took."""
     sent, originals = [0], {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
@@ -372,7 +388,7 @@ def main(rank, store, out):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     warnings.filterwarnings("ignore", message="the model is not wrapped in DistributedDataParallel")
     found = {"matrix": matrix(rank), "synced": synced(rank)}
-    found |= {"normalized": normalized_over_ranks(rank), "not finite": not_finite(rank)}
+    found |= {"normalized": normalized_over_ranks(rank), "not finite": not_finite(rank), "clipped": clipped(rank)}
     warnings.resetwarnings()
     found |= {**sharded(rank), **losses(rank), **wrappers(rank), **opaque_output(rank)}
     Path(f"{out}.{rank}").write_text(json.dumps(found))

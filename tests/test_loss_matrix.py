@@ -73,6 +73,14 @@ def test_ranks_agree_on_what_is_not_finite(two_ranks, kind):
     assert one[f"{kind}/skip"][2] != 0
 
 
+@pytest.mark.parametrize("kind", LOSSES)
+def test_ranks_clip_alike(two_ranks, kind):
+    for found in two_ranks:
+        angle, ratio = found["clipped"][kind]
+        assert angle < 1e-9
+        assert ratio < 0.5
+
+
 def test_synced_and_accumulated(two_ranks):
     x, y, _ = whole_batch("even", torch.float64)
     model = replica()

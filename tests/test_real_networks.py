@@ -640,6 +640,26 @@ def test_a_compiled_step_has_the_right_numbers():
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", LOSSES)
+def test_gradients_longer_than_the_weights_are_scaled_down(kind):
+    model = mlp()
+    whole = gradients(model, make(kind, model, weight=1e4)(X, Y))
+    length = float(sum(g.square().sum() for g in whole)) ** 0.5
+    reg = make(kind, model, weight=1e4, clip=0.5)
+    with pytest.warns(UserWarning, match="times as long as the weights, and is cut to 0.5 times"):
+        value = reg(X, Y)
+    used = [p for p, g in zip(model.parameters(), whole, strict=True) if g.any()]
+    size = float(sum(p.detach().square().sum() for p in used)) ** 0.5
+    assert length > size
+    torch.testing.assert_close(gradients(model, value), tuple(0.5 * size / length * g for g in whole))
+    assert float(value.detach()) == float(make(kind, model, weight=1e4)(X, Y).detach())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reg(X, Y)  # said once
+        small = make(kind, model, weight=1e-4, clip=1.0)(X, Y)
+    torch.testing.assert_close(gradients(model, small), gradients(model, make(kind, model, weight=1e-4)(X, Y)))
+
+
 # --- few examples at a time -------------------------------------------------------------------------------------------
 
 

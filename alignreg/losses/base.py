@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
+from torch.nn.utils import get_total_norm
 
 from alignreg import checks, graph, sketches
 from alignreg.batch import Batch, as_inputs, size, take
 from alignreg.batch_statistics import Statistics
 from alignreg.distributed import find_ddp, rank, require_sync, world_size
-from alignreg.evaluation import ForwardFn, NonFiniteGradientError, NonFiniteOutputError, require_finite
+from alignreg.evaluation import ForwardFn, NonFiniteGradientError, NonFiniteOutputError, finite_norm
 from alignreg.graph import leaves_of, twice_differentiable
 from alignreg.sharding import is_sharded, ranks_of
 from alignreg.switches import eager
@@ -82,6 +83,9 @@ class TangentLoss(nn.Module, ABC):
             network with ``BatchNorm`` may be ruined (docs/losses.md).
         on_nonfinite: what to do where outputs or gradients contain NaN or inf: ``"raise"``, or ``"skip"`` the step
             with one warning, as a zero. Either way the step counts.
+        clip: how many times as long as the weights the gradient of the loss may be, with its weight; a longer one is
+            scaled down, with one warning. In healthy training it is mostly below 0.1; in a deep network with
+            ``BatchNorm`` it may start at hundreds. ``None`` never clips.
         params: glob pattern or patterns of parameter names whose tangent features count; all trainable ones by
             default. Gradients flow to whatever these features depend on.
         forward_fn: ``(model, x) -> (n, c)`` for models with another output.
@@ -106,6 +110,7 @@ class TangentLoss(nn.Module, ABC):
         sync: bool = False,
         statistics: Statistics = "training",
         on_nonfinite: Literal["raise", "skip"] = "raise",
+        clip: float | None = 0.25,
         params: str | Sequence[str] | None = None,
         forward_fn: ForwardFn | None = None,
     ) -> None:
@@ -119,6 +124,7 @@ class TangentLoss(nn.Module, ABC):
         self.centered = checks.flag("centered", centered)
         self.per_layer = checks.flag("per_layer", per_layer)
         self.sync = checks.flag("sync", sync)
+        self.clip = None if clip is None else checks.positive("clip", clip)
         self.on_nonfinite = checks.choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         self._features = TangentFeatures(model, params=params, forward_fn=forward_fn, statistics=statistics)
         self._features.over_ranks = sync
@@ -242,16 +248,37 @@ class TangentLoss(nn.Module, ABC):
                     factor * value, leaves, retain_graph=sample.outputs is not None, allow_unused=True
                 )
                 value = factor * value.detach()
-                require_finite([value, *(g for g in gradients if g is not None)])
+                own = {id(alias): parameter for parameter, alias in aliases}
+                known = [
+                    (own.get(id(leaf), leaf), g) for leaf, g in zip(leaves, gradients, strict=True) if g is not None
+                ]
+                finite_norm([value])
+                share = self._share([p for p, _ in known], finite_norm([g for _, g in known]))
         except (NonFiniteOutputError, NonFiniteGradientError) as error:
             if self.on_nonfinite == "raise":
                 raise
             self._warn(f"A step of {type(self).__name__} is left out: {error}")
             return None
-        own = {id(alias): parameter for parameter, alias in aliases}
-        known = [(own.get(id(leaf), leaf), g) for leaf, g in zip(leaves, gradients, strict=True) if g is not None]
-        loss: Tensor = _Known.apply(value, [g for _, g in known], *(p for p, _ in known))  # type: ignore[no-untyped-call]
+        handed = [g if share == 1 else share * g for _, g in known]
+        loss: Tensor = _Known.apply(value, handed, *(p for p, _ in known))  # type: ignore[no-untyped-call]
         return loss
+
+    def _share(self, parameters: Sequence[Tensor], length: Tensor) -> float:
+        """Return the part of a gradient that is handed over, given its length: all of it unless it is clipped."""
+        if self.clip is None:
+            return 1.0
+        size = get_total_norm([p.detach() for p in parameters])
+        share = torch.where(length > self.clip * size, self.clip * size / length, 1.0).float()
+        if self.sync and world_size() > 1:  # of one gradient, each rank has a part
+            dist.all_reduce(share, dist.ReduceOp.MIN, group=self._group)
+        if float(share) < 1:
+            self._warn(
+                f"the gradient of this loss was {float(1 / share) * self.clip:.3g} times as long as the weights, and "
+                f"is cut to {self.clip:.3g} times: a step along it would have thrown them far off. Begin with a "
+                "smaller weight, as weight=lambda step: 0.01 * min(1, step / 100) does.",
+                about="clip",
+            )
+        return float(share)
 
     @property
     def _group(self) -> dist.ProcessGroup | None:
@@ -331,9 +358,10 @@ class TangentLoss(nn.Module, ABC):
         dtype = torch.promote_types(like.dtype, torch.float32)
         return torch.zeros((), dtype=dtype, device=like.device, requires_grad=torch.is_grad_enabled())
 
-    def _warn(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
+    def _warn(self, message: str, about: str = "") -> None:
+        """Warn once of a message, or of what it is about."""
+        if (about or message) not in self._warned:
+            self._warned.add(about or message)
             warnings.warn(message, UserWarning, stacklevel=3)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -47,6 +47,7 @@ class KARELoss(TangentLoss):
         statistics: with which statistics modules in training mode normalize: ``"training"``, those of the loss's
             examples, or ``"running"``.
         on_nonfinite: ``"raise"``, or ``"skip"`` the step with one warning.
+        clip: how many times as long as the weights the gradient may be; a longer one is scaled down.
         params: glob pattern or patterns of parameter names.
         forward_fn: ``(model, x) -> (n, c)`` for models with another output.
 
@@ -82,6 +83,7 @@ class KARELoss(TangentLoss):
         sync: bool = False,
         statistics: Statistics = "training",
         on_nonfinite: Literal["raise", "skip"] = "raise",
+        clip: float | None = 0.25,
         params: str | Sequence[str] | None = None,
         forward_fn: ForwardFn | None = None,
     ) -> None:
@@ -97,6 +99,7 @@ class KARELoss(TangentLoss):
             sync=sync,
             statistics=statistics,
             on_nonfinite=on_nonfinite,
+            clip=clip,
             params=params,
             forward_fn=forward_fn,
         )

@@ -34,6 +34,7 @@ class ParticipationRatioLoss(ProbeLoss):
         every_n_steps: apply at every n-th optimiser step, with n times the weight.
         gradient_accumulation_steps: how many calls make an optimiser step.
         probes: m ≥ 4; 8 by default.
+        micro_batch_size: how many examples go through the model at once; all by default.
         seed: of probes and examples.
         centered: centre the kernel over the examples.
         per_layer: take the mean of the losses of the layers' own kernels, without those
@@ -42,6 +43,7 @@ class ParticipationRatioLoss(ProbeLoss):
         statistics: with which statistics modules in training mode normalize: ``"training"``, those of the loss's
             examples, or ``"running"``.
         on_nonfinite: ``"raise"``, or ``"skip"`` the step with one warning.
+        clip: how many times as long as the weights the gradient may be; a longer one is scaled down.
         params: glob pattern or patterns of parameter names.
         forward_fn: ``(model, x) -> (n, c)`` for models with another output.
 

@@ -13,7 +13,7 @@ from alignreg import checks, estimators, sketches
 from alignreg.batch import Batch, flat, size, slice_examples
 from alignreg.batch_statistics import Statistics
 from alignreg.distributed import rank, sizes_of_ranks, sum_over_ranks
-from alignreg.evaluation import ForwardFn, NonFiniteGradientError, NonFiniteOutputError, require_finite
+from alignreg.evaluation import ForwardFn, NonFiniteGradientError, NonFiniteOutputError, finite_norm
 from alignreg.losses import micro_batches
 from alignreg.losses.base import Sample, TangentLoss, Weight
 from alignreg.targets import encode
@@ -73,6 +73,7 @@ class ProbeLoss(TangentLoss, ABC):
         sync: bool = False,
         statistics: Statistics = "training",
         on_nonfinite: Literal["raise", "skip"] = "raise",
+        clip: float | None = 0.25,
         params: str | Sequence[str] | None = None,
         forward_fn: ForwardFn | None = None,
     ) -> None:
@@ -88,6 +89,7 @@ class ProbeLoss(TangentLoss, ABC):
             sync=sync,
             statistics=statistics,
             on_nonfinite=on_nonfinite,
+            clip=clip,
             params=params,
             forward_fn=forward_fn,
         )
@@ -172,7 +174,7 @@ class ProbeLoss(TangentLoss, ABC):
             columns = {name: cotangents.new_full((len(cotangents), *p.shape), torch.nan) for name, p in own}
         joined = self._sum(torch.cat([flat(value) for value in columns.values()], dim=1))
         parts = torch.split(joined, [value[0].numel() for value in columns.values()], dim=1)
-        require_finite([joined])
+        finite_norm([joined])
         return {name: estimators.inner_products(part) for name, part in zip(columns, parts, strict=True)}
 
     def _examples_at_once(self, x: Batch) -> int:

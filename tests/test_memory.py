@@ -42,8 +42,54 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+CHECKPOINTED = """
+import resource, sys, torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from alignreg.losses import ComplexityPenalty
+torch.manual_seed(0)
+
+class Block(nn.Module):
+    gradient_checkpointing = True  # as transformers marks it, in training mode alone
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(128, 4, 512, batch_first=True)
+    def forward(self, x):
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(self.layer, x, use_reentrant=False)
+        return self.layer(x)
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(100, 128), nn.Linear(128, 3)
+        self.blocks = nn.Sequential(*[Block() for _ in range(8)])
+    def forward(self, x):
+        return self.head(self.blocks(self.embed(x)).mean(1))
+
+net, x, y = Encoder(), torch.randint(100, (16, 128)), torch.arange(16) % 3
+for p in net.parameters():
+    p.grad = torch.zeros_like(p)
+jobs = {
+    "step": lambda: cross_entropy(net(x), y),
+    "penalty": lambda: ComplexityPenalty(net)(x),
+}
+cross_entropy(net(x[:1]), y[:1]).backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+jobs[sys.argv[1]]().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
 def peak_kib(code, n):
     return int(subprocess.run([sys.executable, "-c", code, str(n)], capture_output=True, check=True).stdout)
+
+
+def test_the_penalty_of_a_checkpointed_model_takes_no_more_than_two_steps():
+    step, penalty = (peak_kib(CHECKPOINTED, job) / 1024 for job in ("step", "penalty"))
+    print(f"memory above the process: checkpointed step {step:.0f} MiB, penalty {penalty:.0f} MiB")
+    assert penalty <= 2 * step
 
 
 def test_streaming_memory_does_not_grow():

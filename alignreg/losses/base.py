@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, ClassVar, Literal, NamedTuple, final
 
 import torch
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils import get_total_norm
 
 from alignreg import checks, graph, sketches
-from alignreg.batch import Batch, as_inputs, size, take
+from alignreg.batch import Batch, as_inputs, size, slice_examples, take
 from alignreg.batch_statistics import Statistics
 from alignreg.distributed import find_ddp, rank, require_sync, world_size
 from alignreg.evaluation import ForwardFn, NonFiniteGradientError, NonFiniteOutputError, finite_norm
@@ -285,7 +285,10 @@ class TangentLoss(nn.Module, ABC):
         return None if self._ddp.module is None else self._ddp.module.process_group
 
     def _width(self, x: Batch) -> int:
-        """Return c; the model is run once to find out."""
+        """Return c; the model is run once to find out, on two examples if it takes so few."""
+        if self._num_outputs is None:
+            with suppress(Exception):
+                self._num_outputs = self._features.outputs(slice_examples(x, 0, 2)).shape[1]
         if self._num_outputs is None:
             try:
                 self._num_outputs = self._features.outputs(x).shape[1]

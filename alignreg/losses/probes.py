@@ -188,7 +188,7 @@ class ProbeLoss(TangentLoss, ABC):
             )
         step = max(1, n // 8) if self.micro_batch_size is None else self.micro_batch_size
         if step < n and not self._independent:
-            self._features.require_independent_examples(slice_examples(x, 0, 4))
+            self._features.require_independent_examples(slice_examples(x, 0, 2))
             self._independent = True
         return step
 

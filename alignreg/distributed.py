@@ -203,6 +203,12 @@ def _note_outputs(module: nn.Module, _: Any, output: Any) -> None:
         _last_backward[module] = _UNKNOWN  # an object that cannot be looked into: nothing to hold against it
 
 
+def hooks_on_outputs(outputs: Tensor) -> bool:
+    """Say whether a tensor has hooks on its gradient, besides those of :func:`find_ddp`."""
+    hooks = outputs._backward_hooks or {}  # noqa: SLF001 - they have no public list
+    return any(getattr(hook, "__module__", None) != __name__ for hook in hooks.values())
+
+
 def _chain(model: nn.Module) -> Iterator[nn.Module]:
     while True:
         yield model

@@ -123,7 +123,8 @@ class Evaluation:
         leaves = self.leaves()
         saved = Saved(besides=(*self.params.values(), *self._others.values()))
         copied = map_tensors(torch.clone, self.x)
-        versions = [part._version for part in tensors(copied)]  # noqa: SLF001 - of changes in place
+        parts = tensors(copied)
+        versions = [part._version for part in parts]  # noqa: SLF001 - of changes in place
         try:
             with saved.recording():
                 y, self._draws = draws(self.function, leaves, copied, devices=self._devices)
@@ -132,7 +133,7 @@ class Evaluation:
                 raise
             # The model calls torch.func, which cannot be recorded.
             y, self._draws = draws(self.function, leaves, copied, devices=self._devices)
-        self._writes_inputs = versions != [part._version for part in tensors(copied)]  # noqa: SLF001
+        self._writes_inputs = versions != [part._version for part in parts]  # noqa: SLF001
         self._leaves_traces = inside.settle()
         self.y = y.detach()
         self._graph = (leaves, y) if keep_graph else None
@@ -155,7 +156,8 @@ class Evaluation:
         Raises:
             ValueError: if there is no other, or the outputs depend on one past the place that it has.
         """
-        used, elsewhere = graph.sources(y, leaves)
+        others = {name: p for name, p in self._others.items() if p.requires_grad}
+        used, elsewhere = graph.sources(y, {**leaves, **others})
         held = sorted({names[id(leaf)] for leaf in elsewhere if id(leaf) in names})
         if held:
             raise ValueError(
@@ -163,7 +165,7 @@ class Evaluation:
                 "cached weight, which has no derivative here. Clear the cache, or let the model compute it in each "
                 "forward pass."
             )
-        if not used:
+        if not used & leaves.keys():
             raise ValueError(
                 f"the model's output does not depend on the selected parameters {list(leaves)}: nothing to "
                 "differentiate. Does forward_fn detach, or run under no_grad?"
@@ -188,8 +190,7 @@ class Evaluation:
         # Buffers go in as copies: what a module writes to them in its forward pass is dropped with the copy.
         buffers = {name: buffer.detach().clone() for name, buffer in self._bound.model.named_buffers()}
         state = {f"model.{name}": value for name, value in {**self._others, **buffers, **params}.items()}
-        if self._writes_inputs:
-            x = map_tensors(torch.clone, x)
+        x = map_tensors(torch.clone if self._writes_inputs else _same, x)  # a dict of its own, to take keys out of
         y = (
             repeatably(functional_call, self._bound, state, (x,), devices=self._devices)
             if self._draws
@@ -221,7 +222,8 @@ class Evaluation:
 
         numbers = sum(p.numel() for p in params.values())
         per_row = numbers * self.gram_dtype.itemsize + 2 * self._activation_bytes // self.n
-        return reduce_jacobian(
+        compute = partial(
+            reduce_jacobian,
             function,
             params,
             self.x,
@@ -235,6 +237,13 @@ class Evaluation:
             create_graph=self.create_graph,
             precision=self.precision,
         )
+        try:
+            return compute()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            self._require_repeatable()
+            raise
 
     def require_independent_examples(self) -> None:
         """Check that the outputs of an example do not depend on the others of its batch, unless they are to.
@@ -246,21 +255,39 @@ class Evaluation:
             return
         few = representatives(self.n)[: max(1, self.n - 1)]  # not all: what is the same for every order must change
         orders = (
-            torch.arange(self.n),
-            torch.tensor(few).repeat(self.n)[: self.n],
-            torch.arange(self.n).flip(0),
+            torch.arange(self.n, device="cpu"),
+            torch.tensor(few, device="cpu").repeat(self.n)[: self.n],
+            torch.arange(self.n, device="cpu").flip(0),
         )
         with torch.no_grad():
             noise, *changes = (
                 (self.function(self.params, take(self.x, order)) - self.y[order.to(self.y.device)]).abs().double()
                 for order in orders
             )
-        allowed = 2 * noise.amax(0) + rounding(self.y, self.y, tolerance(self.precision), self.precision).amax(0)
+        honest = rounding(self.y, self.y, tolerance(self.precision), self.precision).amax(0)
+        if not bool((noise <= honest).all()):
+            self._require_repeatable()
+        allowed = 2 * noise.amax(0) + honest
         if not all(bool((change <= allowed).all()) for change in changes):
             raise ValueError(
                 "the model's outputs for an example depend on the other examples of its batch, so there is no kernel "
                 "between examples. Where it normalizes over the batch, use running statistics "
                 "(track_running_stats=True), or normalize each example by itself, as GroupNorm does."
+            )
+
+    def _require_repeatable(self) -> None:
+        """Check that the outputs are the same when the model is run again: asked where derivatives disagree.
+
+        Raises:
+            ValueError: if they are others.
+        """
+        with torch.no_grad():
+            again = self.function(self.params, self.x)
+        if not self.reproduces(again, torch.arange(self.n, device="cpu"), self.y):
+            raise ValueError(
+                "the model: expected the same outputs whenever it is run on the same inputs, got others. Let it draw "
+                "what is random from torch's global state or a torch.Generator that is an attribute of its modules, "
+                "which are put back after each pass, and keep no state past a forward pass."
             )
 
     def reproduces(self, outputs: Tensor, rows: Tensor, spread: Tensor) -> bool:
@@ -331,6 +358,7 @@ class Evaluation:
                 raise
             except Exception as error:  # noqa: BLE001 - the plain forward pass ran, so this is the route's own failure
                 failures.append(error)
+        self._require_repeatable()
         where = failing_module(failures[0], self._bound.model)
         *forward, twice = (str(error).partition("\n")[0].removesuffix(".") for error in failures)
         raise RuntimeError(
@@ -351,8 +379,8 @@ class Evaluation:
         create_graph: bool,
     ) -> Tensor:
         parts: list[Tensor] = []
-        difference = torch.zeros((), dtype=torch.float64)
-        norm = torch.zeros((), dtype=torch.float64)
+        difference = torch.zeros((), dtype=torch.float64, device="cpu")
+        norm = torch.zeros((), dtype=torch.float64, device="cpu")
         for start, stop in blocks:
             block = {name: directions.block(name, p, start, stop) for name, p in self.params.items()}
             part = route(block, create_graph)
@@ -431,7 +459,7 @@ class Evaluation:
 def representatives(n: int, seed: int = 0) -> list[int]:
     """Return the indices of the last example, of a random one and of the first."""
     generator = torch.Generator().manual_seed(n + (seed << 32))
-    return list(dict.fromkeys((n - 1, int(torch.randint(n, (), generator=generator)), 0)))
+    return list(dict.fromkeys((n - 1, int(torch.randint(n, (), generator=generator, device="cpu")), 0)))
 
 
 def rounding(y: Tensor, spread: Tensor, relative: float, precision: torch.dtype) -> Tensor:
@@ -451,6 +479,10 @@ def rounding(y: Tensor, spread: Tensor, relative: float, precision: torch.dtype)
     # Of one example the size says as much as there is to know.
     scale = spread.std(0) if len(spread) > 1 else typical
     return relative * scale + 4 * torch.finfo(precision).eps * (y.abs() + typical.median())
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _renormed(model: nn.Module) -> set[str]:

@@ -6,18 +6,19 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from copy import copy
 from operator import is_
 from typing import Any, TypeVar, final
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignreg import batch_statistics
 from alignreg.batch_statistics import Statistics
 from alignreg.sharding import gathered
-from alignreg.switches import DIFFERENTIABLE, RECURRENT
+from alignreg.switches import DIFFERENTIABLE, RECURRENT, global_hooks_on_gradients
 
 T = TypeVar("T")
 
@@ -35,22 +36,38 @@ class Frozen:
     def __init__(self, model: nn.Module, statistics: Statistics, *, over_ranks: bool) -> None:
         self._modules = list(model.named_modules())
         self._outside = [_Attributes(module) for _, module in self._modules]
+        self._scripted = {
+            module: module.training for _, module in self._modules if isinstance(module, torch.jit.ScriptModule)
+        }
+        self._stand_ins: dict[int, _StandIn] = {}
         for _, module in self._modules:
             attributes = module.__dict__
+            # Buffers too: a checkpointed module runs again in a backward pass, which is no pass of ours.
+            for holder in (attributes, attributes.get("_buffers")):
+                for name, value in holder.items() if isinstance(holder, dict) else ():  # not those of scripted modules
+                    if _may_change(value):
+                        self._stand_ins.setdefault(id(value), _StandIn(value)).places.append((holder, name))
             # Hooks on gradients are the user's, for the gradients of training: they would change the features.
-            for place in ("_backward_hooks", "_backward_pre_hooks"):
+            for place in _HOOKS_ON_GRADIENTS:
                 if attributes.get(place):
                     attributes[place] = OrderedDict()
             if "_original_forward" in attributes and "forward" in attributes:  # patched by Accelerate
                 attributes["forward"] = attributes["_original_forward"]
             keeps = statistics == "training" and batch_statistics.keeps_running_statistics(module)
-            attributes["training"] = module.training and keeps
+            training = module.training and keeps
+            if module in self._scripted:
+                module.training = training  # no attribute of Python's
+            else:
+                attributes["training"] = training
             if own := batch_statistics.differentiable_forward(module, over_ranks=over_ranks):
                 attributes["forward"] = own
         self.couples_examples = statistics == "training" and any(
             batch_statistics.couples_examples(module) for _, module in self._modules
         )
-        self._inside = [attributes.now() for attributes in self._outside]
+        self._modes = [module.training for _, module in self._modules]
+        for stand_in in self._stand_ins.values():
+            stand_in.renew()
+        self._inside = [_Attributes(module) for _, module in self._modules]
 
     def settle(self) -> bool:
         """Put back what a forward pass left on its modules, and say whether there was something.
@@ -59,23 +76,69 @@ class Frozen:
             RuntimeError: if it switched their modes.
         """
         changed = False
-        for (path, module), attributes in zip(self._modules, self._inside, strict=True):
-            if module.training != attributes.values["training"]:
+        for (path, module), mode, attributes in zip(self._modules, self._modes, self._inside, strict=True):
+            if module.training != mode:
                 raise RuntimeError(
                     f"the forward pass switches {path or 'the model'!r} ({type(module).__name__}) to "
                     f"{'training' if module.training else 'evaluation'} mode, so that what is differentiated is not "
                     "the model as it predicts. Set modes outside of forward()."
                 )
             changed |= attributes.restore()
-        return changed
+        written = [stand_in for stand_in in self._stand_ins.values() if stand_in.is_written()]
+        if written:
+            for stand_in in written:
+                stand_in.renew()
+            self._inside = [_Attributes(module) for _, module in self._modules]
+        return changed or bool(written)
 
     def leave(self) -> None:
         """Put everything back."""
         for attributes in self._outside:
             attributes.restore()
+        for module, mode in self._scripted.items():
+            module.training = mode
 
 
-_HOOKS = frozenset(name for name in nn.Module().__dict__ if "hook" in name)
+_HOOKS_ON_GRADIENTS = ("_backward_hooks", "_backward_pre_hooks")
+
+
+def hooks_on_gradients(model: nn.Module) -> bool:
+    """Say whether users' hooks on the gradients of parameters or modules act on passes outside of :func:`frozen`."""
+    own = any(module.__dict__.get(place) for module in model.modules() for place in _HOOKS_ON_GRADIENTS)
+    return own or global_hooks_on_gradients() or any(p._backward_hooks for p in model.parameters())  # noqa: SLF001 - they have no public list
+
+
+def _may_change(value: Any) -> bool:
+    """Say whether a forward pass may change this in place, besides lists, dicts and sets."""
+    if isinstance(value, Tensor):
+        # Parameters are what others may hold too; those with a graph, and what has no values, cannot be changed so.
+        return not (value.requires_grad or isinstance(value, nn.Parameter) or is_lazy(value))
+    return isinstance(value, torch.Generator)
+
+
+@final
+class _StandIn:
+    """A copy in the place of a tensor or a random generator that modules hold."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+        self.places: list[tuple[dict[str, Any], str]] = []
+
+    def renew(self) -> None:
+        """Put a fresh copy in place."""
+        self._copy = self._value.detach().clone() if isinstance(self._value, Tensor) else self._value.clone_state()
+        for holder, name in self.places:
+            holder[name] = self._copy
+        self._version = self._now()
+
+    def is_written(self) -> bool:
+        """Say whether the copy has changed."""
+        return bool(self._now() != self._version)
+
+    def _now(self) -> Any:
+        if isinstance(self._copy, Tensor):
+            return self._copy._version  # noqa: SLF001 - of changes in place
+        return self._copy.get_state().tolist()
 
 
 @final
@@ -85,17 +148,7 @@ class _Attributes:
     def __init__(self, module: nn.Module) -> None:
         self._live = module.__dict__
         self.values = dict(self._live)
-        self._contents = [
-            (held, held.copy())
-            for name, held in self.values.items()
-            if isinstance(held, list | dict | set) and name not in _HOOKS
-        ]
-
-    def now(self) -> _Attributes:
-        """Return them as they are now, while lists, dicts and sets hold what they held."""
-        other = copy(self)
-        other.values = dict(self._live)
-        return other
+        self._contents = [(held, held.copy()) for held in self.values.values() if isinstance(held, list | dict | set)]
 
     def restore(self) -> bool:
         """Put them back, and say whether one had changed."""
@@ -121,6 +174,10 @@ def _same(one: Any, other: Any) -> bool:
     return bool(one == other) if isinstance(one, set) else all(map(is_, one, other))
 
 
+# Of two threads that measure one model at a time, each would take what the other made of it for what it was.
+_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
 @contextmanager
 def frozen(
     model: nn.Module,
@@ -144,6 +201,7 @@ def frozen(
         over_ranks: take the statistics of a ``SyncBatchNorm`` over ranks.
     """
     with ExitStack() as stack:
+        stack.enter_context(_LOCKS.setdefault(model, threading.RLock()))
         stack.enter_context(DIFFERENTIABLE.held())
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(RECURRENT.held())

@@ -34,7 +34,7 @@ def tolerance(dtype: torch.dtype) -> float:
 def signs(like: Tensor) -> Tensor:
     """Return fixed random signs of the shape, dtype and device of ``like``: the u of self-checks."""
     generator = torch.Generator().manual_seed(like.numel())
-    return torch.empty(like.shape).bernoulli_(0.5, generator=generator).mul_(2).sub_(1).to(like)
+    return torch.empty(like.shape, device="cpu").bernoulli_(0.5, generator=generator).mul_(2).sub_(1).to(like)
 
 
 def reduce_jacobian(
@@ -78,7 +78,7 @@ def reduce_jacobian(
         RuntimeError: if no route gives a Jacobian that agrees with ``pullback``.
     """
     n = size(x)
-    probe = signs(torch.empty(n, outputs))
+    probe = signs(torch.empty(n, outputs, device="cpu"))
     expected = pullback(probe)
     per_example = partial(_by_row, examples=1, create_graph=create_graph)
     last = partial(_by_row, examples=n, create_graph=create_graph)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from alignreg.checks import each
 
@@ -32,6 +32,20 @@ def as_patterns(params: Any) -> tuple[str, ...] | None:
     return patterns
 
 
+def require_values(parameters: Mapping[str, Tensor]) -> None:
+    """Check that parameters are on a device that holds values.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    meta = [name for name, p in parameters.items() if p.is_meta]
+    if meta:
+        raise ValueError(
+            f"model: expected parameters with values, got {_some(meta)} on the meta device. "
+            "Give them memory with model.to_empty(device=...) and load the weights first."
+        )
+
+
 def select(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Parameter]:
     """Return the trainable parameters by name, those that match a glob pattern where there are patterns.
 
@@ -39,15 +53,11 @@ def select(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Par
         ValueError: if nothing is trainable, has no shape or no values yet, or is complex, or a pattern matches nothing.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    lazy = [name for name, p in trainable.items() if nn.parameter.is_lazy(p)]
+    lazy = [name for name, p in (*trainable.items(), *model.named_buffers()) if nn.parameter.is_lazy(p)]
     if lazy:
-        raise ValueError(f"model: parameters {lazy} have no shape yet. Run one forward pass first.")
-    meta = [name for name, p in model.named_parameters() if p.is_meta]
-    if meta:
-        raise ValueError(
-            f"model: expected parameters with values, got {_some(meta)} on the meta device. "
-            "Give them memory with model.to_empty(device=...) and load the weights first."
-        )
+        kind = "parameters" if trainable.keys() & set(lazy) else "buffers"
+        raise ValueError(f"model: {kind} {lazy} have no shape yet. Run one forward pass first.")
+    require_values(dict(model.named_parameters()))
     if not trainable:
         raise ValueError("model: expected a trainable parameter, got none with requires_grad=True.")
     for pattern in patterns or ():

@@ -235,7 +235,7 @@ def probes(
     m, n, c = checks.count("m", m), checks.count("n", n, 0), checks.count("c", c)
     seed, step, offset = checks.seed(seed), checks.integer("step", step), checks.integer("offset", offset)
     checks.choice("distribution", distribution, _DISTRIBUTIONS)
-    like = torch.empty(0) if like is None else like
+    like = torch.empty(0, dtype=torch.float32, device="cpu") if like is None else like
     checks.real("like", like)
     rows = torch.empty(n, m, c, dtype=torch.float32, device=like.device)
     for row, index in zip(rows, range(offset, offset + n), strict=True):
@@ -265,7 +265,8 @@ def subset(n: int, size: int, *, seed: int, step: int = 0, stream: int = 0) -> T
     seed, step, stream = checks.seed(seed), checks.integer("step", step), checks.integer("stream", stream)
     if size > n:
         raise ValueError(f"size: expected at most the {n} examples, got {size}.")
-    return torch.randperm(n, generator=_generator(f"subset/{seed}/{step}/{stream}", torch.device("cpu")))[:size]
+    generator = _generator(f"subset/{seed}/{step}/{stream}", torch.device("cpu"))
+    return torch.randperm(n, generator=generator, device="cpu")[:size]
 
 
 def count_sketch(vectors: Mapping[str, Tensor], size: int, *, seed: int) -> Tensor:

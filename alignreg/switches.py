@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
@@ -22,10 +23,10 @@ def eager(fn: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(fn)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        if "torch._dynamo" in sys.modules:
-            result: T = sys.modules["torch._dynamo"].disable(fn)(*args, **kwargs)
-            return result
-        return fn(*args, **kwargs)
+        # Another thread may be importing it: then nothing is compiled yet.
+        disable = getattr(sys.modules.get("torch._dynamo"), "disable", None)
+        result: T = (fn if disable is None else disable(fn))(*args, **kwargs)
+        return result
 
     return run
 
@@ -106,6 +107,28 @@ def _no_cached_parametrizations() -> Iterator[None]:
         parametrize._cache = cache if users else {}  # noqa: SLF001
 
 
+_EVERYWHERE = torch.nn.modules.module.__dict__
+_GLOBAL = ("_global_backward_hooks", "_global_backward_pre_hooks")
+
+
+def global_hooks_on_gradients() -> bool:
+    """Say whether there are hooks on the gradients of all modules."""
+    return any(_EVERYWHERE[place] for place in _GLOBAL)
+
+
+@contextmanager
+def _no_global_hooks_on_gradients() -> Iterator[None]:
+    # As the hooks of one module, they are for the gradients of training.
+    before = {place: _EVERYWHERE[place] for place in _GLOBAL}
+    _EVERYWHERE.update({place: OrderedDict() for place in _GLOBAL})
+    try:
+        yield
+    finally:
+        for place, hooks in before.items():
+            hooks.update(_EVERYWHERE[place])  # what other threads may have registered
+        _EVERYWHERE.update(before)
+
+
 def _differentiable() -> Iterator[AbstractContextManager[Any]]:
     # A batching rule that torch lacks, and the switch of recurrent layers below: notes, the results are the same.
     yield _muted("There is a performance drop because", "TF32 acceleration on top of oneDNN")
@@ -113,6 +136,7 @@ def _differentiable() -> Iterator[AbstractContextManager[Any]]:
     # In evaluation mode attention would take a fused path that has no forward-mode derivative.
     yield _slow_attention_path()
     yield _no_cached_parametrizations()
+    yield _no_global_hooks_on_gradients()
     if "torch._dynamo" in sys.modules:  # only then can a part of the model be compiled
         yield torch.compiler.set_stance("force_eager")
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import copy
+from types import MethodType
 from typing import Any, Literal, final, overload
 
 import torch
@@ -16,9 +17,9 @@ from alignreg import batch_statistics, checks, graph
 from alignreg.batch import as_batch, size, take
 from alignreg.batch_statistics import Statistics
 from alignreg.directions import Directions, GivenDirections
-from alignreg.distributed import unwrap
+from alignreg.distributed import hooks_on_outputs, unwrap
 from alignreg.evaluation import Bound, Evaluation, ForwardFn, representatives
-from alignreg.frozen import Frozen, frozen
+from alignreg.frozen import Frozen, frozen, hooks_on_gradients
 from alignreg.jacobian import Block, Params
 from alignreg.kernels import factored
 from alignreg.kernels.exact import kernels
@@ -26,7 +27,7 @@ from alignreg.kernels.gradients import blocks, norms
 from alignreg.kernels.per_example import diagonals
 from alignreg.primitives import Primitives
 from alignreg.progress import bar
-from alignreg.selection import as_patterns, select
+from alignreg.selection import as_patterns, require_values, select
 from alignreg.sharding import is_sharded
 from alignreg.sketches import FactoredDirections
 from alignreg.switches import eager
@@ -116,11 +117,16 @@ class TangentFeatures:
             raise RuntimeError("these tangent features lost their model in pickling: call bind(model) first.")
         if self._memo is not None:
             # Copied before its model was, in one deepcopy that is over by now.
-            copied = self._memo.get(id(self._bound.model))
+            copied = self._memo.get(id(self._bound.model), self._bound.model)
+            self._forward_fn = _copied(self._forward_fn, self._memo)
             self._memo = None
-            if copied is not None:
-                self._bound = Bound(copied, self._forward_fn)
+            self._bound = Bound(copied, self._forward_fn)
         return self._bound.model
+
+    @property
+    def forward_fn(self) -> ForwardFn | None:
+        """The function that makes outputs of the model, if there is one."""
+        return self._forward_fn
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -132,6 +138,7 @@ class TangentFeatures:
                 f"parameters {changed} of the model were removed or changed shape since it was bound. "
                 "Make new tangent features for the changed model."
             )
+        require_values(live)
         if self._patterns is None:
             self._notice({name for name, p in live.items() if p.requires_grad} - self._shapes.keys(), "trainable")
         self._notice({name for name in self._shapes if not live[name].requires_grad}, "frozen")
@@ -520,7 +527,8 @@ class TangentFeatures:
         They cannot where dropout is on, normalization takes other statistics than here or autocast rounds, for which
         they are compared, output by output, at the first, the last and a random example (all of them where the batch
         is normalized by its own statistics); nor where attention, recurrent layers or compiled parts ran in kernels
-        that are differentiated once only.
+        that are differentiated once only, where their graph does not lead to the parameters, as that of a copy of the
+        model or past a ``detach``, or where hooks on gradients are in it.
 
         Args:
             x: tensor, tuple or dict of tensors with the n examples on axis 0.
@@ -540,16 +548,28 @@ class TangentFeatures:
         """
         batch, outputs = as_batch(x), checks.dense("outputs", outputs)
         n = size(batch)
-        if outputs.ndim != 2 or len(outputs) != n:
+        if outputs.ndim != 2 or len(outputs) != n or not self.serves(outputs):
             return False
-        rows = torch.tensor(representatives(n, seed=self._looks))
+        rows = torch.tensor(representatives(n, seed=self._looks), device="cpu")
         if self.couples_examples:
-            rows = torch.randperm(n, generator=torch.Generator().manual_seed(self._looks))
+            rows = torch.randperm(n, generator=torch.Generator().manual_seed(self._looks), device="cpu")
         self._looks += 1
         with self._evaluation(take(batch, rows), create_graph=False) as at:
             if outputs.shape[1:] != at.y.shape[1:] or outputs.dtype != at.y.dtype:
                 return False
-            return at.reproduces(outputs.detach(), rows, outputs) and graph.twice_differentiable(outputs)
+            # Not all parameters: a few examples use some of the experts that a batch does.
+            return at.params.keys() - at.unused <= self.reached(outputs) and at.reproduces(
+                outputs.detach(), rows, outputs
+            )
+
+    def serves(self, outputs: Tensor) -> bool:
+        """Say whether the graph of ``outputs`` can be differentiated twice, and has no hooks on gradients in it."""
+        hooked = hooks_on_gradients(self.model) or hooks_on_outputs(outputs)
+        return not hooked and graph.twice_differentiable(outputs)
+
+    def reached(self, outputs: Tensor) -> set[str]:
+        """Return the names of the parameters that the graph of ``outputs`` leads to."""
+        return graph.sources(outputs, {name: p for name, p in self.parameters.items() if p.requires_grad})[0]
 
     @property
     def couples_examples(self) -> bool:
@@ -569,6 +589,7 @@ class TangentFeatures:
         model = self.model
         batch = as_batch(x)
         checks.flag("create_graph", create_graph)
+        selected = self.parameters
         with ExitStack() as stack:
             if self._held is not None:
                 inside, every = self._held
@@ -579,7 +600,6 @@ class TangentFeatures:
             if create_graph:
                 stack.enter_context(Primitives(backward_only=backward_only))
             assert self._bound is not None
-            selected = self.parameters
             evaluation = Evaluation(
                 self._bound,
                 {name: every[name] for name in selected},
@@ -602,3 +622,11 @@ class TangentFeatures:
                 "layers that these outputs do not use, as the pooler of an encoder; it is not for weights whose "
                 "place something else holds, such as merged adapters or a weight that is cached in evaluation mode."
             )
+
+
+def _copied(fn: ForwardFn | None, memo: Mapping[int, Any]) -> ForwardFn | None:
+    """Return what a deepcopy made of a function: of a method, that of the copied object, if there is one."""
+    if isinstance(fn, MethodType):
+        return MethodType(fn.__func__, memo.get(id(fn.__self__), fn.__self__))
+    copied: ForwardFn | None = memo.get(id(fn), fn)
+    return copied

@@ -140,7 +140,7 @@ class _Probes:
     @staticmethod
     def _draw(at: Evaluation, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(at.y.numel() + seed)
-        probes = torch.randn(2, *at.y.shape, generator=generator)
+        probes = torch.randn(2, *at.y.shape, generator=generator, dtype=torch.float32, device="cpu")
         if at.n > 1:
             probes[0, at.n // 2 :] = 0
             probes[1, : at.n // 2] = 0

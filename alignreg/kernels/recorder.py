@@ -47,7 +47,7 @@ class Recorder(TorchFunctionMode):
         self._names = {id(parameter): name for name, parameter in params.items()}
         self._layer_of = layer_of
         # Every tap hangs on this leaf: its gradient, which is none, makes autograd come by all of them.
-        self._root = torch.zeros((), requires_grad=True)
+        self._root = torch.zeros((), device="cpu", requires_grad=True)
         self._sites: dict[Site, list[_Tap]] = {}
         self._elsewhere: set[str] = set()
 

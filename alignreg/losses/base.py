@@ -19,7 +19,8 @@ from alignreg.batch import Batch, as_inputs, size, slice_examples, take
 from alignreg.batch_statistics import Statistics
 from alignreg.distributed import find_ddp, rank, require_sync, world_size
 from alignreg.evaluation import ForwardFn, NonFiniteGradientError, NonFiniteOutputError, finite_norm
-from alignreg.graph import leaves_of, twice_differentiable
+from alignreg.graph import leaves_of
+from alignreg.primitives import is_checkpointed
 from alignreg.sharding import is_sharded, ranks_of
 from alignreg.switches import eager
 from alignreg.tangents import TangentFeatures
@@ -133,7 +134,7 @@ class TangentLoss(nn.Module, ABC):
         self._held: bool | None = None
         self._reuse: tuple[Any, int] = (None, 0)
         self._warned: set[str] = set()
-        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+        self.register_buffer("step", torch.zeros((), dtype=torch.long, device="cpu"))
 
     def bind(self, model: nn.Module) -> None:
         """Refer to ``model`` from now on: after unpickling, which drops it, or after wrapping it in DDP.
@@ -143,6 +144,13 @@ class TangentLoss(nn.Module, ABC):
         """
         self._features.bind(model)
         self._refer(model)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> TangentLoss:
+        step = self.step
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # A count has a value also where weights wait for theirs: on the meta device, and after to_empty().
+        self.step = step if self.step.is_meta else self.step.copy_(step)
+        return self
 
     def _refer(self, model: nn.Module) -> None:
         self._ddp = _Reference(find_ddp(model))
@@ -173,6 +181,11 @@ class TangentLoss(nn.Module, ABC):
             raise RuntimeError(
                 "a loss on tangent features computes its gradient by itself and cannot run inside a transform of "
                 "torch.func (grad, vmap, ...). Use backward() or torch.autograd.grad."
+            )
+        if is_checkpointed():
+            raise RuntimeError(
+                "a loss on tangent features cannot run inside torch.utils.checkpoint, whose backward pass would run it "
+                "again, as another step. Call it outside, and add it to what the checkpointed function returns."
             )
         batch = as_inputs(x)
         self._check(size(batch), y, outputs)
@@ -330,13 +343,12 @@ class TangentLoss(nn.Module, ABC):
         if outputs is None or not torch.is_grad_enabled():
             return None
         static = self._ddp.module is not None and self._ddp.module.static_graph
-        model = self._features.model
-        hooked = any(p._backward_hooks for p in model.parameters())  # noqa: SLF001 - they have no public list
-        if not static and not hooked and not is_sharded(model) and self._agree(x, outputs):
+        if not static and not is_sharded(self._features.model) and self._agree(x, outputs):
             return outputs
         self._warn(
-            "outputs: they have no graph that serves here, or are not what the model gives without dropout, in full "
-            "precision and with the statistics that this loss takes; the loss runs the model itself. Leave outputs out."
+            "outputs: they have no graph that serves here (of these parameters, without hooks on gradients, to be "
+            "differentiated twice), or are not what the model gives without dropout, in full precision and with the "
+            "statistics that this loss takes; the loss runs the model itself. Leave outputs out."
         )
         return None
 
@@ -344,14 +356,14 @@ class TangentLoss(nn.Module, ABC):
         if not self._features.couples_examples:
             return self._features.agree(x, outputs)
         # Statistics of the batch can only be compared on the whole of it. Once compared, outputs of passes that are
-        # alike are looked at again at the 2nd, 4th, 8th, ... of them.
+        # alike are looked at again at the 2nd, 4th and 8th of them, and every 8th from then on.
         modes = tuple(module.training for module in self._features.model.modules())
-        kind = (modes, outputs.shape[1:], outputs.dtype)
+        kind = (modes, outputs.shape[1:], outputs.dtype, self._features.reached(outputs))
         before, count = self._reuse
         count = count + 1 if before == kind else 1
-        if count & (count - 1):
+        if count & (count - 1) and count % 8:
             self._reuse = kind, count
-            return twice_differentiable(outputs)
+            return self._features.serves(outputs)
         agreed = self._features.agree(x, outputs)
         self._reuse = (kind, count) if agreed else (None, 0)
         return agreed

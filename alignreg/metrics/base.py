@@ -52,7 +52,6 @@ class TangentMetric(Metric, ABC):
         self._gathers = gathers
         self._require_whole(model)
         self._features = TangentFeatures(model, params=params, forward_fn=forward_fn)
-        self._forward_fn = forward_fn
         self._in_forward = False
         shapes = {name: tuple(p.shape) for name, p in self._features.parameters.items()}
         key = repr((shapes, configuration))
@@ -115,7 +114,9 @@ class TangentMetric(Metric, ABC):
 
     def _binding(self) -> Tensor:
         # Four 16-bit words: exact also under the tolerance with which torchmetrics compares states.
-        key = hashlib.blake2b(f"{id(self._features.model)}/{id(self._forward_fn)}".encode(), digest_size=8).digest()
+        key = hashlib.blake2b(
+            f"{id(self._features.model)}/{id(self._features.forward_fn)}".encode(), digest_size=8
+        ).digest()
         return torch.tensor([int.from_bytes(key[i : i + 2], "little") for i in range(0, 8, 2)])
 
     @contextmanager

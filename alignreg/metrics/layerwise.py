@@ -170,7 +170,7 @@ class LayerwiseAlignment(ProbeSetMetric):
     def _sketched(self, kept: Examples) -> dict[str, Estimate]:
         y = kept.targets - kept.targets.mean(0)
         # Each example has its own probes, however the examples were dealt to batches and ranks.
-        probes = torch.empty(self.probes, *y.shape, dtype=y.dtype)
+        probes = y.new_empty(self.probes, *y.shape)
         probes[:, canonical_order(kept.inputs, y)] = sketches.probes(self.probes, *y.shape, seed=self.seed, like=y)
         if self.centered:
             probes = probes - probes.mean(1, keepdim=True)

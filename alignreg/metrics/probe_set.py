@@ -67,11 +67,11 @@ class ProbeSetMetric(TangentMetric, ABC):
         """Check a batch and keep it."""
         with self._unchanged_on_error():
             batch = as_inputs(inputs)
-            self._keep(batch, target, torch.zeros(size(batch), dtype=torch.long))
+            self._keep(batch, target, torch.zeros(size(batch), dtype=torch.long, device="cpu"))
 
     def _keep(self, batch: Batch, target: Tensor | None, groups: Tensor) -> None:
         """Add examples to the state."""
-        unknown = torch.full((size(batch), self.num_outputs), torch.nan, dtype=torch.float64)
+        unknown = torch.full((size(batch), self.num_outputs), torch.nan, dtype=torch.float64, device="cpu")
         y = unknown if target is None else encode(target, self.num_outputs, size(batch))
         rows: list[Tensor] = getattr(self, self._name("records"))
         known = [record for row in rows for record in unpack(row)]
@@ -111,7 +111,7 @@ class ProbeSetMetric(TangentMetric, ABC):
                     turns.append((shown.get(record.rank, 0), record.rank))
                     shown[record.rank] = shown.get(record.rank, 0) + 1
             order = sorted(range(len(turns)), key=turns.__getitem__)[: self.max_examples]
-            x, y, groups = take(x, torch.tensor(order)), y[order], groups[order]
+            x, y, groups = take(x, torch.tensor(order, device="cpu")), y[order], groups[order]
         device = next(iter(self._features.parameters.values())).device
         largest = max(size(record.inputs) for record in records)
         return Examples(map_tensors(lambda t: t.to(device), x), y, groups, largest)

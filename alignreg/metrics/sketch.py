@@ -331,14 +331,14 @@ class SketchMetric(ProbeSetMetric, ABC):
     def _sets(self, members: Tensor) -> list[Tensor]:
         """Return the examples of all groups together, and of each, as indices."""
         groups = (members == index for index in range(len(self.groups)))
-        return [torch.arange(len(members)), *(member.nonzero().flatten() for member in groups)]
+        return [torch.arange(len(members), device=members.device), *(member.nonzero().flatten() for member in groups)]
 
     def _encode_groups(self, group: Tensor | None, n: int) -> Tensor:
         count = len(self.groups)
         if group is None:
             if count:
                 raise ValueError(f"group: expected indices (n,) of the {count} groups, got none.")
-            return torch.zeros(n, dtype=torch.long)
+            return torch.zeros(n, dtype=torch.long, device="cpu")
         if not count:
             raise ValueError("group: the metric has no groups. Make it with groups=..., or leave group out.")
         group = checks.dense("group", group)

@@ -110,10 +110,10 @@ def hooks_on_gradients(model: nn.Module) -> bool:
 
 def _may_change(value: Any) -> bool:
     """Say whether a forward pass may change this in place, besides lists, dicts and sets."""
-    if isinstance(value, Tensor):
-        # Parameters are what others may hold too; those with a graph, and what has no values, cannot be changed so.
-        return not (value.requires_grad or isinstance(value, nn.Parameter) or is_lazy(value))
-    return isinstance(value, torch.Generator)
+    if not isinstance(value, Tensor):
+        return isinstance(value, torch.Generator)
+    # Parameters are what others may hold too; those with a graph, and what has no values, cannot be changed so.
+    return not (isinstance(value, nn.Parameter) or value.requires_grad or is_lazy(value))
 
 
 @final
@@ -148,7 +148,9 @@ class _Attributes:
     def __init__(self, module: nn.Module) -> None:
         self._live = module.__dict__
         self.values = dict(self._live)
-        self._contents = [(held, held.copy()) for held in self.values.values() if isinstance(held, list | dict | set)]
+        held: list[Any] = [value for value in self.values.values() if isinstance(value, dict | list | set)]
+        self._empty = [one for one in held if not one]  # most, those of hooks
+        self._contents = [(one, one.copy()) for one in held if one]
 
     def restore(self) -> bool:
         """Put them back, and say whether one had changed."""
@@ -157,6 +159,10 @@ class _Attributes:
             for name in self._live.keys() - self.values:
                 del self._live[name]
             self._live.update(self.values)
+        for held in self._empty:
+            if held:
+                changed = True
+                held.clear()
         for held, before in self._contents:
             if not _same(held, before):
                 changed = True
@@ -192,7 +198,9 @@ def frozen(
     ``statistics="training"`` those that normalize by the statistics of the batch while they train; autocast is off,
     that of a ``forward`` patched by Accelerate included; compiled parts run eagerly; attention takes the kernel
     that can be differentiated twice and forward, recurrent layers leave the fused kernels that cannot; parameters
-    that ``fully_shard`` spread over ranks are whole; the modules' hooks on gradients are off.
+    that ``fully_shard`` spread over ranks are whole; modules' hooks on gradients are off, those of all modules too;
+    copies stand in for buffers and for other tensors and random generators that modules hold; other threads that want
+    the same model wait.
     Afterwards, also after an exception, everything is as before, attributes that the forward pass sets included.
 
     Args:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from alignreg import TangentFeatures, sketches
+from alignreg.distributed import _note_outputs
 from alignreg.metrics import LayerwiseAlignment, TangentAlignment, TangentTrace
 from alignreg.switches import eager
 
@@ -181,6 +182,14 @@ def test_outputs_with_another_graph_are_not_taken(kind, graph):
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
+def test_hooks_by_which_losses_watch_over_ddp_do_not_count():
+    model = mlp()
+    outputs = model(X)
+    _note_outputs(model, (X,), outputs)
+    assert outputs._backward_hooks
+    assert TangentFeatures(model).agree(X, outputs)
+
+
 def test_outputs_of_experts_of_whom_some_are_used_are_taken():
     class Experts(nn.Module):
         def __init__(self):
@@ -306,7 +315,7 @@ def test_keys_of_a_dict_that_forward_fn_takes_out_or_adds_are_its_own():
         x["new"] = "no tensor"
         return model(x.pop("x"))
 
-    features = TangentFeatures(model, forward_fn=taking)
+    features = TangentFeatures(model, forward_fn=taking, chunk_size=1)
     torch.testing.assert_close(features.kernel(batch), kernel(jacobian(model, X)), rtol=1e-9, atol=1e-12)
     S = sketches.gaussian(2, seed=0)
     expected = TangentFeatures(model).pushforward(X, S)

@@ -16,7 +16,7 @@ from alignreg.batch import Batch, call, flat, map_tensors, size, take, tensors
 from alignreg.directions import Directions
 from alignreg.frozen import Frozen, Saved, draws, failing_module, repeatably
 from alignreg.jacobian import Block, Params, reduce_jacobian, signs, tolerance
-from alignreg.primitives import Primitives
+from alignreg.primitives import Checkpoints, Primitives
 
 WORKING_MEMORY = 2 * 2**30
 """Bytes that a call may use beyond one forward and backward pass of its batch and its result."""
@@ -118,11 +118,11 @@ class Evaluation:
         self._draws = self._writes_inputs = self._leaves_traces = False
 
         leaves = self.leaves()
-        saved = Saved(besides=(*self.params.values(), *self._others.values()))
+        saved, checkpoints = Saved(besides=(*self.params.values(), *self._others.values())), Checkpoints()
         copied = map_tensors(torch.clone, self.x)
         versions = [part._version for part in tensors(copied)]  # noqa: SLF001 - of changes in place
         try:
-            with saved.recording():
+            with saved.recording(), checkpoints:
                 y, self._draws = draws(self.function, leaves, copied, devices=self._devices)
         except RuntimeError as error:
             if "saved tensor hooks" not in str(error):
@@ -132,6 +132,13 @@ class Evaluation:
         self._writes_inputs = versions != [part._version for part in tensors(copied)]  # noqa: SLF001
         self._leaves_traces = inside.settle()
         self.y = y.detach()
+        # Checkpointed modules run again with the model's own parameters, and must save what they saved before.
+        self._recomputes = checkpoints.any
+        bare = [p for name, p in self._others.items() if others[name].requires_grad and not p.requires_grad]
+        if self._recomputes and bare:
+            for p in bare:
+                p.requires_grad_()
+            y = self.function(leaves, self.x)
         self._graph = (leaves, y) if keep_graph else None
         self.c = y.shape[1]
         self._activation_bytes = saved.nbytes
@@ -141,6 +148,7 @@ class Evaluation:
         self.precision = max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
         if not bool(torch.isfinite(self.y).all()):
             raise NonFiniteOutputError(self.c)
+        graph.require_recomputable(y)
         self.unused = self._unused(y, leaves, own)
         if create_graph:
             graph.require_twice_differentiable(y, leaves.values())
@@ -152,7 +160,9 @@ class Evaluation:
         Raises:
             ValueError: if there is no other, or the outputs depend on one past the place that it has.
         """
-        used, elsewhere = graph.sources(y, leaves)
+        others = {name: p for name, p in self._others.items() if p.requires_grad}
+        used, elsewhere = graph.sources(y, {**leaves, **others})
+        used -= others.keys()
         held = sorted({names[id(leaf)] for leaf in elsewhere if id(leaf) in names})
         if held:
             raise ValueError(
@@ -207,7 +217,8 @@ class Evaluation:
             independent: refuse a model whose examples depend on each other.
         """
         params = self.params if names is None else {name: self.params[name] for name in names}
-        fixed = {name: value for name, value in self.params.items() if name not in params}
+        every = self.leaves() if self._recomputes else self.params
+        fixed = {name: value for name, value in every.items() if name not in params}
 
         def function(p: Params, x: Batch) -> Tensor:
             return self.function({**fixed, **p}, x)

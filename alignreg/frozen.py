@@ -35,12 +35,16 @@ class Frozen:
     def __init__(self, model: nn.Module, statistics: Statistics, *, over_ranks: bool) -> None:
         self._modules = list(model.named_modules())
         self._outside = [_Attributes(module) for _, module in self._modules]
+        copies = {id(buffer): buffer.detach().clone() for buffer in model.buffers()}
         for _, module in self._modules:
             attributes = module.__dict__
             # Hooks on gradients are the user's, for the gradients of training: they would change the features.
             for place in ("_backward_hooks", "_backward_pre_hooks"):
                 if attributes.get(place):
                     attributes[place] = OrderedDict()
+            if module._buffers:  # noqa: SLF001
+                # Checkpointed modules run again in backward passes, where nothing else keeps them from these.
+                attributes["_buffers"] = {name: copies.get(id(b), b) for name, b in module._buffers.items()}  # noqa: SLF001
             if "_original_forward" in attributes and "forward" in attributes:  # patched by Accelerate
                 attributes["forward"] = attributes["_original_forward"]
             keeps = statistics == "training" and batch_statistics.keeps_running_statistics(module)
@@ -75,7 +79,8 @@ class Frozen:
             attributes.restore()
 
 
-_HOOKS = frozenset(name for name in nn.Module().__dict__ if "hook" in name)
+# Lists of hooks that no forward pass looks at.
+_OTHER_HOOKS = frozenset(name for name in nn.Module().__dict__ if "hook" in name and "forward" not in name)
 
 
 @final
@@ -88,7 +93,7 @@ class _Attributes:
         self._contents = [
             (held, held.copy())
             for name, held in self.values.items()
-            if isinstance(held, list | dict | set) and name not in _HOOKS
+            if isinstance(held, list | dict | set) and name not in _OTHER_HOOKS
         ]
 
     def now(self) -> _Attributes:

@@ -209,10 +209,11 @@ def _pull(
     ]
     if not passes:
         return [tensor.new_empty(0, *tensor.shape) for tensor in like]
-    columns = zip(*passes, strict=True)
+    columns = [list(column) for column in zip(*passes, strict=True)]
+    passes.clear()  # so that what is stacked can go, parameter by parameter
     return [
-        torch.stack([torch.zeros_like(tensor) if g is None else g.to_dense() for g in column])
-        for column, tensor in zip(columns, like, strict=True)
+        torch.stack([torch.zeros_like(tensor) if g is None else g.to_dense() for g in columns.pop(0)])
+        for tensor in like
     ]
 
 

@@ -16,7 +16,7 @@ from alignreg.batch import Batch, call, flat, map_tensors, size, take, tensors
 from alignreg.directions import Directions
 from alignreg.frozen import Frozen, Saved, draws, failing_module, repeatably
 from alignreg.jacobian import Block, Params, reduce_jacobian, signs, tolerance
-from alignreg.primitives import Primitives
+from alignreg.primitives import Checkpoints, Primitives
 
 WORKING_MEMORY = 2 * 2**30
 """Bytes that a call may use beyond one forward and backward pass of its batch and its result."""
@@ -121,12 +121,12 @@ class Evaluation:
         self._draws = self._writes_inputs = self._leaves_traces = False
 
         leaves = self.leaves()
-        saved = Saved(besides=(*self.params.values(), *self._others.values()))
+        saved, checkpoints = Saved(besides=(*self.params.values(), *self._others.values())), Checkpoints()
         copied = map_tensors(torch.clone, self.x)
         parts = tensors(copied)
         versions = [part._version for part in parts]  # noqa: SLF001 - of changes in place
         try:
-            with saved.recording():
+            with saved.recording(), checkpoints:
                 y, self._draws = draws(self.function, leaves, copied, devices=self._devices)
         except RuntimeError as error:
             if "saved tensor hooks" not in str(error):
@@ -136,6 +136,13 @@ class Evaluation:
         self._writes_inputs = versions != [part._version for part in parts]  # noqa: SLF001
         self._leaves_traces = inside.settle()
         self.y = y.detach()
+        # Checkpointed modules run again with the model's own parameters, and must save what they saved before.
+        self._recomputes = checkpoints.any
+        bare = [p for name, p in self._others.items() if others[name].requires_grad and not p.requires_grad]
+        if self._recomputes and bare:
+            for p in bare:
+                p.requires_grad_()
+            y = self.function(leaves, self.x)
         self._graph = (leaves, y) if keep_graph else None
         self.c = y.shape[1]
         self._activation_bytes = saved.nbytes
@@ -145,6 +152,7 @@ class Evaluation:
         self.precision = max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
         if not bool(torch.isfinite(self.y).all()):
             raise NonFiniteOutputError(self.c)
+        graph.require_recomputable(y)
         self.unused = self._unused(y, leaves, own)
         if create_graph:
             graph.require_twice_differentiable(y, leaves.values())
@@ -211,7 +219,8 @@ class Evaluation:
             independent: refuse a model whose examples depend on each other.
         """
         params = self.params if names is None else {name: self.params[name] for name in names}
-        fixed = {name: value for name, value in self.params.items() if name not in params}
+        every = self.leaves() if self._recomputes else self.params
+        fixed = {name: value for name, value in every.items() if name not in params}
 
         def function(p: Params, x: Batch) -> Tensor:
             return self.function({**fixed, **p}, x)

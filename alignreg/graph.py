@@ -59,6 +59,19 @@ def require_twice_differentiable(y: Tensor, sources: Iterable[Tensor]) -> None:
         waiting += new
 
 
+def require_recomputable(y: Tensor) -> None:
+    """Check that torch gives gradients with respect to chosen tensors through the graph.
+
+    Raises:
+        ValueError: if it does not, because modules are checkpointed with ``use_reentrant=True``.
+    """
+    if any(node.name() == "CheckpointFunctionBackward" for node in _nodes(y)):
+        raise ValueError(
+            "the model: expected activation checkpointing with use_reentrant=False, got use_reentrant=True, which "
+            "gives no gradients with respect to chosen parameters. Pass use_reentrant=False to checkpoint()."
+        )
+
+
 def gradients(value: Tensor, leaves: Sequence[Tensor], **options: Any) -> tuple[Tensor | None, ...]:
     """Return the gradients of a value that was made of gradients: as :func:`torch.autograd.grad` does.
 
@@ -196,10 +209,11 @@ def _pull(
     ]
     if not passes:
         return [tensor.new_empty(0, *tensor.shape) for tensor in like]
-    columns = zip(*passes, strict=True)
+    columns = [list(column) for column in zip(*passes, strict=True)]
+    passes.clear()  # so that what is stacked can go, parameter by parameter
     return [
-        torch.stack([torch.zeros_like(tensor) if g is None else g.to_dense() for g in column])
-        for column, tensor in zip(columns, like, strict=True)
+        torch.stack([torch.zeros_like(tensor) if g is None else g.to_dense() for g in columns.pop(0)])
+        for tensor in like
     ]
 
 

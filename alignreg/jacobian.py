@@ -93,9 +93,10 @@ def reduce_jacobian(
             raise
         except Exception as error:  # noqa: BLE001 - the plain forward ran, so this is the route's own failure
             failure = error
+    said = str(failure).partition("\n")[0].removesuffix(".")
     raise RuntimeError(
         "the Jacobian could not be computed: no route ran and agreed with the vector-Jacobian product of the batch. "
-        "Is the model a deterministic function of its parameters and inputs?"
+        f"Is the model a deterministic function of its parameters and inputs? The last route said: {said}."
     ) from failure
 
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 from cases import build
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignreg import TangentFeatures, sketches
+from alignreg.losses import AlignmentLoss
 
 # Peak resident memory is a property of a process: each measurement runs in its own.
 STREAM = """
@@ -103,6 +105,39 @@ def test_kernel_stays_within_working_memory():
     peak = peak_kib(KERNEL, 50) / 1024**2
     print(f"working memory of the kernel: {peak:.2f} GiB")
     assert peak < 2
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive together."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.most, self._known = 0, 0, weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self._known:
+                self._known.add(storage)
+                weakref.finalize(storage, self._forget, storage.nbytes())
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+        return result
+
+    def _forget(self, nbytes):
+        self.now -= nbytes
+
+
+def test_losses_in_micro_batches_hold_their_pullbacks_twice():
+    """Those of all examples and those of some; beside them no other m·P numbers."""
+    model = nn.Sequential(nn.Linear(8, 60), nn.Tanh(), *[nn.Linear(60, 60) for _ in range(8)], nn.Linear(60, 3))
+    pullbacks = 33 * 4 * sum(p.numel() for p in model.parameters())
+    x, y = torch.randn(8, 8), torch.arange(8) % 3
+    reg = AlignmentLoss(model, examples=None, every_n_steps=1, probes=32, micro_batch_size=4)
+    with Peak() as peak:
+        reg(x, y)
+    print(f"{peak.most / pullbacks:.2f} times the pullbacks")
+    assert peak.most < 2.5 * pullbacks
 
 
 METHODS = {

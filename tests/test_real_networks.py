@@ -252,6 +252,41 @@ def test_models_can_be_copied_after_a_measurement(name):
     copy.deepcopy(model)
 
 
+class Hooking(nn.Module):
+    """Puts hooks on its modules in the first forward pass, and takes one off."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.hooked, self.seen = mlp(), False, []
+        self.handle = self.net[2].register_forward_hook(lambda *_: None)
+
+    def forward(self, x):
+        if not self.hooked:
+            self.net[0].register_forward_hook(lambda _, inputs, y: 2 * y)
+            self.net[1].register_forward_pre_hook(lambda _, inputs: None)
+            self.handle.remove()
+            self.hooked = True
+        return self.net(x)
+
+
+def test_hooks_that_a_forward_pass_registers_are_not_left():
+    def hooks(model):
+        return [
+            len(held) for module in model.modules() for name, held in module.__dict__.items() if name.endswith("_hooks")
+        ]
+
+    model = Hooking()
+    twin = copy.deepcopy(model)
+    before, expected = hooks(model), trace_of(twin)
+    features = TangentFeatures(model)
+    for create_graph in (False, True):
+        assert float(features.trace(X, create_graph=create_graph)) == pytest.approx(expected, rel=1e-12)
+    for kind in LOSSES:
+        make(kind, model)(X, Y)
+    assert hooks(model) == before
+    assert not model.hooked
+
+
 class InPlace(nn.Module):
     """Standardizes its inputs in place."""
 

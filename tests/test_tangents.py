@@ -240,6 +240,30 @@ def test_self_check_allows_for_rounding_where_a_derivative_vanishes():
     torch.testing.assert_close(found.double(), features.kernel(x.double()), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("params", ["0.*", "*weight", "2.*"])
+def test_gradients_of_the_features_of_some_parameters_reach_the_others(params):
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    net[2].bias.requires_grad_(False)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    features = TangentFeatures(net, params=params)
+    own = [p for p in net.parameters() if p.requires_grad]
+    values = [
+        features.trace(x, create_graph=True),
+        torch.einsum("ikik->", features.kernel(x, create_graph=True)),
+        sum(value.square().sum() for value in features.jacobian(x, create_graph=True).values()),
+    ]
+    step, ends = [torch.randn_like(p) for p in own], []
+    for scale in (1e-5, -2e-5, 1e-5):
+        with torch.no_grad():
+            for p, s in zip(own, step, strict=True):
+                p.add_(s, alpha=scale)
+        ends.append(float(features.trace(x)))
+    for value in values:
+        slopes = torch.autograd.grad(value, own, materialize_grads=True)
+        slope = float(sum((g * s).sum() for g, s in zip(slopes, step, strict=True)))
+        assert slope == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-6)
+
+
 def test_neither_forward_nor_twice_names_the_module():
     class OnceOnly(torch.autograd.Function):
         @staticmethod

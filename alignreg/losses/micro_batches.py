@@ -51,7 +51,9 @@ class _Grams(torch.autograd.Function):
         for start in range(0, size(x), step):
             some = slice(start, start + step)
             part = features.pullback(slice_examples(x, start, start + step), cotangents[:, some])
-            total = {name: total[name] + value for name, value in part.items()} if total else part
+            for name in list(part):
+                value = part.pop(name)
+                total[name] = total[name].add_(value) if name in total else value
         ctx.given = features, x, cotangents, step, leaves, total
         return tuple(estimators.inner_products(columns) for columns in total.values())
 
@@ -59,16 +61,16 @@ class _Grams(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         features, x, cotangents, step, leaves, columns = ctx.given
-        weights = {
-            name: torch.tensordot((slope + slope.T).to(columns[name]), columns[name], dims=1)
-            for name, slope in zip(columns, slopes, strict=True)
-        }
         total: list[Tensor | None] = [None] * len(leaves)
-        for start in range(0, size(x), step):
-            some = slice_examples(x, start, start + step)
-            # One cotangent at a time: the graph of one pullback is in memory.
-            for a, cotangent in enumerate(cotangents[:, start : start + step]):
-                part = _gradients(features, some, cotangent[None], {n: w[a] for n, w in weights.items()}, leaves)
+        # One cotangent at a time: the graph of one pullback is in memory, and one v.
+        for a, cotangent in enumerate(cotangents):
+            weights = {
+                name: torch.tensordot((slope + slope.T)[a].to(columns[name]), columns[name], dims=1)
+                for name, slope in zip(columns, slopes, strict=True)
+            }
+            for start in range(0, size(x), step):
+                some = slice_examples(x, start, start + step)
+                part = _gradients(features, some, cotangent[None, start : start + step], weights, leaves)
                 total = [_sum(before, new) for before, new in zip(total, part, strict=True)]
         return None, None, None, None, None, *total
 

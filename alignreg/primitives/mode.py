@@ -51,6 +51,20 @@ class Primitives(TorchFunctionMode):
         return replacement(*args, **{name: value for name, value in kwargs.items() if name != "out"})
 
 
+@final
+class Checkpoints(TorchFunctionMode):
+    """Notes whether a checkpointed module runs inside the block."""
+
+    any = False
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run the function."""
+        self.any = self.any or is_checkpointed()
+        return func(*args, **(kwargs or {}))
+
+
 def is_checkpointed() -> bool:
     """Say whether the caller runs inside a checkpointed module, which will be run again."""
     frame = inspect.currentframe()

@@ -224,7 +224,7 @@ def test_self_check_refuses_a_kernel_that_is_none():
         def forward(self, x):
             return next(calls) * self.lin(x)
 
-    with pytest.raises(RuntimeError, match="deterministic function"):
+    with pytest.raises(ValueError, match="expected the same outputs whenever it is run"):
         TangentFeatures(Drifting()).kernel(torch.randn(5, 4))
 
 

@@ -35,6 +35,8 @@ class Frozen:
     def __init__(self, model: nn.Module, statistics: Statistics, *, over_ranks: bool) -> None:
         self._modules = list(model.named_modules())
         self._outside = [_Attributes(module) for _, module in self._modules]
+        self._scripts = [(m, m.training) for _, m in self._modules if isinstance(m, torch.jit.ScriptModule)]
+        self._classes: list[tuple[nn.Module, Any]] = []
         copies = {id(buffer): buffer.detach().clone() for buffer in model.buffers()}
         for _, module in self._modules:
             attributes = module.__dict__
@@ -42,19 +44,28 @@ class Frozen:
             for place in ("_backward_hooks", "_backward_pre_hooks"):
                 if attributes.get(place):
                     attributes[place] = OrderedDict()
-            if module._buffers:  # noqa: SLF001
+            buffers = module._buffers  # noqa: SLF001
+            if isinstance(buffers, dict) and buffers:  # those of scripts are no dict, and live elsewhere
                 # Checkpointed modules run again in backward passes, where nothing else keeps them from these.
-                attributes["_buffers"] = {name: copies.get(id(b), b) for name, b in module._buffers.items()}  # noqa: SLF001
+                attributes["_buffers"] = {name: copies.get(id(b), b) for name, b in buffers.items()}
             if "_original_forward" in attributes and "forward" in attributes:  # patched by Accelerate
                 attributes["forward"] = attributes["_original_forward"]
             keeps = statistics == "training" and batch_statistics.keeps_running_statistics(module)
-            attributes["training"] = module.training and keeps
-            if own := batch_statistics.differentiable_forward(module, over_ranks=over_ranks):
-                attributes["forward"] = own
+            training = module.training and keeps
+            if isinstance(module, torch.jit.ScriptModule):
+                module.training = training
+            else:
+                attributes["training"] = training
+            if isinstance(module, nn.SyncBatchNorm) and training:
+                own: Any = type(module)
+                self._classes.append((module, own))
+                attributes["ranks"] = batch_statistics.ranks_of(module) if over_ranks else None
+                module.__class__ = batch_statistics.differentiable(own)
         self.couples_examples = statistics == "training" and any(
             batch_statistics.couples_examples(module) for _, module in self._modules
         )
         self._inside = [attributes.now() for attributes in self._outside]
+        self._modes = [module.training for _, module in self._modules]
 
     def settle(self) -> bool:
         """Put back what a forward pass left on its modules, and say whether there was something.
@@ -63,8 +74,8 @@ class Frozen:
             RuntimeError: if it switched their modes.
         """
         changed = False
-        for (path, module), attributes in zip(self._modules, self._inside, strict=True):
-            if module.training != attributes.values["training"]:
+        for (path, module), training, attributes in zip(self._modules, self._modes, self._inside, strict=True):
+            if module.training != training:
                 raise RuntimeError(
                     f"the forward pass switches {path or 'the model'!r} ({type(module).__name__}) to "
                     f"{'training' if module.training else 'evaluation'} mode, so that what is differentiated is not "
@@ -77,6 +88,10 @@ class Frozen:
         """Put everything back."""
         for attributes in self._outside:
             attributes.restore()
+        for script, training in self._scripts:
+            script.training = training
+        for module, own in self._classes:
+            module.__class__ = own
 
 
 # Lists of hooks that no forward pass looks at.

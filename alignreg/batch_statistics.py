@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from abc import ABC
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -33,26 +34,29 @@ def couples_examples(module: nn.Module) -> bool:
     return module.training and keeps_running_statistics(module)
 
 
-def differentiable_forward(module: nn.Module, *, over_ranks: bool) -> Any:
-    """Return a forward pass of a ``SyncBatchNorm`` in training mode that is differentiated any number of times.
+class _Synced(nn.SyncBatchNorm, ABC):
+    """Torch's class with a forward pass that is differentiated any number of times, and runs on CPUs too."""
 
-    torch's own is differentiated once, and runs on accelerators only.
+    ranks: dist.ProcessGroup | None
 
-    Args:
-        module: any module.
-        over_ranks: with the statistics of all ranks' examples, for which all must run, and go backward, together; else
-            with those of this rank's.
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+        """Normalize by the statistics of the examples of :attr:`ranks`, or of this rank's for ``None``."""
+        return _sync_batch_norm(self, self.ranks, input)
 
-    Returns:
-        The function of its input; ``None`` for other modules.
-    """
-    if not (isinstance(module, nn.SyncBatchNorm) and module.training):
+
+@cache
+def differentiable(own: type) -> type[nn.SyncBatchNorm]:
+    """Return a class like ``own``, torch's or one derived from it, with the forward pass of :class:`_Synced`."""
+    # Between a derived class and torch's, so that what the derived one does before and after is done.
+    return type(own.__name__, (_Synced,) if own is nn.SyncBatchNorm else (own, _Synced), {})
+
+
+def ranks_of(module: nn.SyncBatchNorm) -> dist.ProcessGroup | None:
+    """Return the ranks over which the module takes its statistics, which must run, and go backward, together."""
+    if not (dist.is_available() and dist.is_initialized()):
         return None
-    group = None
-    if over_ranks and dist.is_available() and dist.is_initialized():
-        group = module.process_group or dist.group.WORLD
-        group = group if dist.get_world_size(group) > 1 else None
-    return partial(_sync_batch_norm, module, group)
+    group = module.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
 
 
 def _sync_batch_norm(module: nn.SyncBatchNorm, group: Any, x: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ class Frozen:
         self._scripted = {
             module: module.training for _, module in self._modules if isinstance(module, torch.jit.ScriptModule)
         }
+        self._classes: list[tuple[nn.Module, Any]] = []
         self._stand_ins: dict[int, _StandIn] = {}
         for _, module in self._modules:
             attributes = module.__dict__
@@ -59,8 +60,11 @@ class Frozen:
                 module.training = training  # no attribute of Python's
             else:
                 attributes["training"] = training
-            if own := batch_statistics.differentiable_forward(module, over_ranks=over_ranks):
-                attributes["forward"] = own
+            if isinstance(module, nn.SyncBatchNorm) and training:
+                kind: Any = type(module)
+                self._classes.append((module, kind))
+                attributes["ranks"] = batch_statistics.ranks_of(module) if over_ranks else None
+                module.__class__ = batch_statistics.differentiable(kind)
         self.couples_examples = statistics == "training" and any(
             batch_statistics.couples_examples(module) for _, module in self._modules
         )
@@ -95,8 +99,10 @@ class Frozen:
         """Put everything back."""
         for attributes in self._outside:
             attributes.restore()
-        for module, mode in self._scripted.items():
-            module.training = mode
+        for script, mode in self._scripted.items():
+            script.training = mode
+        for module, own in self._classes:
+            module.__class__ = own
 
 
 _HOOKS_ON_GRADIENTS = ("_backward_hooks", "_backward_pre_hooks")

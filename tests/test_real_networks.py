@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from cases import BasicBlock
 from loss_cases import LOSSES, formula, make, slopes_of
-from oracles import jacobian, kernel
+from oracles import jacobian, kernel, matrix
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
@@ -772,10 +772,32 @@ def _block():
     return net.double()
 
 
+class SyncedAct(nn.SyncBatchNorm):
+    """With its activation, as in networks of vision."""
+
+    def forward(self, x):
+        return torch.tanh(super().forward(x))
+
+
+class Act(nn.BatchNorm1d):
+    def forward(self, x):
+        return torch.tanh(super().forward(x))
+
+
+def _scripted():
+    net = nn.Sequential(nn.Linear(4, 6), nn.Identity(), nn.Linear(6, 3)).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net[1] = torch.jit.script(nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.5)).double())
+    return net
+
+
 NORMALIZED = {
     "torch's": lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double(),
     "hand-written": lambda: nn.Sequential(nn.Linear(4, 6), HandWritten(6), nn.Tanh(), nn.Linear(6, 3)).double(),
     "synced": lambda: nn.Sequential(nn.Linear(4, 6), nn.SyncBatchNorm(6), nn.Tanh(), nn.Linear(6, 3)).double(),
+    "synced, with activation": lambda: nn.Sequential(nn.Linear(4, 6), SyncedAct(6), nn.Linear(6, 3)).double(),
+    "scripted, with dropout": _scripted,
     "without affine part": lambda: nn.Sequential(
         nn.Linear(4, 6), nn.BatchNorm1d(6, affine=False), nn.Linear(6, 3)
     ).double(),
@@ -788,11 +810,17 @@ class ByTheBatch(HandWritten):
         return self.scale * (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
 
 
+AS_TRAINED = {nn.SyncBatchNorm: nn.BatchNorm1d, SyncedAct: Act, HandWritten: ByTheBatch}
+
+
 def _as_trained(model):
     """A twin that the oracle, in evaluation mode but for torch's own classes on the CPU, takes as it is trained."""
     twin = copy.deepcopy(model)
     for module in twin.modules():
-        module.__class__ = {nn.SyncBatchNorm: nn.BatchNorm1d, HandWritten: ByTheBatch}.get(type(module), type(module))
+        module.__class__ = AS_TRAINED.get(type(module), type(module))
+    if isinstance(twin[1], torch.jit.ScriptModule):
+        twin[1] = nn.BatchNorm1d(6).double()
+        twin[1].load_state_dict({key.removeprefix("0."): value for key, value in model[1].state_dict().items()})
     return twin
 
 
@@ -802,8 +830,11 @@ def test_losses_differentiate_the_function_that_is_trained(name, kind):
     torch.manual_seed(2)
     model = NORMALIZED[name]().train()
     state = copy.deepcopy(model.state_dict())
+    classes, modes = [type(m) for m in model.modules()], [m.training for m in model.modules()]
     value = make(kind, model, weight=1.0, probes=8)(X, Y)
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+    assert [type(m) for m in model.modules()] == classes
+    assert [m.training for m in model.modules()] == modes
     reference = _as_trained(model)
     assert float(value.detach()) == pytest.approx(float(formula(kind, reference, X, Y)), rel=1e-9)
     own = gradients(model, value)
@@ -827,6 +858,19 @@ def test_running_statistics_are_an_option_and_those_of_evaluation_mode(kind):
     assert values[0] == pytest.approx(values[1], rel=1e-12)
     assert values[0] == pytest.approx(values[2], rel=1e-12)
     assert values[0] != pytest.approx(values[3], rel=1e-3)
+
+
+def test_scripts_in_training_mode_predict_inside():
+    torch.manual_seed(2)
+    model = _scripted().train()
+    for _ in range(2):
+        model(X)
+    state, expected = copy.deepcopy(model.state_dict()), jacobian(_as_trained(model), X)
+    features = TangentFeatures(model)
+    torch.testing.assert_close(features.kernel(X), kernel(expected), rtol=1e-9, atol=1e-12)
+    assert float(features.trace(X)) == pytest.approx(float(matrix(expected).square().sum()), rel=1e-9)
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+    assert model[1].training
 
 
 def test_products_of_a_batch_as_one_function():

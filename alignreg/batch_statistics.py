@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from functools import cache
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ def couples_examples(module: nn.Module) -> bool:
     return module.training and keeps_running_statistics(module)
 
 
-class _Synced(nn.SyncBatchNorm):
+class _Synced(nn.SyncBatchNorm, ABC):
     """Torch's class with a forward pass that is differentiated any number of times, and runs on CPUs too."""
 
     ranks: dist.ProcessGroup | None

@@ -20,6 +20,10 @@ class ComplexityPenalty(ProbeLoss):
     pass and m backward passes, themselves differentiated. Neither ``every_n_steps`` nor ``examples`` changes the
     expectation: s of n examples are centred by their own mean, which the factor (n−1)/n · s/(s−1) makes good.
 
+    Warning:
+        The default weight is meant for noisy labels. With clean ones it cost some networks more than .02 of their
+        accuracy, a Transformer .10 (docs/losses.md): begin with a tenth of it.
+
     Args:
         model: the model, possibly wrapped (DDP, ``fully_shard``, ``torch.compile``, Accelerate); never registered,
             copied or changed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeVar, final
 
@@ -105,6 +106,8 @@ class Evaluation:
         keep_graph: bool = False,
     ) -> None:
         self.create_graph = create_graph
+        # Not around backward passes, whose every step a mode would look at; where rules of layers watch, it is outside.
+        self._primitives = partial(Primitives, backward_only=True) if create_graph and keep_graph else nullcontext
         self._bound = bound
         self._inside = inside
         self._chunk_size = chunk_size
@@ -199,11 +202,12 @@ class Evaluation:
         buffers = {name: buffer.detach().clone() for name, buffer in self._bound.model.named_buffers()}
         state = {f"model.{name}": value for name, value in {**self._others, **buffers, **params}.items()}
         x = map_tensors(torch.clone if self._writes_inputs else _same, x)  # a dict of its own, to take keys out of
-        y = (
-            repeatably(functional_call, self._bound, state, (x,), devices=self._devices)
-            if self._draws
-            else functional_call(self._bound, state, (x,))
-        )
+        with self._primitives():
+            y = (
+                repeatably(functional_call, self._bound, state, (x,), devices=self._devices)
+                if self._draws
+                else functional_call(self._bound, state, (x,))
+            )
         if self._leaves_traces:
             self._inside.settle()
         return _checked_output(y, x)
@@ -331,7 +335,8 @@ class Evaluation:
         """Return ⟨Φᵀω_a, Φᵀω_b⟩ for cotangents ``(m, n, c)``, by parameter name ``(m, m)``."""
         leaves, y = self._graph_of(slice(None))
         products = graph.grams(y, leaves, cotangents, create_graph=self.create_graph)
-        finite_norm(products.values())
+        if not bool(torch.isfinite(torch.stack(list(products.values())).detach()).all()):
+            raise NonFiniteGradientError
         return products
 
     def graph_leaves(self) -> list[Tensor]:

@@ -597,8 +597,8 @@ class TangentFeatures:
             else:
                 inside = stack.enter_context(self._frozen())
                 every = dict(model.named_parameters())
-            if create_graph:
-                stack.enter_context(Primitives(backward_only=backward_only))
+            if create_graph and not backward_only:
+                stack.enter_context(Primitives())
             assert self._bound is not None
             evaluation = Evaluation(
                 self._bound,

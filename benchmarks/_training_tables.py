@@ -5,7 +5,7 @@ import statistics
 
 LABELS = {0: "clean", 0.4: "40 % redrawn"}
 BELOW = 0.02
-DEFAULTS = {"complexity penalty": 0.01, "alignment": 0.1, "participation ratio": 0.1, "KARE": 1}
+DEFAULTS = {"complexity penalty": 0.01, "alignment": 0.1, "participation ratio": 0.01, "KARE": 1}
 
 
 def mean(value, decimals=3):

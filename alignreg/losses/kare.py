@@ -120,6 +120,12 @@ class KARELoss(TangentLoss):
         if bool((y == y[0]).all()):
             self._warn("All examples of a batch have the same target: nothing is to be predicted, the loss is zero.")
             return None
+        if self._features.couples_examples:
+            self._warn(
+                "The model normalizes by the statistics of the batch, so that its kernel goes by rows of the whole "
+                "Jacobian, n·c backward passes whose graphs are all kept: hundreds of times the cost of a step, and "
+                "gigabytes for a deep network. Use fewer examples, or GroupNorm, which treats each example by itself."
+            )
         layers = (
             self._features.kernel(x, per_layer=True, create_graph=create_graph)
             if self.per_layer

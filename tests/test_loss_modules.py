@@ -192,7 +192,7 @@ def test_defaults(kind):
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     x, y = torch.randn(40, 4, dtype=torch.float64), torch.arange(40) % 3
     reg = LOSSES[kind](model)
-    assert reg.weight == {"alignment": 0.1, "complexity": 0.01, "participation ratio": 0.1, "kare": 1.0}[kind]
+    assert reg.weight == {"alignment": 0.1, "complexity": 0.01, "participation ratio": 0.01, "kare": 1.0}[kind]
     values = [float(reg(x, y).detach()) for _ in range(5)]
     assert [value != 0 for value in values] == [True, False, False, True, False]
     examples = 16 if kind == "kare" else 32

@@ -45,6 +45,10 @@ def _scale_own(p):
     p.grad.mul_(0.1)
 
 
+def _never(*_):
+    raise AssertionError("the pass of a loss met a hook of a module")
+
+
 HOOKS = {
     "of a tensor": lambda net: net[0].weight.register_hook(_scaled),
     "of all tensors": lambda net: torch.autograd.graph.register_multi_grad_hook(list(net.parameters()), lambda _: None),
@@ -52,7 +56,7 @@ HOOKS = {
         lambda gradients: tuple(_scaled(g) for g in gradients)
     ),
     "after accumulation": lambda net: net[0].weight.register_post_accumulate_grad_hook(_scale_own),
-    "of a module": lambda net: net[0].register_full_backward_hook(lambda _, before, after: (_scaled(after[0]),) * 0),
+    "of a module": lambda net: net[0].register_full_backward_hook(_never),
     "of a module, before": lambda net: net[2].register_full_backward_pre_hook(lambda _, after: (_scaled(after[0]),)),
 }
 
@@ -693,6 +697,21 @@ def test_gradients_longer_than_the_weights_are_scaled_down(kind):
         reg(X, Y)  # said once
         small = make(kind, model, weight=1e-4, clip=1.0)(X, Y)
     torch.testing.assert_close(gradients(model, small), gradients(model, make(kind, model, weight=1e-4)(X, Y)))
+
+
+def test_weights_of_zero_set_no_limit():
+    model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Tanh()).double()
+    nn.init.zeros_(model[0].weight)
+
+    def squared(model, x):
+        return model(x) + model(x) ** 2
+
+    found = [
+        gradients(model, make("complexity", model, weight=1e3, clip=clip, forward_fn=squared)(X))
+        for clip in (None, 1.0)
+    ]
+    assert found[0][0].any()
+    torch.testing.assert_close(*found)
 
 
 # --- few examples at a time -------------------------------------------------------------------------------------------

@@ -85,8 +85,8 @@ class TangentLoss(nn.Module, ABC):
         on_nonfinite: what to do where outputs or gradients contain NaN or inf: ``"raise"``, or ``"skip"`` the step
             with one warning, as a zero. Either way the step counts.
         clip: how many times as long as the weights the gradient of the loss may be, with its weight; a longer one is
-            scaled down, with one warning. In healthy training it is mostly below 0.1; in a deep network with
-            ``BatchNorm`` it may start at hundreds. ``None`` never clips.
+            scaled down, with one warning. In healthy training it is far shorter; in the first steps of a deep
+            network with ``BatchNorm`` it may be many times as long. ``None`` never clips.
         params: glob pattern or patterns of parameter names whose tangent features count; all trainable ones by
             default. Gradients flow to whatever these features depend on.
         forward_fn: ``(model, x) -> (n, c)`` for models with another output.
@@ -266,7 +266,7 @@ class TangentLoss(nn.Module, ABC):
                     (own.get(id(leaf), leaf), g) for leaf, g in zip(leaves, gradients, strict=True) if g is not None
                 ]
                 finite_norm([value])
-                share = self._share([p for p, _ in known], finite_norm([g for _, g in known]))
+                share = self._share([p for p, _ in known], [g for _, g in known])
         except (NonFiniteOutputError, NonFiniteGradientError) as error:
             if self.on_nonfinite == "raise":
                 raise
@@ -276,14 +276,29 @@ class TangentLoss(nn.Module, ABC):
         loss: Tensor = _Known.apply(value, handed, *(p for p, _ in known))  # type: ignore[no-untyped-call]
         return loss
 
-    def _share(self, parameters: Sequence[Tensor], length: Tensor) -> float:
-        """Return the part of a gradient that is handed over, given its length: all of it unless it is clipped."""
+    def _share(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> float:
+        """Return the part of the gradients that is handed over: all of it unless they are clipped.
+
+        Raises:
+            NonFiniteGradientError: if they are not finite, with ``sync`` and ``clip`` on any rank.
+        """
+        together = self.sync and self.clip is not None and world_size() > 1
+        try:
+            length = finite_norm(gradients)
+        except NonFiniteGradientError:
+            if not together:
+                raise
+            length = torch.full((), torch.nan, device=gradients[0].device)
         if self.clip is None:
             return 1.0
-        size = get_total_norm([p.detach() for p in parameters])
-        share = torch.where(length > self.clip * size, self.clip * size / length, 1.0).float()
-        if self.sync and world_size() > 1:  # of one gradient, each rank has a part
+        limit = self.clip * get_total_norm([p.detach() for p in parameters])
+        # Weights that are all zero set no limit. What is not finite counts as less than nothing.
+        share = torch.where((limit > 0) & (length > limit), limit / length, 1.0).float()
+        share = torch.where(length.isnan(), -1.0, share)
+        if together:  # of one gradient, each rank has a part
             dist.all_reduce(share, dist.ReduceOp.MIN, group=self._group)
+        if float(share) < 0:
+            raise NonFiniteGradientError
         if float(share) < 1:
             self._warn(
                 f"the gradient of this loss was {float(1 / share) * self.clip:.3g} times as long as the weights, and "

@@ -122,20 +122,25 @@ def by_alignreg(model, x):
     return lambda: features.kernel(x).flatten(2).flatten(0, 1)
 
 
-def jacobian(model, x):
+def rows(model):
+    """Return a function that gives the Jacobian at inputs, by parameter ``(n, c, *shape)``."""
     from torch.func import functional_call, jacrev, vmap
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     torch.backends.mha.set_fastpath_enabled(False)
     params = {name: p.detach() for name, p in model.named_parameters()}
 
-    def run():
+    def run(x):
         # The attention kernel that can be vectorised: the default one is slower here.
         with sdpa_kernel(SDPBackend.MATH):
-            jac = vmap(jacrev(lambda p, x: functional_call(model, p, (x[None],))[0]), (None, 0))(params, x)
-        return torch.cat([value.flatten(2) for value in jac.values()], dim=2).flatten(0, 1)
+            return vmap(jacrev(lambda p, x: functional_call(model, p, (x[None],))[0]), (None, 0))(params, x)
 
     return run
+
+
+def jacobian(model, x):
+    run = rows(model)
+    return lambda: torch.cat([value.flatten(2) for value in run(x).values()], dim=2).flatten(0, 1)
 
 
 def by_torch_func(model, x):

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 from exact_kernel import resnet
-from rich.progress import track
 from torch import nn
 from torch.func import functional_call, jacrev, vmap
 from torch.nn.functional import cross_entropy
@@ -77,11 +76,13 @@ class ByTorchFunc:
 
 
 class Training:
-    def __init__(self, network, method, device):
-        build, shape = NETWORKS[network]
+    """Steps of training with one method, timed."""
+
+    def __init__(self, network, method, device, *, batch=BATCH, autocast=None):
+        build, shape = network
         torch.manual_seed(0)
         self.net = build(10).to(device).train()
-        self.x, self.y = torch.randn(BATCH, *shape, device=device), torch.randint(10, (BATCH,), device=device)
+        self.x, self.y = torch.randn(batch, *shape, device=device), torch.randint(10, (batch,), device=device)
         self.optimizer = torch.optim.SGD(self.net.parameters(), 1e-3, 0.9)
         # A weight of next to nothing costs the same and does not move the networks apart.
         self.reg = None
@@ -89,17 +90,21 @@ class Training:
             self.reg = ByTorchFunc(self.net)
         elif method != "plain":
             self.reg = LOSSES[method](self.net, weight=1e-6).to(device)
-        self.device = device
+        self.device, self.autocast = device, autocast
+        self.last = None
 
     def step(self):
         start = self.clock()
         self.optimizer.zero_grad()
-        loss = cross_entropy(self.net(self.x), self.y)
-        if self.reg is not None:
-            loss = loss + self.reg(self.x, self.y)
+        with torch.autocast(self.device, self.autocast, enabled=self.autocast is not None):
+            loss = cross_entropy(self.net(self.x), self.y)
+            if self.reg is not None:
+                loss = loss + self.reg(self.x, self.y)
         loss.backward()
         self.optimizer.step()
-        return self.clock() - start
+        taken = self.clock() - start
+        self.last = float(loss.detach())
+        return taken
 
     def clock(self):
         if self.device == "cpu":
@@ -110,7 +115,7 @@ class Training:
 
 def peak(network, method, device):
     """Peak memory in MiB of the first step."""
-    training = Training(network, method, device)
+    training = Training(NETWORKS[network], method, device)
     if device == "cpu":
         training.step()
         # Not getrusage's maximum, which starts from that of the process that started this one.
@@ -128,10 +133,12 @@ def memory(network, method, args):
 
 
 def measure(network, args):
-    trainings = {method: Training(network, method, args.device) for method in METHODS}
+    trainings = {method: Training(NETWORKS[network], method, args.device) for method in METHODS}
     for training in trainings.values():
         for _ in range(STRIDE):
             training.step()
+    from rich.progress import track
+
     strides = {method: [] for method in METHODS}
     for _ in track(range(args.repeats), description=network):
         for method, training in trainings.items():

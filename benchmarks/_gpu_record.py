@@ -1,0 +1,146 @@
+"""What a run on a GPU writes down, and how much time it has. Standard library alone: it must not fail."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+LINES = 60
+"""The most that the summary may have."""
+
+
+class Budget:
+    """Time until a moment of the wall clock, which other processes share."""
+
+    def __init__(self, deadline):
+        self.deadline = deadline
+
+    @property
+    def left(self):
+        return max(0.0, self.deadline - time.time())
+
+    def allows(self, seconds):
+        """Whether something that takes so long would end in time."""
+        return self.left > seconds
+
+
+def shares(weights, seconds):
+    """What each part gets, where all before it took what was theirs."""
+    return {part: seconds * weight / sum(weights.values()) for part, weight in weights.items()}
+
+
+def read(path):
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write(path, found):
+    """Atomically: who is killed here leaves the json as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(found, indent=1) + "\n")
+    os.replace(new, path)
+
+
+class Record:
+    """One part of the json, written anew with every row."""
+
+    def __init__(self, path, part):
+        self.path, self.part = path, part
+
+    def update(self, **values):
+        found = read(self.path)
+        found[self.part] = {**found.get(self.part, {}), **values}
+        write(self.path, found)
+
+    def start(self, **header):
+        found = read(self.path)
+        found[self.part] = {**header, "status": "begun", "checks": [], "rows": []}
+        write(self.path, found)
+
+    def _append(self, key, row):
+        found = read(self.path)
+        found[self.part][key].append(row)
+        write(self.path, found)
+        print(f"  {line(row)}", flush=True)
+
+    def row(self, **values):
+        self._append("rows", values)
+
+    def check(self, name, error, tolerance, note=""):
+        """Note what a check of correctness found; NaN fails."""
+        ok = bool(error <= tolerance)
+        shown = error if math.isfinite(error) else None
+        note = note if math.isfinite(error) else f"{note} (error is {error})".strip()
+        row = {"name": name, "error": shown, "tolerance": tolerance, "ok": ok}
+        self._append("checks", row | ({"note": note} if note else {}))
+        return ok
+
+    def failed(self, name, error):
+        """Note a check that raised."""
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        self._append("checks", {"name": name, "error": None, "tolerance": 0.0, "ok": False, "note": said})
+
+    def skipped(self, name, why):
+        """Note what was not run."""
+        self._append("rows", {"name": name, "not_run": why})
+
+
+def in_process(command, seconds, errors, *, cwd, env):
+    """Run a command and all that it starts for so long at most; return how it ended."""
+    with errors.open("w") as file:
+        process = subprocess.Popen(command, stderr=file, cwd=cwd, env=env, start_new_session=True)  # noqa: S603
+        try:
+            code = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return f"stopped after {seconds:.0f} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    if code == 0:
+        return "done"
+    said = [text for text in errors.read_text(errors="replace").splitlines() if text.strip()]
+    return f"crashed ({code}): {(said or ['no word'])[-1][:300]}"
+
+
+def is_failed(part):
+    """Whether a part of the json shows a fault: a check that failed, or no proper end."""
+    return not part.get("status", "").startswith("done") or not all(check["ok"] for check in part["checks"])
+
+
+def line(row):
+    """Return one row as text."""
+    return "  ".join(f"{key.replace('_', ' ')} {cell(value)}" for key, value in row.items() if value is not None)
+
+
+def cell(value):
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def summary(found, parts):
+    """Return the lines to end with: of each part its faults, and the last row of each kind."""
+    first = next((found[part] for part in parts if part in found), {})
+    lines = [line({key: value for key, value in first.items() if isinstance(value, str) and key != "status"})[:200]]
+    each = (LINES - 1 - 2 * len(parts)) // max(1, len(parts))
+    for part in parts:
+        if part not in found:
+            lines.append(f"{part}: not run")
+            continue
+        checks, rows = found[part]["checks"], {}
+        bad = [check for check in checks if not check["ok"]]
+        right = f", {len(checks) - len(bad)} of {len(checks)} checks right" if checks else ""
+        lines.append(f"{part}: {found[part]['status']}{right}")
+        for row in found[part]["rows"]:
+            rows[tuple(value for value in row.values() if isinstance(value, str))] = row
+        shown = [f"  WRONG  {line(check)}" for check in bad] + [f"  {line(row)}" for row in rows.values()]
+        lines += [text[:150] for text in shown[:each]]
+        if len(shown) > each:
+            lines.append(f"  ... and {len(shown) - each} more in the json")
+    return lines
+
+
+def jsonl(path):
+    return [json.loads(text) for text in Path(path).read_text().splitlines()]

@@ -32,8 +32,8 @@ LOSSES = {
     "kare": KARELoss,
 }
 N, OUTPUTS, M = 12, 4, 8
-TOLERANCES = {torch.float64: 1e-8, torch.float32: 2e-3}
-"""Of ‖found − exact‖/‖exact‖. A rectifier whose input rounds to the other side of zero costs float32 more than digits."""
+TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3}
+"""Of ‖found − exact‖/‖exact‖, for smooth networks."""
 TF32 = 5e-2
 ROOT = Path(__file__).parent.parent
 

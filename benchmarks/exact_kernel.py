@@ -34,7 +34,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.functional import relu
 
 SETTINGS = {
     "MLP": {"network": "mlp", "n": 100},
@@ -58,10 +57,11 @@ class Block(nn.Module):
         self.skip = nn.Sequential()
         if stride != 1 or before != after:
             self.skip = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+        self.relu = nn.ReLU()
 
     def forward(self, x):
-        y = relu(self.norm1(self.conv1(x)))
-        return relu(self.norm2(self.conv2(y)) + self.skip(x))
+        y = self.relu(self.norm1(self.conv1(x)))
+        return self.relu(self.norm2(self.conv2(y)) + self.skip(x))
 
 
 def resnet(width, c):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, final
 
+import torch
 from torch import Tensor
 
 from alignreg.losses.probes import Probed, ProbeLoss
@@ -72,9 +73,10 @@ class AlignmentLoss(ProbeLoss):
         "The tangent features have nothing along the targets: alignment is zero, and so is the loss."
     )
 
-    def _of_kernel(self, seen: Probed) -> Tensor | None:
+    def _of_kernel(self, seen: Probed) -> Tensor:
         assert seen.projection is not None
-        norm2 = self._norm2(seen)
-        if not bool((seen.projection > 0) & (norm2 > 0)):
-            return None
-        return norm2.log() / 2 - seen.projection.log()
+        projection, norm2 = seen.projection, self._norm2(seen)
+        defined = (projection > 0) & (norm2 > 0)
+        # Not of zero, whose logarithm has no gradient to be multiplied by nothing.
+        projection, norm2 = (torch.where(defined, value, 1.0) for value in (projection, norm2))
+        return torch.where(defined, norm2.log() / 2 - projection.log(), torch.nan)

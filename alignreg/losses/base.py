@@ -99,6 +99,8 @@ class TangentLoss(nn.Module, ABC):
 
     step: Tensor
     default_weight: ClassVar[float]
+    caution: ClassVar[str] = ""
+    """What the default weight has done to some networks; said where no weight is given."""
     __call__: Callable[..., Tensor]  # of nn.Module, which promises Any
     needs_targets: ClassVar[bool] = False
     undefined: ClassVar[str] = ""
@@ -123,7 +125,15 @@ class TangentLoss(nn.Module, ABC):
         forward_fn: ForwardFn | None = None,
     ) -> None:
         super().__init__()
-        weight = self.default_weight if weight is None else weight
+        if weight is None:
+            weight = self.default_weight
+            if self.caution:
+                warnings.warn(
+                    f"{type(self).__name__}: no weight is given, and the default one, {weight:g}, {self.caution} Pass "
+                    "weight= to say which you want.",
+                    UserWarning,
+                    stacklevel=3,
+                )
         self.weight: Weight = weight if callable(weight) else _check_weight(weight)
         self.examples = None if examples is None else checks.count("examples", examples, 2)
         self.every_n_steps = checks.count("every_n_steps", every_n_steps)

@@ -59,6 +59,10 @@ class ComplexityPenalty(ProbeLoss):
     """
 
     default_weight: ClassVar[float] = 0.01
+    caution: ClassVar[str] = (
+        "is meant for noisy labels: with clean ones it cost five networks of eleven more than .02 of their accuracy. "
+        "There, begin with a tenth of it."
+    )
     default_probes: ClassVar[int] = 1
     least_probes: ClassVar[int] = 1
 

@@ -67,6 +67,10 @@ class ParticipationRatioLoss(ProbeLoss):
     """
 
     default_weight: ClassVar[float] = 0.01
+    caution: ClassVar[str] = (
+        "cost two networks of eleven more than .02 of their accuracy, one of them a third of it. Begin with a tenth of "
+        "it."
+    )
     default_probes: ClassVar[int] = 8
     least_probes: ClassVar[int] = 4
     undefined: ClassVar[str] = "The tangent features vanish: they have no participation ratio, and the loss is zero."

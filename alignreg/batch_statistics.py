@@ -20,9 +20,8 @@ Statistics = Literal["running", "training"]
 
 def keeps_running_statistics(module: nn.Module) -> bool:
     """Say whether the module normalizes otherwise in training mode than in evaluation mode: torch's or a user's own."""
-    return isinstance(module, _NormBase) or any(
-        name.startswith("running_") for name, _ in module.named_buffers(recurse=False)
-    )
+    names = module._buffers.keys()  # noqa: SLF001 - named_buffers() is slow, and those of scripted modules have no iterator
+    return isinstance(module, _NormBase) or any(name.startswith("running_") for name in names)
 
 
 def couples_examples(module: nn.Module) -> bool:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignreg import deferred
+
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _LONGEST = 80
@@ -180,9 +182,13 @@ def finite(name: str, value: Tensor) -> Tensor:
     Raises:
         ValueError: if one is.
     """
-    # A sum is cheap, and not finite if one of its terms is not; after an overflow the terms are looked at.
-    if not holds(value, lambda v: torch.isfinite(v.sum()) or torch.isfinite(v).all()):
-        raise ValueError(f"{name}: expected finite values, got NaN or inf.")
+
+    def error() -> ValueError | None:
+        # A sum is cheap, and not finite if one of its terms is not; after an overflow the terms are looked at.
+        overflow = bool(torch.isfinite(value.detach()).all())
+        return None if overflow else ValueError(f"{name}: expected finite values, got NaN or inf.")
+
+    require(value, lambda v: torch.isfinite(v.sum()), error)
     return value
 
 
@@ -225,16 +231,22 @@ def by_name(name: str, value: Any) -> dict[str, Tensor]:
     return found
 
 
-def holds(value: Tensor, condition: Callable[[Tensor], Tensor | bool]) -> bool:
-    """Say whether a condition on the numbers of a tensor holds; it does where they cannot be read."""
+def require(value: Tensor, condition: Callable[[Tensor], Tensor], error: Callable[[], Exception | None]) -> None:
+    """Raise an error unless a condition on the numbers of a tensor holds, which it does where they cannot be read.
+
+    Args:
+        value: the tensor.
+        condition: of it, a scalar.
+        error: makes the error; returns ``None`` if the condition was too strict.
+    """
     if torch.compiler.is_compiling() or (value.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return True
+        return
     try:
-        return bool(condition(value.detach()))
+        deferred.require(condition(value.detach()), error)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError:  # of vmap, and of tensors without numbers
-        return True
+    except RuntimeError:  # of vmap, and of tensors without numbers; `error` makes none
+        return
 
 
 def _convert(value: Any, to: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, final
 from weakref import WeakKeyDictionary
 
@@ -55,14 +55,17 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def sizes_of_ranks(n: int, device: torch.device, group: dist.ProcessGroup | None = None) -> list[int]:
-    """Return the number that each rank has, in the order of the ranks; ``[n]`` for one process."""
+def counts_of_ranks(
+    counts: Sequence[int], device: torch.device, group: dist.ProcessGroup | None = None
+) -> list[list[int]]:
+    """Return each of some counts on all ranks, in the order of the ranks; on one process its own."""
     if world_size() == 1:
-        return [n]
-    mine = torch.tensor([n], device=device)
+        return [[count] for count in counts]
+    mine = torch.tensor(counts, device=device)
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(every, mine, group=group)
-    return [int(size) for size in every]
+    found: list[list[int]] = torch.stack(every, dim=1).tolist()
+    return found
 
 
 def sum_over_ranks(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

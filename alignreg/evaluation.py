@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 from torch.nn.utils import get_total_norm
 
-from alignreg import graph
+from alignreg import deferred, graph
 from alignreg.batch import Batch, call, flat, map_tensors, size, take, tensors
 from alignreg.directions import Directions
 from alignreg.frozen import Frozen, Saved, draws, failing_module, repeatably
@@ -49,18 +49,20 @@ class NonFiniteGradientError(ValueError):
         )
 
 
-def finite_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """Return the norm of all gradients together, which must be finite.
+def require_finite(gradients: Iterable[Tensor]) -> Tensor:
+    """Check that gradients are finite, and return their norm, which is infinite where it is too large for their dtype.
 
     Raises:
         NonFiniteGradientError: if one is not.
     """
     given = [gradient.detach() for gradient in gradients]
+
+    def error() -> NonFiniteGradientError | None:
+        finite = all(bool(torch.isfinite(gradient).all()) for gradient in given)
+        return None if finite else NonFiniteGradientError()
+
     norm = get_total_norm(given)
-    if not bool(torch.isfinite(norm)):
-        if not all(bool(torch.isfinite(gradient).all()) for gradient in given):
-            raise NonFiniteGradientError
-        norm = get_total_norm([gradient.double() for gradient in given])  # it was too large for their dtype
+    deferred.require(torch.isfinite(norm), error)
     return norm
 
 
@@ -151,15 +153,16 @@ class Evaluation:
         self._activation_bytes = saved.nbytes
         self.largest_activation_bytes = saved.largest
         # The coarsest precision on the way, a cast inside the model included: the scale of honest rounding.
-        dtypes = {y.dtype, *saved.dtypes, *graph.dtypes(y), *(p.dtype for p in self.params.values())}
+        nodes = graph.nodes(y)
+        dtypes = {y.dtype, *saved.dtypes, *graph.dtypes(nodes), *(p.dtype for p in self.params.values())}
         self.precision = max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
-        if not bool(torch.isfinite(self.y).all()):
-            raise NonFiniteOutputError(self.c)
-        graph.require_recomputable(y)
+        deferred.require(torch.isfinite(self.y).all(), partial(NonFiniteOutputError, self.c))
+        graph.require_recomputable(nodes)
         self.unused = self._unused(y, leaves, own)
         if create_graph:
-            graph.require_twice_differentiable(y, leaves.values())
-        self.vectorizes = not create_graph or graph.vectorizes(y)
+            graph.require_twice_differentiable(nodes, leaves.values())
+        self.vectorizes = not create_graph or graph.vectorizes(nodes)
+        self.graph_leaves = graph.leaves_of(nodes)
 
     def _unused(self, y: Tensor, leaves: Params, names: Mapping[int, str]) -> set[str]:
         """Return which of the parameters the outputs do not depend on.
@@ -328,20 +331,15 @@ class Evaluation:
         create_graph = self.create_graph if create_graph is None else create_graph
         leaves, y = self._graph_of(examples)
         columns = graph.pull(y, leaves, cotangents, create_graph=create_graph)
-        finite_norm(columns.values())
+        require_finite(columns.values())
         return columns
 
     def grams(self, cotangents: Tensor) -> Params:
         """Return ⟨Φᵀω_a, Φᵀω_b⟩ for cotangents ``(m, n, c)``, by parameter name ``(m, m)``."""
         leaves, y = self._graph_of(slice(None))
         products = graph.grams(y, leaves, cotangents, create_graph=self.create_graph)
-        if not bool(torch.isfinite(torch.stack(list(products.values())).detach()).all()):
-            raise NonFiniteGradientError
+        deferred.require(torch.isfinite(torch.stack(list(products.values())).detach()).all(), NonFiniteGradientError)
         return products
-
-    def graph_leaves(self) -> list[Tensor]:
-        """Return the leaves that the outputs depend on."""
-        return graph.leaves_of(self._graph_of(slice(None))[1])
 
     def _graph_of(self, examples: slice) -> tuple[Params, Tensor]:
         if self._graph is not None and examples == slice(None):

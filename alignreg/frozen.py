@@ -154,7 +154,7 @@ class _Attributes:
     def __init__(self, module: nn.Module) -> None:
         self._live = module.__dict__
         self.values = dict(self._live)
-        held: list[Any] = [value for value in self.values.values() if isinstance(value, dict | list | set)]
+        held: list[Any] = [value for value in self.values.values() if isinstance(value, (dict, list, set))]
         self._empty = [one for one in held if not one]  # most, those of hooks
         self._contents = [(one, one.copy()) for one in held if one]
 

@@ -207,8 +207,13 @@ def summary(eigenvalues: Tensor, k: Sequence[int] = ()) -> dict[str, Tensor]:
     if eigenvalues.ndim != 1 or len(eigenvalues) == 0:
         raise ValueError(f"eigenvalues: expected (n·c,), got shape {tuple(eigenvalues.shape)}.")
     checks.finite("eigenvalues", eigenvalues)
-    if not checks.holds(eigenvalues, lambda v: (v.diff() <= 0).all() & (v[-1] >= 0)):
-        raise ValueError("eigenvalues: expected descending ones, none below 0, as spectrum(K) gives them, got others.")
+    checks.require(
+        eigenvalues,
+        lambda v: (v.diff() <= 0).all() & (v[-1] >= 0),
+        lambda: ValueError(
+            "eigenvalues: expected descending ones, none below 0, as spectrum(K) gives them, got others."
+        ),
+    )
     ratios = [checks.count("k", value) for value in checks.each(k)]
     total, squares = eigenvalues.sum(), eigenvalues.square().sum()
     middle = len(eigenvalues) // 2
@@ -292,11 +297,14 @@ def kare(K: Tensor, y: Tensor, ridge: float) -> Tensor:
     N = len(targets)
     regularised = spectra.matrix(K) / N + ridge * torch.eye(N, dtype=K.dtype, device=K.device)
     factor, info = torch.linalg.cholesky_ex(regularised)
-    if not checks.holds(info, lambda failed: failed == 0):
-        raise ValueError(
+    checks.require(
+        info,
+        lambda failed: failed == 0,
+        lambda: ValueError(
             f"K: expected a positive semi-definite kernel, up to errors below ridge = {ridge:g} in K/{N}, got one that "
             "is not. Where rounding of a large kernel is to blame, raise ridge or compute the kernel in float64."
-        )
+        ),
+    )
     inverse = torch.cholesky_inverse(factor)
     return (inverse @ targets).square().sum() / N / (inverse.diagonal().sum() / N).square()
 
@@ -308,13 +316,16 @@ def _kernel(K: Tensor, ridge: float = 0.0) -> Tensor:
         raise ValueError(f"K: expected a kernel (n, c, n, c), got shape {tuple(K.shape)}.")
     checks.finite("K", K)
     slack = ROUNDING * ridge * K.shape[0] * K.shape[1]
-    if not checks.holds(K, lambda v: (v - v.permute(2, 3, 0, 1)).abs_().amax() <= ROUNDING * v.abs().amax() + slack):
-        raise ValueError(
+    checks.require(
+        K,
+        lambda v: (v - v.permute(2, 3, 0, 1)).abs_().amax() <= ROUNDING * v.abs().amax() + slack,
+        lambda: ValueError(
             "K: expected a symmetric kernel, got another tensor. Take the kernel of one batch with itself; where only "
             "rounding errors are left of a centered one, compute it in float64."
-        )
-    if not ridge and not checks.holds(K, _may_be_semidefinite):
-        raise ValueError(_INDEFINITE)
+        ),
+    )
+    if not ridge:
+        checks.require(K, _may_be_semidefinite, lambda: ValueError(_INDEFINITE))
     return K
 
 
@@ -326,8 +337,7 @@ def _may_be_semidefinite(K: Tensor) -> Tensor:
 
 def _semidefinite(eigenvalues: Tensor) -> Tensor:
     """Return eigenvalues, descending, of which none is negative beyond rounding errors."""
-    if not checks.holds(eigenvalues, lambda v: v[-1] >= -ROUNDING * v[0]):
-        raise ValueError(_INDEFINITE)
+    checks.require(eigenvalues, lambda v: v[-1] >= -ROUNDING * v[0], lambda: ValueError(_INDEFINITE))
     return eigenvalues
 
 

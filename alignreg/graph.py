@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,43 +29,48 @@ _CONSTANTS = ("NativeLayerNorm", "NativeGroupNorm", "NativeBatchNorm", "CudnnBat
 # Functions marked with once_differentiable, which where gradients are constants are silently taken for linear.
 _MARKED = once_differentiable(lambda _: None).__code__
 _HIDDEN = "DifferentiableGraphBackward"
+Nodes = Sequence[Any]
+"""The nodes of a graph: what :func:`nodes` returns."""
 # The products that linear layers run: which of the factors is the weight, and under what name the other is saved.
 _PRODUCTS = {"AddmmBackward0": (2, "_saved_mat1"), "MmBackward0": (1, "_saved_self")}
 
 
 def twice_differentiable(y: Tensor) -> bool:
     """Say whether y has a graph, without kernels that are known to be differentiated once only."""
-    return y.requires_grad and not any(_once(node) or _vanishes(node) for node in _nodes(y))
+    return y.requires_grad and not any(_once(node) or _vanishes(node) for node in nodes(y))
 
 
-def require_twice_differentiable(y: Tensor, sources: Iterable[Tensor]) -> None:
-    """Check the graph between y and what it is differentiated with respect to.
+def require_twice_differentiable(nodes: Nodes, sources: Iterable[Tensor]) -> None:
+    """Check the graph between outputs and what they are differentiated with respect to.
 
     Raises:
         RuntimeError: if there is a kernel in it that is known to be differentiated once only.
     """
+    once = [node for node in nodes if _once(node)]
+    if not once:
+        return
     users: dict[Any, list[Any]] = {}
-    for node in _nodes(y):
+    for node in nodes:
         for following, _ in node.next_functions:
             users.setdefault(following, []).append(node)
     waiting = [get_gradient_edge(source).node for source in sources]
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
-        if _once(node):
+        if node in once:
             raise once_only(node.name())
         new = [user for user in users.get(node, []) if user not in seen]
         seen.update(new)
         waiting += new
 
 
-def require_recomputable(y: Tensor) -> None:
+def require_recomputable(nodes: Nodes) -> None:
     """Check that torch gives gradients with respect to chosen tensors through the graph.
 
     Raises:
         ValueError: if it does not, because modules are checkpointed with ``use_reentrant=True``.
     """
-    if any(node.name() == "CheckpointFunctionBackward" for node in _nodes(y)):
+    if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
         raise ValueError(
             "the model: expected activation checkpointing with use_reentrant=False, got use_reentrant=True, which "
             "gives no gradients with respect to chosen parameters. Pass use_reentrant=False to checkpoint()."
@@ -98,14 +103,14 @@ def once_only(name: str) -> RuntimeError:
     )
 
 
-def vectorizes(y: Tensor) -> bool:
-    """Say whether a vectorized backward pass of y can be differentiated: without normalizations in fused kernels."""
-    return not any(node.name().startswith(_CONSTANTS) or _HIDDEN in node.name() for node in _nodes(y))
+def vectorizes(nodes: Nodes) -> bool:
+    """Say whether a vectorized backward pass can be differentiated: without normalizations in fused kernels."""
+    return not any(node.name().startswith(_CONSTANTS) or _HIDDEN in node.name() for node in nodes)
 
 
-def dtypes(y: Tensor) -> set[torch.dtype]:
-    """Return the dtypes of all that y was made of, also where nothing was kept for the backward pass."""
-    return {meta.dtype for node in _nodes(y) for meta in getattr(node, "_input_metadata", ())}
+def dtypes(nodes: Nodes) -> set[torch.dtype]:
+    """Return the dtypes of all that outputs were made of, also where nothing was kept for the backward pass."""
+    return {meta.dtype for node in nodes for meta in getattr(node, "_input_metadata", ())}
 
 
 def _once(node: Any) -> bool:
@@ -122,16 +127,16 @@ def _vanishes(node: Any) -> bool:
     return result is None or not bool(result.all())
 
 
-def leaves_of(value: Tensor) -> list[Tensor]:
-    """Return the leaves, parameters mostly, that a value depends on."""
-    return [node.variable for node in _nodes(value) if hasattr(node, "variable")]
+def leaves_of(nodes: Nodes) -> list[Tensor]:
+    """Return the leaves, parameters mostly, in a graph."""
+    return [node.variable for node in nodes if hasattr(node, "variable")]
 
 
 def sources(y: Tensor, params: Mapping[str, Tensor]) -> tuple[set[str], list[Tensor]]:
     """Return the names of the tensors that y depends on, and the leaves that it depends on past them."""
     places = {get_gradient_edge(p).node: name for name, p in params.items()}
     used, elsewhere = set(), []
-    for node in _nodes(y, stop=places):
+    for node in nodes(y, stop=places):
         if node in places:
             used.add(places[node])
         elif hasattr(node, "variable"):
@@ -241,7 +246,7 @@ class _Product(NamedTuple):
 def _products(y: Tensor, params: Mapping[str, Tensor]) -> dict[str, _Product]:
     """Return the products of those parameters that the graph uses as the weight of one product and nowhere else."""
     users: dict[Any, list[tuple[Any, int]]] = {}
-    for node in _nodes(y):
+    for node in nodes(y):
         for place, (following, _) in enumerate(node.next_functions):
             users.setdefault(following, []).append((node, place))
 
@@ -265,13 +270,20 @@ def _products(y: Tensor, params: Mapping[str, Tensor]) -> dict[str, _Product]:
     return found
 
 
-def _nodes(y: Tensor, stop: Container[Any] = ()) -> Iterator[Any]:
-    seen: set[Any] = set()
+def nodes(y: Tensor, stop: Container[Any] = ()) -> Nodes:
+    """Return the nodes of the graph of y.
+
+    Args:
+        y: outputs.
+        stop: nodes past which not to look.
+    """
+    seen = dict.fromkeys([y.grad_fn])
     waiting = [y.grad_fn]
     while waiting:
         node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            if node not in stop:
-                waiting += [following for following, _ in node.next_functions]
+        if node is not None and node not in stop:
+            for following, _ in node.next_functions:
+                if following not in seen:
+                    seen[following] = None
+                    waiting.append(following)
+    return [node for node in seen if node is not None]

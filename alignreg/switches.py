@@ -23,9 +23,9 @@ def eager(fn: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(fn)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        # Another thread may be importing it: then nothing is compiled yet.
-        disable = getattr(sys.modules.get("torch._dynamo"), "disable", None)
-        result: T = (fn if disable is None else disable(fn))(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            return fn(*args, **kwargs)
+        result: T = torch.compiler.disable(fn)(*args, **kwargs)  # type: ignore[no-untyped-call]
         return result
 
     return run

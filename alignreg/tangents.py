@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from copy import copy
 from types import MethodType
 from typing import Any, Literal, final, overload
@@ -158,6 +158,15 @@ class TangentFeatures:
             warnings.warn(message, UserWarning, stacklevel=4)
 
     @property
+    def like(self) -> Tensor:
+        """One of the parameters, without a gradient: for its dtype and device."""
+        for name in self._shapes:
+            with suppress(AttributeError):
+                if not (found := self.model.get_parameter(name)).is_meta:
+                    return found.detach()
+        return next(iter(self.parameters.values())).detach()  # raises, and says what is missing
+
+    @property
     def num_parameters(self) -> int:
         """P, the length of a tangent feature."""
         return sum(shape.numel() for shape in self._shapes.values())
@@ -204,7 +213,7 @@ class TangentFeatures:
     def leaves(self, x: Any) -> list[Tensor]:
         """Return the leaves, parameters mostly, that the outputs at a batch depend on, where gradients may flow to."""
         with self._evaluation(x, create_graph=True, backward_only=True) as at:
-            return at.graph_leaves()
+            return at.graph_leaves
 
     def require_independent_examples(self, x: Any) -> None:
         """Check that the outputs of an example do not depend on the others of its batch.
@@ -216,20 +225,22 @@ class TangentFeatures:
             at.require_independent_examples()
 
     @contextmanager
-    def held(self, *, detached: bool) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    def held(self, *, detached: bool) -> Iterator[dict[int, Tensor]]:
         """Make all calls inside the block, and backward passes through their results, of the model as it is now.
 
         Args:
-            detached: differentiate with respect to detached aliases of the parameters, which are yielded as
-                ``(parameter, alias)``. What hangs on the parameters themselves (hooks, caches) does not see these
-                passes, and is to be handed the gradients of the aliases.
+            detached: differentiate with respect to detached aliases of the parameters, by whose ``id`` the parameters
+                are yielded. What hangs on the parameters themselves (hooks, caches) does not see these passes, and is
+                to be handed the gradients of the aliases.
         """
+        own = dict(self.model.named_parameters())
+        require_values(own)
         with self._frozen() as inside:
-            own = dict(self.model.named_parameters())
+            own = dict(self.model.named_parameters())  # those of a sharded model are whole by now
             aliases = {name: p.detach().requires_grad_(p.requires_grad) for name, p in own.items()} if detached else own
             self._held = inside, aliases
             try:
-                yield [(p, aliases[name]) for name, p in own.items()] if detached else []
+                yield {id(aliases[name]): p for name, p in own.items()}
             finally:
                 self._held = None
 

@@ -80,13 +80,18 @@ def _one_hot(labels: Tensor, c: int, name: str) -> Tensor:
             f"{name}: expected integer class indices (n,) or values (n, {c}) for {c} outputs, "
             f"got {labels.dtype} of shape {tuple(labels.shape)}. Convert labels with .long()."
         )
-    outside = labels[(labels < 0) | (labels >= c)]
-    if len(outside):
+    labels = labels.long()
+
+    def error() -> ValueError:
+        outside = labels[(labels < 0) | (labels >= c)]
         hint = ""
         if bool((outside == IGNORED).any()):
             hint = (
                 f" {IGNORED} is the ignore_index of torch's losses: leave such examples out first, by "
                 f"keep = {name} != {IGNORED}, inputs[keep], {name}[keep]."
             )
-        raise ValueError(f"{name}: expected class indices in [0, {c}), got {outside[0].item()}.{hint}")
-    return torch.nn.functional.one_hot(labels.long(), c).to(torch.float64)
+        return ValueError(f"{name}: expected class indices in [0, {c}), got {outside[0].item()}.{hint}")
+
+    checks.require(labels, lambda found: ((found >= 0) & (found < c)).all(), error)
+    # Not one_hot of torch, which reads the labels from the device to look at them itself.
+    return (labels.unsqueeze(1) == torch.arange(c, device=labels.device)).to(torch.float64)

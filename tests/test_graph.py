@@ -9,7 +9,7 @@ from test_tangents import features_of
 from torch import nn
 
 from alignreg import TangentFeatures
-from alignreg.graph import _products, dtypes, require_twice_differentiable, twice_differentiable
+from alignreg.graph import _products, dtypes, nodes, require_twice_differentiable, twice_differentiable
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -196,9 +196,9 @@ def test_only_what_lies_on_the_way_must_be_differentiated_twice():
     """The head's features need a first derivative of what is below it."""
     first, last, x = nn.Linear(4, 5), nn.Linear(5, 2), torch.randn(3, 4)
     y = last(torch.ops.aten.hardsigmoid(first(x)))
-    require_twice_differentiable(y, last.parameters())
+    require_twice_differentiable(nodes(y), last.parameters())
     with pytest.raises(RuntimeError, match=r"can differentiate twice, got hardsigmoid\. Write it with others"):
-        require_twice_differentiable(y, first.parameters())
+        require_twice_differentiable(nodes(y), first.parameters())
 
 
 @pytest.mark.parametrize("kind", ["complexity", "alignment", "kare"])
@@ -211,7 +211,7 @@ def test_losses_of_a_function_that_is_marked_as_differentiated_once(kind):
 
 def test_dtypes_on_the_way():
     """Also where nothing is kept for the backward pass."""
-    assert dtypes(nn.Linear(4, 5)(torch.ones(3, 4)).bfloat16().double()) == {
+    assert dtypes(nodes(nn.Linear(4, 5)(torch.ones(3, 4)).bfloat16().double())) == {
         torch.float32,
         torch.bfloat16,
         torch.float64,

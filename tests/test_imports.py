@@ -8,7 +8,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "alignreg"
 # A module may import those in rows above its own.
 ORDER = [
-    {"sharding", "switches", "checks"},
+    {"sharding", "switches", "deferred"},
+    {"checks"},
     {"batch", "targets", "selection", "distributed", "primitives", "directions", "estimators", "sketches"},
     {"batch_statistics"},
     {"frozen", "jacobian", "moments", "linear", "progress", "plotting", "graph", "weights"},

@@ -425,3 +425,17 @@ def test_under_a_gradient_scaler_with_clipping(kind, device):
     assert norms[1] == pytest.approx(norms[0], rel=1e-5)
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-5, atol=1e-6)
     assert float(grads[0].norm()) == pytest.approx(0.1, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["complexity", "alignment", "participation ratio", "kare"])
+def test_a_default_weight_that_may_cost_accuracy_says_so(kind):
+    def said(**options):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            LOSSES[kind](nn.Linear(4, 3), **options)
+        return [str(one.message) for one in found]
+
+    default = said()
+    assert len(default) == (kind != "kare")
+    assert all("no weight is given" in message and "accuracy" in message for message in default)
+    assert said(weight=0.01) == []

@@ -284,7 +284,7 @@ def test_hooks_that_a_forward_pass_registers_are_not_left():
     before, expected = hooks(model), trace_of(twin)
     features = TangentFeatures(model)
     for create_graph in (False, True):
-        assert float(features.trace(X, create_graph=create_graph)) == pytest.approx(expected, rel=1e-12)
+        assert float(features.trace(X, create_graph=create_graph).detach()) == pytest.approx(expected, rel=1e-12)
     for kind in LOSSES:
         make(kind, model)(X, Y)
     assert hooks(model) == before
@@ -903,7 +903,7 @@ def test_products_of_a_batch_as_one_function():
             K = features.kernel(X, create_graph=create_graph).detach()
             torch.testing.assert_close(K, kernel(oracle), rtol=1e-9, atol=1e-11)
             trace = float(sum(value.square().sum() for value in oracle.values()))
-            assert float(features.trace(X, create_graph=create_graph)) == pytest.approx(trace, rel=1e-9)
+            assert float(features.trace(X, create_graph=create_graph).detach()) == pytest.approx(trace, rel=1e-9)
             S = sketches.gaussian(3, seed=0)
             Z = features.pushforward(X, S, create_graph=create_graph).detach()
             parts = [

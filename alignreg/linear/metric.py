@@ -71,12 +71,18 @@ def one_step_bound(eigenvalues: Tensor, correlations: Tensor, nu: Tensor) -> Ten
     for name, value in (("correlations", correlations), ("nu", nu)):
         if value.shape != eigenvalues.shape:
             raise ValueError(f"{name}: expected as many as eigenvalues, {len(eigenvalues)}, got {len(value)}.")
-    if not checks.holds(eigenvalues, lambda v: (v >= 0).all()):
-        raise ValueError(
+    checks.require(
+        eigenvalues,
+        lambda v: (v >= 0).all(),
+        lambda: ValueError(
             f"eigenvalues: expected none below 0, got {float(eigenvalues.min()):g}. Clamp rounding errors."
-        )
-    if not checks.holds(nu, lambda v: (v > 0).all()):
-        raise ValueError(f"nu: expected positive numbers, got {float(nu.min()):g}. A metric is invertible.")
+        ),
+    )
+    checks.require(
+        nu,
+        lambda v: (v > 0).all(),
+        lambda: ValueError(f"nu: expected positive numbers, got {float(nu.min()):g}. A metric is invertible."),
+    )
     return (nu * eigenvalues * correlations.square()).sum().sqrt() * (eigenvalues / nu).sum().sqrt()
 
 

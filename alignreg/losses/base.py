@@ -14,12 +14,12 @@ from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.nn.utils import get_total_norm
 
-from alignreg import checks, graph, sketches
+from alignreg import checks, deferred, graph, sketches
 from alignreg.batch import Batch, as_inputs, size, slice_examples, take
 from alignreg.batch_statistics import Statistics
+from alignreg.deferred import Deferred, SelfCheckError
 from alignreg.distributed import find_ddp, rank, require_sync, world_size
-from alignreg.evaluation import ForwardFn, NonFiniteGradientError, NonFiniteOutputError, finite_norm
-from alignreg.graph import leaves_of
+from alignreg.evaluation import ForwardFn, NonFiniteGradientError, NonFiniteOutputError, require_finite
 from alignreg.primitives import is_checkpointed
 from alignreg.sharding import is_sharded, ranks_of
 from alignreg.switches import eager
@@ -42,6 +42,11 @@ class Sample(NamedTuple):
     """How many examples the batch had."""
     draw: int
     """The number of this evaluation, from which random numbers follow."""
+
+
+@final
+class UndefinedLossError(Exception):
+    """A loss has no value at these examples, as the message says: it is zero there."""
 
 
 class TangentLoss(nn.Module, ABC):
@@ -94,8 +99,12 @@ class TangentLoss(nn.Module, ABC):
 
     step: Tensor
     default_weight: ClassVar[float]
+    caution: ClassVar[str] = ""
+    """What the default weight has done to some networks; said where no weight is given."""
     __call__: Callable[..., Tensor]  # of nn.Module, which promises Any
     needs_targets: ClassVar[bool] = False
+    undefined: ClassVar[str] = ""
+    """What to say where the loss has no value."""
 
     def __init__(
         self,
@@ -116,7 +125,15 @@ class TangentLoss(nn.Module, ABC):
         forward_fn: ForwardFn | None = None,
     ) -> None:
         super().__init__()
-        weight = self.default_weight if weight is None else weight
+        if weight is None:
+            weight = self.default_weight
+            if self.caution:
+                warnings.warn(
+                    f"{type(self).__name__}: no weight is given, and the default one, {weight:g}, {self.caution} Pass "
+                    "weight= to say which you want.",
+                    UserWarning,
+                    stacklevel=3,
+                )
         self.weight: Weight = weight if callable(weight) else _check_weight(weight)
         self.examples = None if examples is None else checks.count("examples", examples, 2)
         self.every_n_steps = checks.count("every_n_steps", every_n_steps)
@@ -148,8 +165,7 @@ class TangentLoss(nn.Module, ABC):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> TangentLoss:
         step = self.step
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # A count has a value also where weights wait for theirs: on the meta device, and after to_empty().
-        self.step = step if self.step.is_meta else self.step.copy_(step)
+        self.step = step  # it has a value where weights wait for theirs, and is read without waiting for a device
         return self
 
     def _refer(self, model: nn.Module) -> None:
@@ -196,11 +212,12 @@ class TangentLoss(nn.Module, ABC):
         step = call // self.gradient_accumulation_steps
         weight = _check_weight(self.weight(step), step) if callable(self.weight) else self.weight
         self._count()  # also where this raises: ranks that differ in their steps would part, or wait for each other
-        if y is not None and self.needs_targets:
-            encode(y, self._width(batch), size(batch))  # all of them, at every step
         loss = None
-        if weight > 0 and step % self.every_n_steps == 0:
-            loss = self._evaluate(self._sample(batch, y, outputs, call), weight * self.every_n_steps)
+        with deferred.deferred() as doubts:
+            if y is not None and self.needs_targets:
+                encode(y, self._width(batch), size(batch))  # all of them, at every step
+            if weight > 0 and step % self.every_n_steps == 0:
+                loss = self._evaluate(self._sample(batch, y, outputs, call), weight * self.every_n_steps, doubts)
         if loss is None:
             return zero
         if not loss.requires_grad:
@@ -235,7 +252,7 @@ class TangentLoss(nn.Module, ABC):
 
     def _count(self) -> None:
         if self._held is None:
-            self.step += 1
+            self.step.add_(1)
         else:
             self._held = True
 
@@ -245,68 +262,84 @@ class TangentLoss(nn.Module, ABC):
         return ", ".join(f"{name}={getattr(self, name)}" for name in (*names, "per_layer", "sync"))
 
     @abstractmethod
-    def _estimate(self, sample: Sample, *, create_graph: bool) -> Tensor | None:
-        """Return the loss of the sample with weight 1, or ``None`` where it is undefined."""
+    def _estimate(self, sample: Sample, *, create_graph: bool) -> Tensor:
+        """Return the loss of the sample with weight 1.
 
-    def _evaluate(self, sample: Sample, factor: float) -> Tensor | None:
-        create_graph = torch.is_grad_enabled()
+        Raises:
+            UndefinedLossError: where it has no value.
+        """
+
+    def _evaluate(self, sample: Sample, factor: float, doubts: Deferred) -> Tensor | None:
         try:
-            # The graph of the caller's outputs hangs on the parameters themselves.
-            with self._features.held(detached=sample.outputs is None) as aliases:
-                value = self._estimate(sample, create_graph=create_graph)
-                if value is None or not create_graph or not value.requires_grad:
-                    return None if value is None else factor * value.detach()
-                leaves = leaves_of(value)
-                gradients = graph.gradients(
-                    factor * value, leaves, retain_graph=sample.outputs is not None, allow_unused=True
-                )
-                value = factor * value.detach()
-                own = {id(alias): parameter for parameter, alias in aliases}
-                known = [
-                    (own.get(id(leaf), leaf), g) for leaf, g in zip(leaves, gradients, strict=True) if g is not None
-                ]
-                finite_norm([value])
-                share = self._share([p for p, _ in known], [g for _, g in known])
+            try:
+                return self._differentiated(sample, factor, doubts)
+            except SelfCheckError:
+                return self._differentiated(sample, factor, doubts)  # by other ways, now that this one is not trusted
+        except UndefinedLossError as error:
+            self._warn(str(error))
         except (NonFiniteOutputError, NonFiniteGradientError) as error:
             if self.on_nonfinite == "raise":
                 raise
             self._warn(f"A step of {type(self).__name__} is left out: {error}")
-            return None
+        return None
+
+    def _differentiated(self, sample: Sample, factor: float, doubts: Deferred) -> Tensor | None:
+        create_graph = torch.is_grad_enabled()
+        # The graph of the caller's outputs hangs on the parameters themselves.
+        with self._features.held(detached=sample.outputs is None) as own:
+            value = self._estimate(sample, create_graph=create_graph)
+            if not create_graph or not value.requires_grad:
+                doubts.settle()
+                return factor * value.detach()
+            leaves = graph.leaves_of(graph.nodes(value))
+            gradients = graph.gradients(
+                factor * value, leaves, retain_graph=sample.outputs is not None, allow_unused=True
+            )
+            value = factor * value.detach()
+            known = [(own.get(id(leaf), leaf), g) for leaf, g in zip(leaves, gradients, strict=True) if g is not None]
+            share = self._share(value, [p for p, _ in known], [g for _, g in known], doubts)
         handed = [g if share == 1 else share * g for _, g in known]
         loss: Tensor = _Known.apply(value, handed, *(p for p, _ in known))  # type: ignore[no-untyped-call]
         return loss
 
-    def _share(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> float:
+    def _share(
+        self, value: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor], doubts: Deferred
+    ) -> float:
         """Return the part of the gradients that is handed over: all of it unless they are clipped.
 
+        Here the device is waited for, once: for this number and all that is in doubt.
+
         Raises:
-            NonFiniteGradientError: if they are not finite, with ``sync`` and ``clip`` on any rank.
+            NonFiniteGradientError: if they or the value are not finite, with ``sync`` and ``clip`` on any rank.
         """
-        together = self.sync and self.clip is not None and world_size() > 1
-        try:
-            length = finite_norm(gradients)
-        except NonFiniteGradientError:
-            if not together:
-                raise
-            length = torch.full((), torch.nan, device=gradients[0].device)
         if self.clip is None:
+            require_finite([value, *gradients])
+            doubts.settle()
             return 1.0
-        limit = self.clip * get_total_norm([p.detach() for p in parameters])
+        length, limit = get_total_norm(gradients), self.clip * get_total_norm([p.detach() for p in parameters])
         # Weights that are all zero set no limit. What is not finite counts as less than nothing.
         share = torch.where((limit > 0) & (length > limit), limit / length, 1.0).float()
-        share = torch.where(length.isnan(), -1.0, share)
+        share = torch.where(torch.isfinite(length) & torch.isfinite(value), share, -1.0)
+        together = self.sync and world_size() > 1
         if together:  # of one gradient, each rank has a part
             dist.all_reduce(share, dist.ReduceOp.MIN, group=self._group)
-        if float(share) < 0:
-            raise NonFiniteGradientError
-        if float(share) < 1:
+        found: list[float] = []
+        deferred.look(share, found.extend)
+        doubts.settle()
+        if found[0] < 0:
+            require_finite([value, *gradients])
+            doubts.settle()
+            if together:
+                raise NonFiniteGradientError
+            found = [float(limit.double() / get_total_norm([g.double() for g in gradients]))]  # an overflow
+        if found[0] < 1:
             self._warn(
-                f"the gradient of this loss was {float(1 / share) * self.clip:.3g} times as long as the weights, and "
+                f"the gradient of this loss was {self.clip / found[0]:.3g} times as long as the weights, and "
                 f"is cut to {self.clip:.3g} times: a step along it would have thrown them far off. Begin with a "
                 "smaller weight, as weight=lambda step: 0.01 * min(1, step / 100) does.",
                 about="clip",
             )
-        return float(share)
+        return found[0]
 
     @property
     def _group(self) -> dist.ProcessGroup | None:
@@ -324,15 +357,30 @@ class TangentLoss(nn.Module, ABC):
                 self._num_outputs = error.num_outputs
         return self._num_outputs
 
-    def _mean_over_layers(self, values: Mapping[str, Tensor | None]) -> Tensor | None:
-        """Return the mean of those that are defined, or ``None``: of layers, or of the one number of all."""
-        defined = [value for value in values.values() if value is not None]
-        if self.per_layer and 0 < len(defined) < len(values):
-            self._warn(
-                f"layers {[layer for layer, value in values.items() if value is None]} leave this loss undefined, "
-                "because nothing of their tangent features counts here: the mean is that of the others."
-            )
-        return torch.stack(defined).mean() if defined else None
+    def _mean_over_layers(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean of those that are defined: of layers, or of the one number of all.
+
+        Args:
+            values: by layer; NaN where it is undefined.
+
+        Raises:
+            UndefinedLossError: if none is defined.
+        """
+        stacked = torch.stack(list(values.values()))
+        defined = ~stacked.detach().isnan()
+
+        def then(found: list[float]) -> None:
+            if not any(found):
+                raise UndefinedLossError(self.undefined)
+            if not all(found):
+                odd = [layer for layer, one in zip(values, found, strict=True) if not one]
+                self._warn(
+                    f"layers {odd} leave this loss undefined, because nothing of their tangent features counts here: "
+                    "the mean is that of the others."
+                )
+
+        deferred.look(defined, then)
+        return torch.where(defined, stacked, 0.0).sum() / defined.sum()
 
     def _check(self, n: int, y: Any, outputs: Tensor | None) -> None:
         if y is None and self.needs_targets:
@@ -384,7 +432,7 @@ class TangentLoss(nn.Module, ABC):
         return agreed
 
     def _zero(self) -> Tensor:
-        like = next(iter(self._features.parameters.values()))
+        like = self._features.like
         dtype = torch.promote_types(like.dtype, torch.float32)
         return torch.zeros((), dtype=dtype, device=like.device, requires_grad=torch.is_grad_enabled())
 

@@ -59,11 +59,14 @@ class ComplexityPenalty(ProbeLoss):
     """
 
     default_weight: ClassVar[float] = 0.01
+    caution: ClassVar[str] = (
+        "is meant for noisy labels: with clean ones it cost five networks of eleven more than .02 of their accuracy. "
+        "There, begin with a tenth of it."
+    )
     default_probes: ClassVar[int] = 1
     least_probes: ClassVar[int] = 1
 
-    def _of_kernel(self, seen: Probed) -> Tensor | None:
-        if self.centered and seen.n == 1:
-            return None  # one example, centred, is zero
-        rows = (seen.n - 1) * seen.drawn_from / (seen.drawn_from - 1) if self.centered else seen.n
+    def _of_kernel(self, seen: Probed) -> Tensor:
+        # One example, centered, is zero.
+        rows = max(1, seen.n - 1) * seen.drawn_from / max(1, seen.drawn_from - 1) if self.centered else seen.n
         return estimators.trace(seen.gram) / (rows * seen.c)

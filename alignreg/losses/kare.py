@@ -8,12 +8,12 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor, nn
 
-from alignreg import checks, functional
+from alignreg import checks, deferred, functional
 from alignreg.batch import map_tensors, size
 from alignreg.batch_statistics import Statistics
-from alignreg.distributed import concatenate_over_ranks, sizes_of_ranks
+from alignreg.distributed import concatenate_over_ranks, counts_of_ranks
 from alignreg.evaluation import ForwardFn
-from alignreg.losses.base import Sample, TangentLoss, Weight
+from alignreg.losses.base import Sample, TangentLoss, UndefinedLossError, Weight
 from alignreg.targets import encode
 
 
@@ -109,17 +109,20 @@ class KARELoss(TangentLoss):
         """Show the options."""
         return f"{super().extra_repr()}, ridge={self.ridge}"
 
-    def _estimate(self, sample: Sample, *, create_graph: bool) -> Tensor | None:
+    def _estimate(self, sample: Sample, *, create_graph: bool) -> Tensor:
         assert sample.y is not None
         x, y = sample.x, encode(sample.y, self._width(sample.x), size(sample.x))
         if self.sync:
-            device = next(iter(self._features.parameters.values())).device
-            sizes = sizes_of_ranks(len(y), device, self._group)
+            device = self._features.like.device
+            (sizes,) = counts_of_ranks((len(y),), device, self._group)
             x = map_tensors(lambda t: concatenate_over_ranks(t.to(device), sizes, self._group), x)
             y = concatenate_over_ranks(y.to(device), sizes, self._group)
-        if bool((y == y[0]).all()):
-            self._warn("All examples of a batch have the same target: nothing is to be predicted, the loss is zero.")
-            return None
+        deferred.require(
+            (y != y[0]).any(),
+            lambda: UndefinedLossError(
+                "All examples of a batch have the same target: nothing is to be predicted, the loss is zero."
+            ),
+        )
         if self._features.couples_examples:
             self._warn(
                 "The model normalizes by the statistics of the batch, so that its kernel goes by rows of the whole "

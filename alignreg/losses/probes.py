@@ -9,13 +9,13 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from alignreg import checks, estimators, sketches
+from alignreg import checks, deferred, estimators, sketches
 from alignreg.batch import Batch, flat, size, slice_examples
 from alignreg.batch_statistics import Statistics
-from alignreg.distributed import rank, sizes_of_ranks, sum_over_ranks
-from alignreg.evaluation import ForwardFn, NonFiniteGradientError, NonFiniteOutputError, finite_norm
+from alignreg.distributed import counts_of_ranks, rank, sum_over_ranks
+from alignreg.evaluation import ForwardFn, NonFiniteGradientError, NonFiniteOutputError, require_finite
 from alignreg.losses import micro_batches
-from alignreg.losses.base import Sample, TangentLoss, Weight
+from alignreg.losses.base import Sample, TangentLoss, UndefinedLossError, Weight
 from alignreg.targets import encode
 
 
@@ -54,8 +54,6 @@ class ProbeLoss(TangentLoss, ABC):
 
     default_probes: ClassVar[int]
     least_probes: ClassVar[int]
-    undefined: ClassVar[str] = ""
-    """What to say where no kernel has a value; nothing if that is plain."""
 
     def __init__(
         self,
@@ -102,21 +100,20 @@ class ProbeLoss(TangentLoss, ABC):
         return f"{super().extra_repr()}, probes={self.probes}"
 
     @abstractmethod
-    def _of_kernel(self, seen: Probed) -> Tensor | None:
-        """Return the loss with weight 1 of what was seen of a kernel, or ``None`` where it is undefined."""
+    def _of_kernel(self, seen: Probed) -> Tensor:
+        """Return the loss with weight 1 of what was seen of a kernel; NaN where it is undefined, without a gradient."""
 
-    def _estimate(self, sample: Sample, *, create_graph: bool) -> Tensor | None:
+    def _estimate(self, sample: Sample, *, create_graph: bool) -> Tensor:
         mine, c = size(sample.x), self._width(sample.x)
-        like = next(iter(self._features.parameters.values())).detach()
+        like = self._features.like
         target = None
         if self.needs_targets:
             assert sample.y is not None
             target = encode(sample.y, c, mine).to(like.device)
         sizes, drawn_from, before = [mine], sample.drawn_from, rank() << 32
         if self.sync:
-            sizes = sizes_of_ranks(mine, like.device, self._group)
-            drawn_from = sum(sizes_of_ranks(drawn_from, like.device, self._group))
-            before = sum(sizes[: rank(self._group)])
+            sizes, drawn = counts_of_ranks((mine, drawn_from), like.device, self._group)
+            drawn_from, before = sum(drawn), sum(sizes[: rank(self._group)])
         n = sum(sizes)
         # Each rank has its own rows of one global draw: the same probes on two ranks would be correlated.
         omega = sketches.probes(self.probes, mine, c, seed=self.seed, step=sample.draw, offset=before, like=like)
@@ -124,13 +121,7 @@ class ProbeLoss(TangentLoss, ABC):
             omega = omega - self._sum(omega.sum(1, keepdim=True)) / n
         cotangents = omega
         if target is not None:
-            direction = self._direction(target, n)
-            if direction is None:
-                self._warn(
-                    "All examples of a batch have the same target: alignment is undefined, the loss is zero there."
-                )
-                return None
-            cotangents = torch.cat([direction[None].to(omega), omega])
+            cotangents = torch.cat([self._direction(target, n)[None].to(omega), omega])
         grams = self._grams(sample, cotangents, create_graph=create_graph, ranks=len(sizes))
         layers = self._features.layers if self.per_layer else {"": list(grams)}
         values = {}
@@ -138,17 +129,24 @@ class ProbeLoss(TangentLoss, ABC):
             gram = torch.stack([grams[name] for name in names]).sum(0)
             projection, gram = (None, gram) if target is None else (gram[0, 0], gram[1:, 1:])
             values[layer] = self._of_kernel(Probed(gram, projection, n, c, drawn_from))
-        value = self._mean_over_layers(values)
-        if value is None and self.undefined:
-            self._warn(self.undefined)
-        return value
+        return self._mean_over_layers(values)
 
-    def _direction(self, target: Tensor, n: int) -> Tensor | None:
-        """Return the centred targets of this rank, divided by the norm of all; ``None`` for constant ones."""
+    def _direction(self, target: Tensor, n: int) -> Tensor:
+        """Return the centred targets of this rank, divided by the norm of all.
+
+        Raises:
+            UndefinedLossError: if they are constant.
+        """
         y = target - self._sum(target.sum(0)) / n
         square, scale = self._sum(torch.stack([y.square().sum(), target.square().sum()]))
-        # What rounding leaves of a constant is no variance.
-        return None if float(square) <= 1e-28 * float(scale) else y / square.sqrt()
+        deferred.require(
+            square > 1e-28 * scale,  # what rounding leaves of a constant is no variance
+            lambda: UndefinedLossError(
+                "All examples of a batch have the same target: alignment is undefined, the loss is zero there."
+            ),
+        )
+        direction: Tensor = y / square.sqrt()
+        return direction
 
     def _norm2(self, seen: Probed) -> Tensor:
         """Return ‖K‖_F², not below what its trace leaves possible: no kernel of that many rows has a smaller norm."""
@@ -174,7 +172,7 @@ class ProbeLoss(TangentLoss, ABC):
             columns = {name: cotangents.new_full((len(cotangents), *p.shape), torch.nan) for name, p in own}
         joined = self._sum(torch.cat([flat(value) for value in columns.values()], dim=1))
         parts = torch.split(joined, [value[0].numel() for value in columns.values()], dim=1)
-        finite_norm([joined])
+        require_finite([joined])
         return {name: estimators.inner_products(part) for name, part in zip(columns, parts, strict=True)}
 
     def _examples_at_once(self, x: Batch) -> int:

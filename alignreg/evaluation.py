@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar, final
 
 import torch
@@ -12,15 +12,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 from torch.nn.utils import get_total_norm
 
-from alignreg import deferred, graph
+from alignreg import deferred, graph, memory
 from alignreg.batch import Batch, call, flat, map_tensors, size, take, tensors
 from alignreg.directions import Directions
 from alignreg.frozen import Frozen, Saved, draws, failing_module, repeatably
 from alignreg.jacobian import Block, Params, reduce_jacobian, signs, tolerance
 from alignreg.primitives import Checkpoints, Primitives
-
-WORKING_MEMORY = 2 * 2**30
-"""Bytes that a call may use beyond one forward and backward pass of its batch and its result."""
+from alignreg.primitives.precision import rounds_products
 
 ForwardFn = Callable[[nn.Module, Any], Tensor]
 T = TypeVar("T")
@@ -155,6 +153,8 @@ class Evaluation:
         # The coarsest precision on the way, a cast inside the model included: the scale of honest rounding.
         nodes = graph.nodes(y)
         dtypes = {y.dtype, *saved.dtypes, *graph.dtypes(nodes), *(p.dtype for p in self.params.values())}
+        if torch.float32 in dtypes and any(map(rounds_products, self._devices)):
+            dtypes.add(torch.float16)  # which has as many digits as TF32
         self.precision = max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
         deferred.require(torch.isfinite(self.y).all(), partial(NonFiniteOutputError, self.c))
         graph.require_recomputable(nodes)
@@ -198,6 +198,11 @@ class Evaluation:
         for parameter in self.params.values():
             dtype = torch.promote_types(dtype, parameter.dtype)
         return dtype
+
+    @cached_property
+    def working_memory(self) -> int:
+        """Bytes that a call may use beyond one forward and backward pass of its batch and its result."""
+        return memory.budget(self.y.device, alike=self._inside.over_ranks)
 
     def function(self, params: Params, x: Batch) -> Tensor:
         """Return f(x) ``(n, c)`` at the given parameters."""
@@ -245,7 +250,7 @@ class Evaluation:
             self.x,
             consume,
             outputs=self.c,
-            rows=self._chunk_size or max(1, WORKING_MEMORY // 32 // per_row),
+            rows=self._chunk_size or max(1, self.working_memory // 32 // per_row),
             pullback=pullback,
             before_whole_batch=self.require_independent_examples if independent else None,
             whole_batch=self.couples_examples,
@@ -453,9 +458,10 @@ class Evaluation:
         if self._chunk_size is not None:
             return self._chunk_size
         numbers = sum(p.numel() * p.element_size() for p in self.params.values())
-        fit = WORKING_MEMORY // 2 // (2 * numbers + self._activation_bytes)
-        # More at once fall out of a CPU's caches: 8 were quickest there, for small networks as for Transformers.
-        return max(1, min(fit, 8 if self.y.device.type == "cpu" else 64))
+        fit = self.working_memory // 2 // (2 * numbers + self._activation_bytes)
+        # More at once fall out of a CPU's caches: 8 were quickest there, for small networks as for Transformers. A GPU
+        # is idle between the operations of small networks.
+        return max(1, min(fit, 8 if self.y.device.type == "cpu" else 256))
 
     def _primal(self, tensor: Tensor) -> Tensor:
         """Return an alias that the user's hooks on gradients do not see."""

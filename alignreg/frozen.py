@@ -34,6 +34,7 @@ class Frozen:
     """
 
     def __init__(self, model: nn.Module, statistics: Statistics, *, over_ranks: bool) -> None:
+        self.over_ranks = over_ranks
         self._modules = list(model.named_modules())
         self._outside = [_Attributes(module) for _, module in self._modules]
         self._scripted = {

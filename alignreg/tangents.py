@@ -56,8 +56,8 @@ class TangentFeatures:
         forward_fn: ``(model, x) -> (n, c)`` for models whose output is not that tensor, as
             ``lambda model, x: model(**x).logits``.
         chunk_size: how many directions, or rows of the Jacobian, go through the model at once. By default as many as
-            are quick and keep the working memory under 2 GiB, beyond a forward and backward pass of the batch and the
-            result. It changes no value.
+            are quick and keep the working memory under 2 GiB (on a GPU: half of what is free), beyond a forward and
+            backward pass of the batch and the result. It changes no value.
         statistics: with which statistics modules in training mode normalize (``BatchNorm``, and modules of your own
             that have buffers ``running_...``): ``"running"``, those that the model predicts with, or ``"training"``,
             those of the batch as functions of the weights, which is the function that a training step

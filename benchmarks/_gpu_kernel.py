@@ -15,27 +15,17 @@ TOLERANCE = 2e-3
 MOST = 4096
 
 
-def by_alignreg(model, x, device):
+def by_alignreg(model, x, room):  # noqa: ARG001 - as its neighbors
     features = TangentFeatures(model)
     return lambda: features.kernel(x)
 
 
-def by_alignreg_tf32(model, x, device):
-    features = TangentFeatures(model)
-
-    def run():
-        with tf32(True):
-            return features.kernel(x)
-
-    return run
-
-
-def by_torch_func(model, x, device):
+def by_torch_func(model, x, room):
     """Jacobians of blocks of examples, contracted parameter by parameter: two blocks are in memory at a time."""
     rows = exact_kernel.rows(model)
     one = sum(p.numel() * p.element_size() for p in model.parameters()) * model(x[:1]).shape[1]
     # vmap and jacrev hold about two copies of what they return.
-    size = max(1, min(len(x), int(0.8 * free_bytes(device) / (4 * one))))
+    size = max(1, min(len(x), int(0.8 * room / (4 * one))))
 
     def run():
         blocks = x.split(size)
@@ -57,13 +47,9 @@ def by_torch_func(model, x, device):
     return run
 
 
-def by_nngeometry(model, x, device):
-    run = exact_kernel.by_nngeometry(model, x)
-    return lambda: run().reshape(len(x), -1, len(x), run_outputs(model, x))
-
-
-def run_outputs(model, x):
-    return model(x[:1]).shape[1]
+def by_nngeometry(model, x, room):  # noqa: ARG001
+    run, c = exact_kernel.by_nngeometry(model, x), model(x[:1]).shape[1]
+    return lambda: run().reshape(len(x), c, len(x), c)
 
 
 METHODS = {"alignreg": by_alignreg, "torch.func": by_torch_func}
@@ -75,18 +61,20 @@ def grow(measure, first, budget, seconds):
     """Measure twice as many each time, until the next, at four times the time, would not end.
 
     Args:
-        measure: takes a number of examples; returns the seconds that all of it took, or ``None`` to stop.
+        measure: takes a number of examples; returns how long all of it took and how long one kernel took, or ``None``
+            to stop.
         first: the first number.
         budget: of all.
         seconds: for these alone.
     """
     n, left = first, seconds
     while n <= MOST:
-        taken = measure(n)
-        if taken is None:
+        found = measure(n)
+        if found is None:
             return
+        taken, one = found
         left -= taken
-        if 4 * taken > min(left, budget.left):
+        if 9 * one > min(left, budget.left):  # a kernel to warm up, and one to measure
             return
         n *= 2
 
@@ -96,45 +84,68 @@ def measured(network, method, size, device, part, kept):
 
     def measure(n):
         total = 0.0
+        row = {"network": network, "method": method, "n": n}
         try:
             model, x = problem(network, n, size, device)
-            run = METHODS[method](model, x, device)
+            run = METHODS[method](model, x, free_bytes(device))
             before = reset_peak(device)
-            total += seconds(lambda: kept.setdefault((network, method), run().detach().cpu()), device)  # to warm up
+
+            def first():
+                value = run()
+                kept.setdefault((network, method), value.detach().cpu())
+
+            total += seconds(first, device)  # to warm up
             times = []
             while len(times) < 3 and (not times or total < 5):
                 times.append(seconds(run, device))
                 total += times[-1]
-            part.row(network=network, method=method, n=n, seconds=min(times), memory_mib=peak(device) - before)
+            part.row(**row, seconds=min(times), memory_mib=max(0.0, peak(device) - before))
+            kept[network, method, n] = min(times)
         except torch.OutOfMemoryError:
-            part.row(network=network, method=method, n=n, not_run="out of memory")
+            part.row(**row, not_run="out of memory")
             return None
         except Exception as error:
             if method == "alignreg":
                 raise
-            part.row(network=network, method=method, n=n, not_run=f"{type(error).__name__}: {error}"[:150])
+            part.row(**row, not_run=f"{type(error).__name__}: {error}"[:150])
             return None
         finally:
             model = x = run = None
             release(device)
-        return total
+        return total, min(times)
 
     return measure
+
+
+def compare(network, part, kept):
+    """Hold the first kernels and the times at the largest number that all took against ours."""
+    for method in METHODS:
+        if method == "alignreg" or (network, method) not in kept:
+            continue
+        error = difference(kept[network, method], kept[network, "alignreg"])
+        part.check(f"{network}: {method}'s kernel is ours", error, TOLERANCE)
+        both = [n for n in (2**k for k in range(20)) if {(network, m, n) for m in (method, "alignreg")} <= kept.keys()]
+        if both:
+            ratio = kept[network, method, both[-1]] / kept[network, "alignreg", both[-1]]
+            part.row(network=network, method=f"{method} over alignreg", n=both[-1], ratio=ratio)
 
 
 def tf32_row(network, n, size, device, part):
     """The same with products rounded to TF32."""
     model, x = problem(network, n, size, device)
-    exact, run = by_alignreg(model, x, device)(), by_alignreg_tf32(model, x, device)
-    error = difference(run(), exact)
-    part.row(network=network, method="alignreg, TF32", n=n, seconds=seconds(run, device), difference=error)
+    run = by_alignreg(model, x, None)
+    exact = run()
+    with tf32(True):
+        error = difference(run(), exact)
+        taken = seconds(run, device)
+    part.row(network=network, method="alignreg, TF32", n=n, seconds=taken, difference=error)
 
 
 def shares(network, n, size, device, part):
     """Which part of the time GEMMs and convolutions take."""
-    for method in METHODS:
+    for method, make in METHODS.items():
         model, x = problem(network, n, size, device)
-        run = METHODS[method](model, x, device)
+        run = make(model, x, free_bytes(device))
         run()
         part.row(network=network, method=f"{method}, profiled", n=n, share_of_products=share_of_products(run, device))
         release(device)
@@ -150,25 +161,26 @@ def guarded(what, part, call):
 
 def run(device, small, budget, part):
     """Run this part."""
-    size, kept, networks = "small" if small else "full", {}, [name for name in NETWORKS if name != "Transformer"]
+    size, networks = "small" if small else "full", [name for name in NETWORKS if name != "Transformer"]
+    largest = {}
     with tf32(False):
         for place, network in enumerate(networks):
+            kept = {}
             for left, method in enumerate(METHODS):
                 rest = (len(networks) - place) * len(METHODS) - left
                 share = 0.75 * budget.left / rest
                 if small:
-                    share = min(share, 6.0)
-                first = FIRST.get(network, 8)
-                grow(measured(network, method, size, device, part, kept), first, budget, share)
-            ours = kept.pop((network, "alignreg"))
-            for method in METHODS:
-                if (network, method) in kept:
-                    error = difference(kept.pop((network, method)), ours)
-                    part.check(f"{network}: {method}'s kernel is ours", error, TOLERANCE)
+                    share = min(share, 3.0)
+                grow(measured(network, method, size, device, part, kept), FIRST.get(network, 8), budget, share)
+            guarded(f"{network}: comparison", part, lambda network=network, kept=kept: compare(network, part, kept))
+            # What took a second at most.
+            ns = [key[2] for key, value in kept.items() if len(key) == 3 and key[1] == "alignreg" and value < 1]
+            largest[network] = max(ns, default=FIRST.get(network, 8))
+        for network, n in largest.items():
+            here = (network, n, size, device, part)
+            if device == "cuda" and budget.allows(6):
+                guarded(f"{network} in TF32", part, lambda here=here: tf32_row(*here))
         for network in networks:
-            if device == "cuda" and budget.allows(5):
-                n = FIRST.get(network, 8)
-                guarded(f"{network} in TF32", part, lambda network=network, n=n: tf32_row(network, n, size, device, part))
-            if budget.allows(5):
-                n = FIRST.get(network, 8)
-                guarded(f"{network} profiled", part, lambda network=network, n=n: shares(network, n, size, device, part))
+            here = (network, FIRST.get(network, 8), size, device, part)
+            if budget.allows(6):
+                guarded(f"{network} profiled", part, lambda here=here: shares(*here))

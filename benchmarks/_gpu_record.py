@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 LINES = 60
 """The most that the summary may have."""
@@ -41,7 +40,7 @@ def write(path, found):
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
     new.write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(new, path)
+    new.replace(path)
 
 
 class Record:
@@ -135,12 +134,9 @@ def summary(found, parts):
         lines.append(f"{part}: {found[part]['status']}{right}")
         for row in found[part]["rows"]:
             rows[tuple(value for value in row.values() if isinstance(value, str))] = row
-        shown = [f"  WRONG  {line(check)}" for check in bad] + [f"  {line(row)}" for row in rows.values()]
+        shown = [f"  WRONG  {line(check)}" for check in bad]
+        shown += [f"  {line(row)}" for row in sorted(rows.values(), key=lambda row: "not_run" in row)]
         lines += [text[:150] for text in shown[:each]]
         if len(shown) > each:
             lines.append(f"  ... and {len(shown) - each} more in the json")
     return lines
-
-
-def jsonl(path):
-    return [json.loads(text) for text in Path(path).read_text().splitlines()]

@@ -43,7 +43,7 @@ def measure(network, size, m, device, budget, part):
     task()
     before = reset_peak(device)
     unit = repeated(task, device, budget)
-    task_memory = peak(device) - before
+    task_memory = max(0.0, peak(device) - before)
     model.zero_grad(set_to_none=True)
     metric = TangentAlignment(model, 10, sketch_dim=m).to(device)
     at_a_time = directions_at_a_time(lambda: metric.update(x, y))
@@ -57,7 +57,7 @@ def measure(network, size, m, device, budget, part):
         passes=taken / unit,
         passes_a_direction=taken / unit / m,
         directions_at_a_time=at_a_time,
-        memory_mib=peak(device) - before,
+        memory_mib=max(0.0, peak(device) - before),
         memory_of_a_pass_mib=task_memory,
     )
 

@@ -11,7 +11,7 @@ from layer_cases import LAYERS, build
 from oracles import call, double, jacobian, kernel, matrix
 from torch import nn
 
-from alignreg import TangentFeatures, evaluation, tangents
+from alignreg import TangentFeatures, memory, tangents
 from alignreg.kernels import exact, gradients, passes, recorder
 
 NAMES = [name for name in (*MODELS, *LAYERS) if name != "coupled examples"]
@@ -106,7 +106,7 @@ def test_two_batches_in_blocks_of_memory(name, monkeypatch):
     expected = kernel(oracle)[list(rows)][:, :, list(columns)]
     close(features.kernel(one, two), expected)
     for budget in (1, 3000):
-        monkeypatch.setattr(evaluation, "WORKING_MEMORY", budget)
+        monkeypatch.setattr(memory, "WORKING_MEMORY", budget)
         close(features.kernel(one, two), expected)
         layers = features.kernel(x, per_layer=True)
         for layer, value in layers.items():
@@ -348,7 +348,7 @@ def test_progress(monkeypatch, capsys):
         with monkeypatch.context() as patched:
             patched.setattr(tangents, "bar", lambda *_, **__: contextlib.nullcontext(done.append))  # noqa: B023
             if budget:
-                patched.setattr(evaluation, "WORKING_MEMORY", budget)
+                patched.setattr(memory, "WORKING_MEMORY", budget)
             features.kernel(x)
         assert sum(done) == pytest.approx(features.num_parameters)
         assert len(done) >= 3

@@ -11,7 +11,7 @@ from cases import build
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alignreg import TangentFeatures, sketches
+from alignreg import TangentFeatures, memory, sketches
 from alignreg.losses import AlignmentLoss
 
 # Peak resident memory is a property of a process: each measurement runs in its own.
@@ -180,3 +180,43 @@ def test_nothing_inside_the_model_outlives_a_call(kind, method):
     gc.collect()
     assert seen
     assert not any(reference() is not None for reference in seen)
+
+
+@pytest.mark.parametrize(
+    ("free", "reserved", "allocated", "expected"),
+    [(40, 0, 0, 16), (30, 12, 2, 16), (70, 8, 8, 32), (7, 0, 0, 2), (0, 0, 0, 0)],
+)
+def test_working_memory_of_a_gpu(monkeypatch, free, reserved, allocated, expected):
+    """Half of what the driver and torch's allocator have free, down to a power of two."""
+    gpu, seen = torch.device("cuda", 1), []
+    for name, value in {
+        "mem_get_info": (free * 2**30, 80 * 2**30),
+        "memory_reserved": reserved * 2**30,
+        "memory_allocated": allocated * 2**30,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: seen.append(device) or value)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert memory.budget(gpu) == max(1, expected * 2**30)
+    assert seen == [gpu] * 3
+    assert memory.budget(gpu, alike=True) == memory.budget(torch.device("cpu")) == memory.WORKING_MEMORY
+
+
+def test_chunks_follow_the_working_memory(monkeypatch):
+    """Directions go through the model as many at a time as fit, and more where there is more room; the value stays."""
+    model, x = nn.Linear(100, 10), torch.randn(5, 100)
+    sizes, block = [], sketches.RandomDirections.block
+
+    def noted(self, name, like, start, stop):
+        sizes.append(stop - start)
+        return block(self, name, like, start, stop)
+
+    monkeypatch.setattr(sketches.RandomDirections, "block", noted)
+    values, most = [], []
+    for budget in (1, 60_000, 2**30):
+        monkeypatch.setattr(memory, "budget", lambda device, alike, budget=budget: budget)
+        sizes.clear()
+        values.append(TangentFeatures(model).pushforward(x, sketches.gaussian(16, seed=0)))
+        most.append(max(sizes))
+    assert most == [1, 2, 8]
+    torch.testing.assert_close(values[1], values[0])
+    torch.testing.assert_close(values[2], values[0])

@@ -11,7 +11,6 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from alignreg import evaluation
 from alignreg.batch import Batch, concatenate, flat, shapes, slice_examples
 from alignreg.evaluation import Evaluation
 from alignreg.jacobian import tolerance
@@ -56,7 +55,7 @@ def kernels(
     by_rules = {name for names in done for name in names}
     rest = {name: one.params[name].numel() for name in layer_of if name not in by_rules}
     rows = one.n * one.c + (0 if two is None else two.n * two.c)
-    fit = max(1, evaluation.WORKING_MEMORY // 2 // (rows * one.gram_dtype.itemsize))
+    fit = max(1, one.working_memory // 2 // (rows * one.gram_dtype.itemsize))
     for group in general.pieces(rest, sum(rest.values()) if one.create_graph else fit):
         for piece, value in general.gram(one, two, group):
             sums.add(layer_of[piece.name], value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from alignreg import evaluation
 from alignreg.evaluation import Evaluation
 from alignreg.kernels import general
 from alignreg.kernels.gradients import Gradients
@@ -32,7 +31,7 @@ def features(at: Evaluation, directions: FactoredDirections, refused: set[str]) 
 
     found, rest = by_example(at, dict.fromkeys(at.params, ""), take, refused)
     total = torch.stack([value.flatten(2) for value in found.values()]).sum(0) if found else None
-    numbers = max(1, evaluation.WORKING_MEMORY // 8 // at.gram_dtype.itemsize // (at.n * at.c + directions.m))
+    numbers = max(1, at.working_memory // 8 // at.gram_dtype.itemsize // (at.n * at.c + directions.m))
     for group in general.pieces({name: at.params[name].numel() for name in rest}, numbers):
         for piece, rows in general.rows(at, group):
             S = directions.block(piece.name, at.params[piece.name], 0, directions.m)

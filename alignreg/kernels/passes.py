@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from alignreg import evaluation
 from alignreg.batch import Batch
 from alignreg.evaluation import Evaluation
 from alignreg.kernels import recorder
@@ -72,11 +71,11 @@ def refuse(names: tuple[str, ...], refused: set[str]) -> None:
 
 def limit(at: Evaluation) -> int:
     """How many numbers the rows of a layer may take at once: no more than are quick on a CPU."""
-    fit = max(1, evaluation.WORKING_MEMORY // 4 // at.gram_dtype.itemsize)
+    fit = max(1, at.working_memory // 4 // at.gram_dtype.itemsize)
     return min(fit, 2**22) if at.y.device.type == "cpu" else fit
 
 
 def examples_at_once(at: Evaluation) -> int:
     """Return for how many examples there is memory in one pass."""
     # The gradients of all outputs at the largest layer, in the six or so copies that are alive together.
-    return int(max(1, evaluation.WORKING_MEMORY // max(1, 6 * at.c * at.largest_activation_bytes // at.n)))
+    return int(max(1, at.working_memory // max(1, 6 * at.c * at.largest_activation_bytes // at.n)))

@@ -1,4 +1,5 @@
-# make demo | test | check | format | docs | clean. Everything lives in .venv, which is rebuilt when its inputs change.
+# make demo | test | check | format | docs | gpu | clean. All but gpu lives in .venv, which is rebuilt when its inputs
+# change.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # Relative, as all paths here: pip splits the variable at spaces, which the folder's own path may have.
 export PIP_CONSTRAINT := constraints.txt
@@ -8,7 +9,7 @@ STAMP := .venv/installed
 DOCS_STAMP := .venv/installed-docs
 ADAPTERS := .venv/adapters
 
-.PHONY: demo test check format docs clean
+.PHONY: demo test check format docs gpu clean
 
 # Two runs under label noise, without and with a regularizer, in one new folder, and both in one figure; then a few
 # more, each method tuned, and a table.
@@ -47,6 +48,10 @@ docs: $(DOCS_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -b html -W --keep-going -n docs docs/_build/html
 	@echo "open docs/_build/html/index.html"
 
+# With the Python that is there, whose torch knows the GPU; make gpu FLAGS="--limit 8 --parts correct kernel".
+gpu:
+	$$(command -v python || command -v python3) benchmarks/gpu.py $(FLAGS)
+
 $(DOCS_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet -e ".[docs]"
 	@touch $@
@@ -60,4 +65,4 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	@touch $@
 
 clean:
-	rm -rf .venv build dist docs/_build docs/api docs/learn docs/benchmarks.md
+	rm -rf .venv build dist docs/_build docs/api docs/learn docs/benchmarks.md docs/gpu.md

@@ -104,10 +104,11 @@ def measured(network, method, size, device, part, kept):
         except torch.OutOfMemoryError:
             part.row(**row, not_run="out of memory")
             return None
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             if method == "alignreg":
-                raise
-            part.row(**row, not_run=f"{type(error).__name__}: {error}"[:150])
+                part.failed(f"{network}, n = {n}", error)
+            else:
+                part.row(**row, not_run=f"{type(error).__name__}: {error}"[:150])
             return None
         finally:
             model = x = run = None

@@ -7,6 +7,7 @@ compared with the gradient of the loss in a plain step.
 import contextlib
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -231,12 +232,8 @@ def synced_metrics(device):
     values = []
     for group in (contextlib.nullcontext(), one_process(device)):
         with group:
-            for metric in (
-                TangentAlignment(model, C),
-                TangentAlignment(model, C, method="exact"),
-                TangentTrace(model, C),
-            ):
-                metric = metric.to(device)
+            for make in (TangentAlignment, partial(TangentAlignment, method="exact"), TangentTrace):
+                metric = make(model, C).to(device)
                 metric.update(x, y)
                 values.append(float(metric.compute()))
     half = len(values) // 2

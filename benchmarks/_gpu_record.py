@@ -123,20 +123,24 @@ def summary(found, parts):
     """Return the lines to end with: of each part its faults, and the last row of each kind."""
     first = next((found[part] for part in parts if part in found), {})
     lines = [line({key: value for key, value in first.items() if isinstance(value, str) and key != "status"})[:200]]
-    each = (LINES - 1 - 2 * len(parts)) // max(1, len(parts))
+    shown = {part: _shown(found[part]) if part in found else [] for part in parts}
+    room, takes = LINES - len(lines) - 2 * len(parts), {}
+    for left, part in enumerate(sorted(parts, key=lambda part: len(shown[part]))):
+        takes[part] = min(len(shown[part]), room // (len(parts) - left))
+        room -= takes[part]
     for part in parts:
-        if part not in found:
-            lines.append(f"{part}: not run")
-            continue
-        checks, rows = found[part]["checks"], {}
-        bad = [check for check in checks if not check["ok"]]
-        right = f", {len(checks) - len(bad)} of {len(checks)} checks right" if checks else ""
-        lines.append(f"{part}: {found[part]['status']}{right}")
-        for row in found[part]["rows"]:
-            rows[tuple(value for value in row.values() if isinstance(value, str))] = row
-        shown = [f"  WRONG  {line(check)}" for check in bad]
-        shown += [f"  {line(row)}" for row in sorted(rows.values(), key=lambda row: "not_run" in row)]
-        lines += [text[:150] for text in shown[:each]]
-        if len(shown) > each:
-            lines.append(f"  ... and {len(shown) - each} more in the json")
+        checks = found.get(part, {}).get("checks", [])
+        right = f", {sum(check['ok'] for check in checks)} of {len(checks)} checks right" if checks else ""
+        lines.append(f"{part}: {found[part]['status'] if part in found else 'not run'}{right}")
+        lines += [text[:150] for text in shown[part][: takes[part]]]
+        if len(shown[part]) > takes[part]:
+            lines.append(f"  ... and {len(shown[part]) - takes[part]} more in the json")
     return lines
+
+
+def _shown(part):
+    rows = {}
+    for row in part["rows"]:
+        rows[tuple(value for value in row.values() if isinstance(value, str))] = row
+    wrong = [f"  WRONG  {line(check)}" for check in part["checks"] if not check["ok"]]
+    return wrong + [f"  {line(row)}" for row in sorted(rows.values(), key=lambda row: "not_run" in row)]

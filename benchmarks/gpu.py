@@ -82,7 +82,11 @@ def run(args):
         deadline = now + seconds - max(4.0, 0.1 * seconds)
         command = [sys.executable, str(HERE / "gpu.py"), "--job", name, "--deadline", str(deadline), *options]
         with tempfile.TemporaryDirectory() as folder:
-            status = record.in_process(command, seconds, Path(folder) / "errors", cwd=ROOT, env=env)
+            errors = Path(folder) / "errors"
+            env["TORCHINDUCTOR_CACHE_DIR"] = folder
+            status = record.in_process(command, seconds, errors, cwd=ROOT, env=env)
+            if status != "done":
+                print("".join(errors.read_text(errors="replace").splitlines(keepends=True)[-25:]), flush=True)
         part.update(status=f"{status} in {time.time() - now:.0f} s" if status == "done" else status)
     found = record.read(args.json)
     print("\n" + "\n".join(record.summary(found, args.parts)), flush=True)

@@ -13,12 +13,18 @@ HEAD = """\
 
 What each benchmark last wrote to its json, as it is; the other pages pick from it. A cell made of several runs is their
 mean ± its standard error. Times and memory are those of the machine that ran it; ratios carry over better.
+[On a GPU](gpu.md) is a page of its own.
 """
 
 
 def write(folder: Path, page: Path) -> None:
-    """Write the page of all benchmarks of a folder that have a json."""
-    text = "\n".join([HEAD, *(_section(path) for path in sorted(folder.glob("*.json")))])
+    """Write the page of all benchmarks of a folder that have a json; the one on a GPU has a page of its own."""
+    found = sorted(path for path in folder.glob("*.json") if path.stem != "gpu")
+    put(page, "\n".join([HEAD, *map(_section, found)]))
+
+
+def put(page: Path, text: str) -> None:
+    """Write a page, unless it is there as it is."""
     if not page.exists() or page.read_text() != text:
         page.write_text(text)
 

@@ -12,6 +12,7 @@ sys.path.insert(0, str(HERE))
 
 import _api
 import _benchmarks
+import _gpu
 
 import alignreg
 
@@ -22,6 +23,7 @@ release = version = alignreg.__version__
 
 _api.write(HERE / "api")
 _benchmarks.write(HERE.parent / "benchmarks", HERE / "benchmarks.md")
+_gpu.write(HERE.parent / "benchmarks" / "gpu.json", HERE / "gpu.md")
 
 extensions = [
     "myst_parser",

@@ -14,7 +14,9 @@ DOCS = README.parent / "docs"
 BENCHMARKS = README.parent / "benchmarks"
 WRITTEN = ("_build", "api", "learn")  # by the build of the site
 PAGES = [
-    page for page in sorted(DOCS.rglob("*.md")) if page.relative_to(DOCS).parts[0] not in (*WRITTEN, "benchmarks.md")
+    page
+    for page in sorted(DOCS.rglob("*.md"))
+    if page.relative_to(DOCS).parts[0] not in (*WRITTEN, "benchmarks.md", "gpu.md")
 ]
 
 

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "alignreg"
 ORDER = [
     {"sharding", "switches", "deferred"},
     {"checks"},
-    {"batch", "targets", "selection", "distributed", "primitives", "directions", "estimators", "sketches"},
+    {"batch", "memory", "targets", "selection", "distributed", "primitives", "directions", "estimators", "sketches"},
     {"batch_statistics"},
     {"frozen", "jacobian", "moments", "linear", "progress", "plotting", "graph", "weights"},
     {"hsic", "spectra"},

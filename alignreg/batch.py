@@ -96,7 +96,12 @@ def slice_examples(x: Batch, start: int, stop: int) -> Batch:
 
 def take(x: Batch, rows: Tensor) -> Batch:
     """Return the examples with the indices ``rows``."""
-    return map_tensors(lambda t: t[rows.to(t.device)], x)
+    return map_tensors(lambda t: t[on(rows, t.device)], x)
+
+
+def on(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device, without waiting for what the device was told to do before."""
+    return tensor.to(device, non_blocking=tensor.device.type == "cpu")
 
 
 def size(x: Batch) -> int:

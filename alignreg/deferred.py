@@ -37,6 +37,10 @@ class Deferred:
         self._verdicts: list[Tensor] = []
         self._then: list[Callable[[list[float]], None]] = []
 
+    def __bool__(self) -> bool:
+        """Whether there is something."""
+        return bool(self._then)
+
     def add(self, values: Tensor, then: Callable[[list[float]], None]) -> None:
         """Note numbers, and what is to be done with them."""
         self._values.append(values.detach())
@@ -131,8 +135,15 @@ def passes(holds: Tensor, key: Any, proven: set[Any]) -> bool:
 
         scope.require(holds, error)
         return True
+    settle()  # what came before may explain a failure
     if bool(holds):
         proven.add(key)
         return True
     proven.discard(key)
     return False
+
+
+def settle() -> None:
+    """Look at everything that was put off so far."""
+    if (scope := _SCOPE.get()) is not None:
+        scope.settle()

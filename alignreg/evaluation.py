@@ -89,6 +89,7 @@ class Evaluation:
         x: the batch.
         inside: the frozen model.
         chunk_size: how many directions or rows go through the model at once; ``None`` for what is quick.
+        proven: kinds of self-checks that held before (:func:`.deferred.passes`).
         create_graph: make results differentiable.
         keep_graph: keep the graph of the first forward pass, for pullbacks of the whole batch.
     """
@@ -101,10 +102,12 @@ class Evaluation:
         x: Batch,
         inside: Frozen,
         chunk_size: int | None,
+        proven: set[Any],
         *,
         create_graph: bool,
         keep_graph: bool = False,
     ) -> None:
+        self.proven = proven
         self.create_graph = create_graph
         # Not around backward passes, whose every step a mode would look at; where rules of layers watch, it is outside.
         self._primitives = partial(Primitives, backward_only=True) if create_graph and keep_graph else nullcontext
@@ -302,6 +305,7 @@ class Evaluation:
         Raises:
             ValueError: if they are others.
         """
+        deferred.settle()  # outputs that are not finite, say
         with torch.no_grad():
             again = self.function(self.params, self.x)
         if not self.reproduces(again, torch.arange(self.n, device="cpu"), self.y):
@@ -396,18 +400,19 @@ class Evaluation:
         create_graph: bool,
     ) -> Tensor:
         parts: list[Tensor] = []
-        difference = torch.zeros((), dtype=torch.float64, device="cpu")
-        norm = torch.zeros((), dtype=torch.float64, device="cpu")
+        difference, norm = (torch.zeros((), dtype=torch.float64, device=u.device) for _ in range(2))
         for start, stop in blocks:
             block = {name: directions.block(name, p, start, stop) for name, p in self.params.items()}
             part = route(block, create_graph)
             parts.append(part if create_graph else part.detach())
             part = part.detach().to(self.gram_dtype)
-            left = torch.tensordot(u.to(part), part, dims=2).cpu()
-            right = [(flat(s).to(part.dtype) @ back[name].flatten().to(part.dtype)).cpu() for name, s in block.items()]
-            difference += (left - torch.stack(right).sum(0)).detach().double().square().sum()
-            norm += part.double().square().sum().cpu()
-        if not float(difference) ** 0.5 <= tolerance(self.precision) * float(norm) ** 0.5:
+            left = torch.tensordot(u.to(part), part, dims=2)
+            right = [flat(s).to(part.dtype) @ back[name].flatten().to(part.dtype) for name, s in block.items()]
+            product = torch.stack([one.to(left.device) for one in right]).sum(0)
+            difference += (left - product).detach().double().square().sum()
+            norm += part.double().square().sum()
+        holds = difference.sqrt() <= tolerance(self.precision) * norm.sqrt()
+        if not deferred.passes(holds, (route.__name__, create_graph, self.precision), self.proven):
             raise RuntimeError(
                 f"its forward derivative disagrees with its backward derivative by {float(difference) ** 0.5:.1e} "
                 f"at a norm of {float(norm) ** 0.5:.1e}"

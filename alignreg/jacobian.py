@@ -33,8 +33,8 @@ def tolerance(dtype: torch.dtype) -> float:
 
 def signs(like: Tensor) -> Tensor:
     """Return fixed random signs of the shape, dtype and device of ``like``: the u of self-checks."""
-    generator = torch.Generator().manual_seed(like.numel())
-    return torch.empty(like.shape, device="cpu").bernoulli_(0.5, generator=generator).mul_(2).sub_(1).to(like)
+    generator = torch.Generator(like.device).manual_seed(like.numel())
+    return torch.empty(like.shape, device=like.device).bernoulli_(0.5, generator=generator).mul_(2).sub_(1).to(like)
 
 
 def reduce_jacobian(

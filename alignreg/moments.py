@@ -111,7 +111,7 @@ def of(z: Tensor, y: Tensor, *, pullback: Tensor | None = None, guess: Tensor | 
             raise ValueError(f"guess: expected (c,) for the {z.shape[1]} outputs, got shape {tuple(pi.shape)}.")
         s_pi = pi @ s1
     return Moments(
-        n=torch.tensor(float(len(z)), dtype=torch.float64, device=z.device),
+        n=torch.full((), float(len(z)), dtype=torch.float64, device=z.device),
         features=s1,
         gram=flat.T @ flat,
         features_targets=cross,

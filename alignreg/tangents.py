@@ -105,6 +105,7 @@ class TangentFeatures:
         """Whether a ``SyncBatchNorm`` takes the statistics of all ranks, which must then make every call together."""
         self._bound: Bound | None = Bound(bare, forward_fn)
         self._refused: set[str] = set()  # parameters that the model uses otherwise than the rules of layers know
+        self._proven: set[Any] = set()  # kinds of self-checks that held
         self._held: tuple[Frozen, dict[str, Any]] | None = None
         self._warned: set[str] = set()
         self._memo: dict[int, Any] | None = None
@@ -193,6 +194,7 @@ class TangentFeatures:
         self._shapes = shapes
         self._bound = Bound(bare, self._forward_fn)
         self._refused = set()
+        self._proven = set()
         self._warned = set()
         self._memo = None
 
@@ -204,7 +206,8 @@ class TangentFeatures:
         # or after, which shows at the first use.
         bound = None if self._bound is None else Bound(self.model, self._forward_fn)
         copied = copy(self)
-        copied.__dict__.update(_bound=bound, _memo=memo, _refused=set(self._refused), _warned=set(self._warned))
+        own = {"_refused": set(self._refused), "_proven": set(self._proven), "_warned": set(self._warned)}
+        copied.__dict__.update(own, _bound=bound, _memo=memo)
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
@@ -618,6 +621,7 @@ class TangentFeatures:
                 batch,
                 inside,
                 self._chunk_size,
+                self._proven,
                 create_graph=create_graph,
                 keep_graph=backward_only,
             )

@@ -22,5 +22,5 @@ def embedding(
         return None
     tokens = input
     if padding_idx is not None:
-        tokens = torch.where(input == padding_idx % weight.shape[0], -1, input)
+        tokens = input.masked_fill(input == padding_idx % weight.shape[0], -1)
     return Lookups(lead=input.ndim, tokens=tokens, rows=weight.shape[0])

@@ -333,7 +333,7 @@ class TokenSums(Sums):
         width = max(1, limit // (n * c * out))
         for first in range(0, len(self.labels), width):
             size = min(width, len(self.labels) - first)
-            here = torch.where(self.tokens < 0, -1, index - first)
+            here = (index - first).masked_fill(self.tokens < 0, -1)
             # What does not belong here goes to a row too many.
-            here = torch.where((here >= 0) & (here < size), here, size)[:, None, :, None].expand_as(d)
+            here = here.masked_fill((here < 0) | (here >= size), size)[:, None, :, None].expand_as(d)
             yield d.new_zeros(n, c, size + 1, out).scatter_add(2, here, d)[:, :, :size].flatten(2)

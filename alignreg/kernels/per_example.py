@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from alignreg import deferred
 from alignreg.batch import slice_examples
 from alignreg.evaluation import Evaluation
 from alignreg.jacobian import signs, tolerance
@@ -56,7 +57,7 @@ def by_example(
         return {}, list(layer_of)  # rules take the gradients of each example alone
     u = signs(at.y)
     back = {name: value[0] for name, value in at.pullback(u[None], create_graph=False).items()}
-    whole = sum(float(value.square().sum(dtype=torch.float64)) for value in back.values()) ** 0.5
+    whole = torch.stack([value.square().sum(dtype=torch.float64).to(u.device) for value in back.values()]).sum().sqrt()
     found: dict[tuple[str, ...], list[Tensor]] = {}
     pulled: dict[str, Tensor] = {}
 
@@ -75,18 +76,24 @@ def by_example(
             batch = slice_examples(at.x, start, start + step)
             passes.visit(at, batch, layer_of, refused, partial(consume, start=start), batched=batched)
 
-    def agrees(name: str) -> bool:
-        difference = float(torch.linalg.vector_norm(pulled[name] - back[name].flatten().to(pulled[name])))
-        scale = float(torch.linalg.vector_norm(back[name].double()))
-        return bool(difference <= tolerance(at.precision) * scale + 10 * torch.finfo(at.precision).eps * whole)
+    def agrees(name: str) -> Tensor:
+        difference = torch.linalg.vector_norm(pulled[name] - back[name].flatten().to(pulled[name]))
+        scale = torch.linalg.vector_norm(back[name].double())
+        slack = 10 * torch.finfo(at.precision).eps * whole
+        holds: Tensor = (difference.to(u.device) <= tolerance(at.precision) * scale.to(u.device) + slack).all()
+        return holds
 
     passes.batched_or_not(run, layer_of, refused, vectorize=at.vectorizes)
-    for names, parts in list(found.items()):
-        complete = sum(len(part) for part in parts) == at.n  # else the rules took only some of the blocks
-        if complete and all(agrees(name) for name in names):
-            continue
-        del found[names]
-        if complete:
-            passes.refuse(names, refused)
+    # The others the rules took in some of the blocks only.
+    complete = {names for names, parts in found.items() if sum(len(part) for part in parts) == at.n}
+    verdicts = {names: torch.stack([agrees(name) for name in names]).all() for names in found if names in complete}
+    if verdicts:
+        together = torch.stack(list(verdicts.values())).all()
+        if not deferred.passes(together, ("examples", tuple(verdicts), at.precision), at.proven):
+            for names, holds in verdicts.items():
+                if not bool(holds):
+                    complete.discard(names)
+                    passes.refuse(names, refused)
+    found = {names: parts for names, parts in found.items() if names in complete}
     by_rules = {name for names in found for name in names}
     return {names: torch.cat(parts) for names, parts in found.items()}, [n for n in layer_of if n not in by_rules]

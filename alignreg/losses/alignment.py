@@ -83,5 +83,5 @@ class AlignmentLoss(ProbeLoss):
         projection, norm2 = seen.projection, self._norm2(seen)
         defined = (projection > 0) & (norm2 > 0)
         # Not of zero, whose logarithm has no gradient to be multiplied by nothing.
-        projection, norm2 = (torch.where(defined, value, 1.0) for value in (projection, norm2))
-        return torch.where(defined, norm2.log() / 2 - projection.log(), torch.nan)
+        projection, norm2 = (value.masked_fill(~defined, 1.0) for value in (projection, norm2))
+        return (norm2.log() / 2 - projection.log()).masked_fill(~defined, torch.nan)

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils import get_total_norm
 
 from alignreg import checks, deferred, graph, sketches
-from alignreg.batch import Batch, as_inputs, size, slice_examples, take
+from alignreg.batch import Batch, as_inputs, on, size, slice_examples, take
 from alignreg.batch_statistics import Statistics
 from alignreg.deferred import Deferred, SelfCheckError
 from alignreg.distributed import find_ddp, rank, require_sync, world_size
@@ -318,8 +318,8 @@ class TangentLoss(nn.Module, ABC):
             return 1.0
         length, limit = get_total_norm(gradients), self.clip * get_total_norm([p.detach() for p in parameters])
         # Weights that are all zero set no limit. What is not finite counts as less than nothing.
-        share = torch.where((limit > 0) & (length > limit), limit / length, 1.0).float()
-        share = torch.where(torch.isfinite(length) & torch.isfinite(value), share, -1.0)
+        share = (limit / length).float().masked_fill(~((limit > 0) & (length > limit)), 1.0)
+        share = share.masked_fill(~(torch.isfinite(length) & torch.isfinite(value)), -1.0)
         together = self.sync and world_size() > 1
         if together:  # of one gradient, each rank has a part
             dist.all_reduce(share, dist.ReduceOp.MIN, group=self._group)
@@ -380,7 +380,7 @@ class TangentLoss(nn.Module, ABC):
                 )
 
         deferred.look(defined, then)
-        return torch.where(defined, stacked, 0.0).sum() / defined.sum()
+        return stacked.masked_fill(~defined, 0.0).sum() / defined.sum()
 
     def _check(self, n: int, y: Any, outputs: Tensor | None) -> None:
         if y is None and self.needs_targets:
@@ -398,7 +398,7 @@ class TangentLoss(nn.Module, ABC):
         n = size(x)
         if self.examples is not None and self.examples < n:
             rows = sketches.subset(n, self.examples, seed=self.seed, step=call, stream=rank())
-            return Sample(take(x, rows), None if y is None else y[rows.to(y.device)], None, n, call)
+            return Sample(take(x, rows), None if y is None else y[on(rows, y.device)], None, n, call)
         return Sample(x, y, self._reusable(x, outputs), n, call)
 
     def _reusable(self, x: Batch, outputs: Tensor | None) -> Tensor | None:

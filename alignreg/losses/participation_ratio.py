@@ -80,5 +80,5 @@ class ParticipationRatioLoss(ProbeLoss):
         norm2 = self._norm2(seen).minimum(trace2)
         defined = trace2 > 0
         # Not of zero, whose logarithm has no gradient to be multiplied by nothing.
-        trace2, norm2 = (torch.where(defined, value, 1.0) for value in (trace2, norm2))
-        return torch.where(defined, trace2.log() - norm2.log(), torch.nan)
+        trace2, norm2 = (value.masked_fill(~defined, 1.0) for value in (trace2, norm2))
+        return (trace2.log() - norm2.log()).masked_fill(~defined, torch.nan)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from alignreg import checks, deferred, estimators, sketches
-from alignreg.batch import Batch, flat, size, slice_examples
+from alignreg.batch import Batch, flat, on, size, slice_examples
 from alignreg.batch_statistics import Statistics
 from alignreg.distributed import counts_of_ranks, rank, sum_over_ranks
 from alignreg.evaluation import ForwardFn, NonFiniteGradientError, NonFiniteOutputError, require_finite
@@ -109,7 +109,7 @@ class ProbeLoss(TangentLoss, ABC):
         target = None
         if self.needs_targets:
             assert sample.y is not None
-            target = encode(sample.y, c, mine).to(like.device)
+            target = on(encode(sample.y, c, mine), like.device)
         sizes, drawn_from, before = [mine], sample.drawn_from, rank() << 32
         if self.sync:
             sizes, drawn = counts_of_ranks((mine, drawn_from), like.device, self._group)

@@ -14,6 +14,7 @@ from alignreg.batch import Batch, map_tensors, tensors
 from alignreg.sharding import is_shard
 
 _LENGTH = 8
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Record(NamedTuple):
@@ -70,3 +71,19 @@ def digest(parameters: Mapping[str, Tensor]) -> str:
         total.update(name.encode())
         total.update(_bytes(parameter.to_local() if is_shard(parameter) else parameter))  # type: ignore[attr-defined]
     return total.hexdigest()
+
+
+def fingerprint(parameters: Mapping[str, Tensor]) -> Tensor:
+    """Return a number of the bits of each parameter, on the device: quicker than :func:`digest`, and all but sure."""
+    found = []
+    for parameter in parameters.values():
+        own = parameter.to_local() if is_shard(parameter) else parameter  # type: ignore[attr-defined]
+        bits = own.detach().contiguous().view(-1).view(_INTEGERS[own.element_size()])
+        rows = (
+            bits.view(len(own) if own.ndim else 1, -1).sum(1, dtype=torch.int64)
+            if own.numel()
+            else bits.to(torch.int64)
+        )
+        # Rows count differently, so that it matters which is which. Sums are those modulo 2^64.
+        found.append((rows * torch.arange(1, 2 * len(rows) + 1, 2, device=rows.device)).sum())
+    return torch.stack([one.to(found[0].device) for one in found])

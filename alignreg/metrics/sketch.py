@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.utilities import rank_zero_warn
 
-from alignreg import checks, hsic, moments, plotting, sketches
-from alignreg.batch import Batch, as_inputs, flat, size
+from alignreg import checks, deferred, hsic, moments, plotting, sketches
+from alignreg.batch import Batch, as_inputs, flat, on, size
+from alignreg.deferred import Deferred
 from alignreg.estimators import Estimate
 from alignreg.evaluation import ForwardFn
 from alignreg.hsic import PairSums
 from alignreg.metrics.probe_set import ProbeSetMetric
-from alignreg.metrics.records import digest
+from alignreg.metrics.records import fingerprint
 from alignreg.moments import Moments
 from alignreg.sharding import reshard
 from alignreg.switches import eager
@@ -60,6 +61,10 @@ class SketchMetric(ProbeSetMetric, ABC):
     """
 
     full_state_update: bool = False
+    _at_weights: Tensor | None = None
+    """What identifies the weights that the last update saw."""
+    _doubts: Sequence[Deferred] = ()
+    """Of updates on a device that is not waited for before :meth:`compute`."""
     plot_lower_bound: float | None = 0.0
     _needs_targets: ClassVar[bool] = False
 
@@ -151,23 +156,51 @@ class SketchMetric(ProbeSetMetric, ABC):
             if self.method == "exact":
                 self._keep(batch, target, members)
                 return
-            y = None if target is None else encode(target, self.num_outputs, size(batch))
-            reshard(self._features.model)
-            weights = digest(self._features.parameters)
-            if self._weights not in (None, weights):
-                rank_zero_warn(
-                    f"The model's weights changed between updates of {type(self).__name__}: the value mixes tangent "
-                    "features of several moments. Call reset() whenever the weights change.",
-                    UserWarning,
-                )
-            sums = self._sums(batch, y, members)
+            with deferred.deferred() as doubts:
+                y = None if target is None else encode(target, self.num_outputs, size(batch))
+                reshard(self._features.model)
+                now, before = fingerprint(self._features.parameters), self._at_weights
+                if before is not None:
+                    deferred.look((now != before.to(now.device)).any(), self._warn_of_change)
+                sums = self._sums(batch, y, members)
+            if y is None:
+                sums["unlabelled"] = torch.full((), float(size(batch)), dtype=torch.float64, device=self.device)
+            holds = doubts.held(self.device) if doubts else None
             for field, value in sums.items():
                 state = getattr(self, self._name(field))
-                setattr(self, self._name(field), state + value.to(state))
-            if y is None:
-                unlabelled = getattr(self, self._name("unlabelled"))
-                setattr(self, self._name("unlabelled"), unlabelled + size(batch))
-            self._weights = weights
+                added = state + value.to(state)
+                setattr(self, self._name(field), added if holds is None else torch.where(holds, added, state))
+            self._at_weights = now
+            if doubts:
+                self._doubts = [*self._doubts, doubts]
+
+    def reset(self) -> None:
+        """Forget all examples."""
+        super().reset()
+        if not self._in_forward:
+            self._at_weights, self._doubts = None, []
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._look()  # a copy has no doubts of its own
+        return super().__getstate__()
+
+    def _warn_of_change(self, changed: list[float]) -> None:
+        if changed[0]:
+            rank_zero_warn(
+                f"The model's weights changed between updates of {type(self).__name__}: the value mixes tangent "
+                "features of several moments. Call reset() whenever the weights change.",
+                UserWarning,
+            )
+
+    def _look(self) -> None:
+        """Look at what updates left in doubt, so as not to wait for the device; a batch that fails was not added."""
+        while self._doubts:
+            doubts, *self._doubts = self._doubts
+            try:
+                doubts.settle()
+            except Exception:
+                rank_zero_warn(f"A batch was left out of {type(self).__name__}, as the error says.", UserWarning)
+                raise
 
     @eager
     def compute(self) -> Value:
@@ -275,6 +308,7 @@ class SketchMetric(ProbeSetMetric, ABC):
         return dict(zip((*self.groups, "total"), (*values[1:], values[0]), strict=True)) if self.groups else values[0]
 
     def _moments(self) -> list[tuple[Any, ...] | None]:
+        self._look()
         kinds = []
         for kind in self._fields:
             columns = [getattr(self, self._name(field)).to(torch.float64) for field in kind._fields]
@@ -289,13 +323,13 @@ class SketchMetric(ProbeSetMetric, ABC):
     def _sums(self, batch: Batch, y: Tensor | None, members: Tensor) -> dict[str, Tensor]:
         z = self._features.pushforward(batch, self._directions)
         self._check_width(z)
-        z, sets = z.to(self.device), self._sets(members)
+        z, sets = z.to(self.device), [on(rows, self.device) for rows in self._sets(members)]
         if y is None:
             back = z.new_zeros(len(sets), self._pulled)
             guesses = z.new_zeros(len(sets), self.num_outputs)
             y = z.new_zeros(z.shape[:2])
         else:
-            y = y.to(self.device)
+            y = on(y, self.device)
             guesses = torch.stack([self._guess(y[rows]) for rows in sets])
             back = self._pullbacks(batch, y, sets, guesses)
         parts = [
@@ -313,19 +347,22 @@ class SketchMetric(ProbeSetMetric, ABC):
             cotangent[rows] = y[rows] - guess
         # A group that is the whole batch has the same product, an empty one none.
         needed = [0, *(s for s, rows in enumerate(sets) if s and 0 < len(rows) < len(y))]
-        back = self._features.pullback(batch, cotangents[needed])
+        back = self._features.pullback(batch, torch.stack([cotangents[s] for s in needed]))
         if self._pulled < self._features.num_parameters:
             rows = sketches.count_sketch(back, self._pulled, seed=self.seed).to(self.device)
         else:
             rows = torch.cat([flat(value).to(self.device, torch.float64) for value in back.values()], dim=1)
         result = rows.new_zeros(len(sets), rows.shape[1])
-        result[[s for s, members in enumerate(sets) if len(members) == len(y)]] = rows[0]
-        result[needed] = rows
+        for s, members in enumerate(sets):
+            if len(members) == len(y):
+                result[s] = rows[0]
+        for s, row in zip(needed, rows, strict=True):
+            result[s] = row
         return result
 
     def _guess(self, y: Tensor) -> Tensor:
         if self._target_mean is not None:
-            return self._target_mean.to(y)
+            return on(self._target_mean.to(y.dtype), y.device)
         return y.mean(0) if len(y) else y.new_zeros(self.num_outputs)
 
     def _sets(self, members: Tensor) -> list[Tensor]:

@@ -28,7 +28,7 @@ def std_mean(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 def atan2(input: Tensor, other: Tensor) -> Tensor:  # noqa: A002 - torch's name
     """Angle of (other, input), whose gradient at the origin is zero."""
     origin = (input == 0) & (other == 0)
-    away = torch.atan2(input, torch.where(origin, 1, other))
+    away = torch.atan2(input, other.masked_fill(origin, 1))
     return torch.where(origin, torch.atan2(input.detach(), other.detach()), away)
 
 

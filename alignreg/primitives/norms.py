@@ -105,7 +105,7 @@ def renorm(input: Tensor, p: float, dim: int, maxnorm: float) -> Tensor:  # noqa
     """Slices along ``dim``, scaled down to the largest norm that is allowed."""
     axes = [axis for axis in range(input.ndim) if axis != dim % input.ndim]
     size = vector_norm(input, p, axes, True)
-    return input * torch.where(size > maxnorm, maxnorm / (size + 1e-7), 1.0)
+    return input * (maxnorm / (size + 1e-7)).masked_fill(size <= maxnorm, 1.0)
 
 
 def lp_pool1d(input: Tensor, norm_type: float, kernel_size: Any, stride: Any = None, ceil_mode: bool = False) -> Tensor:  # noqa: A002

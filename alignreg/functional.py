@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from alignreg import checks, hsic, spectra
+from alignreg import checks, formulas
 from alignreg.targets import ConstantTargetError, encode
 
 ROUNDING = 0.01
@@ -64,7 +64,7 @@ def alignment(K: Tensor, y: Tensor, centered: bool = True, *, unbiased: bool = F
         y: class indices ``(n,)`` or values ``(n, c)``; see :func:`alignreg.targets.encode`.
         centered: centre K as well; ``False`` leaves K as it is.
         unbiased: estimate the alignment of the population, of which these examples are a sample, from pairs of
-            different ones alone (:mod:`alignreg.hsic`); it may lie outside [0, 1].
+            different ones alone (:mod:`alignreg.population`); it may lie outside [0, 1].
 
     Returns:
         A scalar; NaN if (centred) K is zero, which has no direction to be aligned. Unbiased, NaN where the estimate of
@@ -88,7 +88,7 @@ def alignment(K: Tensor, y: Tensor, centered: bool = True, *, unbiased: bool = F
     checks.flag("centered", centered)
     targets = _centered_targets(K, y)
     if unbiased:
-        return hsic.of_kernel(K, targets)
+        return formulas.unbiased_alignment(K, targets)
     if centered:
         K = center(K)
     numerator: Tensor = torch.einsum("ik,ikjl,jl->", targets, K, targets)
@@ -112,7 +112,7 @@ def spectrum(K: Tensor) -> Tensor:
         >>> spectrum(torch.diag(torch.tensor([1.0, 3.0])).reshape(2, 1, 2, 1))
         tensor([3., 1.])
     """
-    return _semidefinite(spectra.eigenvalues(_kernel(K))).clamp(min=0)
+    return _semidefinite(formulas.eigenvalues(_kernel(K))).clamp(min=0)
 
 
 def effective_rank(K: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def effective_rank(K: Tensor) -> Tensor:
         >>> effective_rank(torch.eye(6).reshape(3, 2, 3, 2))
         tensor(6.0000)
     """
-    return spectra.effective_rank(spectrum(K))
+    return formulas.effective_rank(spectrum(K))
 
 
 def participation_ratio(K: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ def participation_ratio(K: Tensor) -> Tensor:
         >>> participation_ratio(torch.eye(6).reshape(3, 2, 3, 2))
         tensor(6.)
     """
-    return spectra.participation_ratio(_kernel(K))
+    return formulas.participation_ratio(_kernel(K))
 
 
 def trace_ratio(K: Tensor, k: int) -> Tensor:
@@ -218,8 +218,8 @@ def summary(eigenvalues: Tensor, k: Sequence[int] = ()) -> dict[str, Tensor]:
     total, squares = eigenvalues.sum(), eigenvalues.square().sum()
     middle = len(eigenvalues) // 2
     return {
-        "effective_rank": spectra.effective_rank(eigenvalues),
-        "participation_ratio": spectra.ratio(total, squares),
+        "effective_rank": formulas.effective_rank(eigenvalues),
+        "participation_ratio": formulas.ratio(total, squares),
         **{f"trace_ratio_{value}": _trace_ratio(eigenvalues, value) for value in ratios},
         "largest_eigenvalue": eigenvalues[0],
         "mean_eigenvalue": eigenvalues.mean(),
@@ -259,7 +259,7 @@ def eigenvector_alignment(K: Tensor, y: Tensor, k: int | None = None, centered: 
     k = None if k is None else checks.count("k", k)
     centered = checks.flag("centered", centered)
     targets = _centered_targets(K, y).flatten()
-    values, vectors = torch.linalg.eigh(spectra.symmetric(center(K) if centered else K))
+    values, vectors = torch.linalg.eigh(formulas.symmetric(center(K) if centered else K))
     _semidefinite(values.flip(0))
     vectors = vectors.flip(1)[:, :k]
     shares: Tensor = (vectors.T @ targets).square() / targets.square().sum()
@@ -295,7 +295,7 @@ def kare(K: Tensor, y: Tensor, ridge: float) -> Tensor:
     targets = encode(y, K.shape[1], len(K), name="y")
     targets = (targets - targets.mean(0)).flatten().to(K)
     N = len(targets)
-    regularised = spectra.matrix(K) / N + ridge * torch.eye(N, dtype=K.dtype, device=K.device)
+    regularised = formulas.matrix(K) / N + ridge * torch.eye(N, dtype=K.dtype, device=K.device)
     factor, info = torch.linalg.cholesky_ex(regularised)
     checks.require(
         info,
@@ -331,7 +331,7 @@ def _kernel(K: Tensor, ridge: float = 0.0) -> Tensor:
 
 def _may_be_semidefinite(K: Tensor) -> Tensor:
     """Say whether no entry is larger than the largest on the diagonal, and none there is negative."""
-    diagonal, largest = spectra.matrix(K).diagonal(), K.abs().amax()
+    diagonal, largest = formulas.matrix(K).diagonal(), K.abs().amax()
     return (diagonal.amin() >= -ROUNDING * largest) & (largest <= (1 + ROUNDING) * diagonal.amax().clamp(min=0))
 
 

@@ -1,4 +1,4 @@
-"""Random directions in parameter space and random probes on outputs, reproducible from a seed.
+"""Directions in parameter space, random ones most of them, and random probes on outputs, reproducible from a seed.
 
 Nothing here uses or changes torch's global random state. Values are drawn in float32 on the device where they are
 needed and then cast, so a float64 model sees the directions of its float32 twin; CPU and CUDA draw different numbers
@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Literal, Protocol, final
 
 import torch
 from torch import Tensor
@@ -20,6 +20,45 @@ from alignreg import checks
 
 Distribution = Literal["gaussian", "rademacher"]
 _DISTRIBUTIONS = ("gaussian", "rademacher")
+
+
+class Directions(Protocol):
+    """m directions in parameter space, drawn block by block."""
+
+    @property
+    def m(self) -> int:
+        """Number of directions."""
+
+    def block(self, name: str, like: Tensor, start: int, stop: int) -> Tensor:
+        """Return directions ``start:stop`` for the parameter ``name``, ``(stop - start, *like.shape)``."""
+
+
+@final
+class GivenDirections:
+    """Directions that the caller holds as tensors."""
+
+    def __init__(self, directions: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+        if directions.keys() != shapes.keys():
+            raise ValueError(
+                f"directions: expected one tensor for each of {list(shapes)}, "
+                f"got {sorted(directions.keys() - shapes.keys())} too many and "
+                f"{sorted(shapes.keys() - directions.keys())} missing."
+            )
+        for name, value in directions.items():
+            label = f"directions[{name!r}]"
+            checks.values(label, value)
+        first = next(iter(directions.values()))
+        self.m = len(first) if first.ndim else 0
+        for name, shape in shapes.items():
+            if directions[name].shape != (self.m, *shape):
+                raise ValueError(
+                    f"directions: expected {name!r} of shape {(self.m, *shape)}, got {tuple(directions[name].shape)}."
+                )
+        self._directions = directions
+
+    def block(self, name: str, like: Tensor, start: int, stop: int) -> Tensor:
+        """See :class:`Directions`."""
+        return self._directions[name][start:stop].to(like)
 
 
 @final

@@ -185,7 +185,7 @@ def by_nngeometry_jacobian(model, x):
 
 
 def by_product_alone(model, x):
-    from alignreg.kernels.products import rows_gram
+    from alignreg.tangents.kernel.products import rows_gram
 
     J = jacobian(model, x)().unflatten(0, (len(x), -1))
 
@@ -207,7 +207,7 @@ RUNS = {
 
 def products_alone(counted):
     """Count the time inside the Gram products of ours."""
-    from alignreg.kernels import gradients
+    from alignreg.tangents.kernel import gradients
 
     for kind in (gradients.Rows, gradients.OuterProducts):
         inner = kind.gram

@@ -34,8 +34,8 @@ from _training_tables import filled, mean
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from alignreg.evaluation import NonFiniteGradientError, NonFiniteOutputError
 from alignreg.losses import AlignmentLoss, ComplexityPenalty, KARELoss, ParticipationRatioLoss
+from alignreg.tangents.linearization import NonFiniteGradientError, NonFiniteOutputError
 
 LOSSES = {
     "complexity penalty": ComplexityPenalty,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from alignreg.distributed import rank
+from alignreg.distributed.wrappers import rank
 from alignreg.losses.base import Sample, TangentLoss
 
 

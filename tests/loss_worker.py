@@ -367,7 +367,7 @@ def sharded(rank):
             found[f"sharded/{name}"] = str(error)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        reg = make("complexity", model)
+        reg = make("complexity", model, weight=0.01)
         values = [float(reg(x, outputs=outputs).detach()) for outputs in (model(x), None)]
         reg.step.zero_()
         values.append(float(reg(x).detach()))

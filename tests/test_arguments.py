@@ -20,18 +20,18 @@ from alignreg import (
     complexity,
     estimators,
     functional,
-    hsic,
     linear,
     losses,
     metrics,
     moments,
     plotting,
+    population,
     sketches,
     targets,
 )
-from alignreg.batch import as_batch
 from alignreg.callbacks.monitor import Monitor
-from alignreg.directions import GivenDirections
+from alignreg.sketches import GivenDirections
+from alignreg.tangents.batch import as_batch
 
 mpl.use("agg")
 plt = pytest.importorskip("matplotlib.pyplot")
@@ -46,7 +46,7 @@ KERNEL = (PHI @ PHI.T).reshape(6, 3, 6, 3)
 GRAM = PHI.T[:6] @ PHI[:, :6]
 Z = torch.randn(6, 3, 5, generator=torch.Generator().manual_seed(2))
 VALUES = torch.eye(3)[LABELS]
-SUMS, PAIRS = moments.of(Z, VALUES), hsic.of(Z, VALUES)
+SUMS, PAIRS = moments.of(Z, VALUES), population.of(Z, VALUES)
 VECTOR = torch.tensor([3.0, 2.0, 1.0])
 
 
@@ -247,11 +247,12 @@ CALLS = {
     "moments.alignment_std_error": Call(moments.alignment_std_error, MOMENTS),
     "moments.numerators": Call(moments.numerators, {"moments": SUMS}),
     "moments.numerator": Call(moments.numerator, {"moments": SUMS}),
-    "hsic.of": Call(hsic.of, {"z": Z, "y": VALUES}),
-    "hsic.zeros": Call(hsic.zeros, {"c": 2, "m": 3}),
-    "hsic.of_kernel": Call(hsic.of_kernel, {"y": VALUES}, {"K": KERNEL}),
-    "hsic.alignment": Call(hsic.alignment, {"pairs": PAIRS, "block": 1}, {"sums": SUMS}),
-    "hsic.alignment_std_error": Call(hsic.alignment_std_error, {"pairs": PAIRS, "block": 1}, {"sums": SUMS}),
+    "population.of": Call(population.of, {"z": Z, "y": VALUES}),
+    "population.zeros": Call(population.zeros, {"c": 2, "m": 3}),
+    "population.alignment": Call(population.alignment, {"pairs": PAIRS, "block": 1}, {"sums": SUMS}),
+    "population.alignment_std_error": Call(
+        population.alignment_std_error, {"pairs": PAIRS, "block": 1}, {"sums": SUMS}
+    ),
     "sketches.gaussian": Call(sketches.gaussian, {"m": 3, "seed": 0}),
     "sketches.rademacher": Call(sketches.rademacher, {"m": 3, "seed": 0}),
     "sketches.factored": Call(sketches.factored, {"copies": 3, "rank": 2, "seed": 0}),
@@ -308,7 +309,8 @@ CASES = [(name, argument) for name, call in CALLS.items() for argument in call.g
 
 def test_every_public_callable_has_a_row():
     public = {"TangentFeatures"}
-    for module in (functional, estimators, moments, hsic, sketches, complexity, linear, metrics, losses, plotting):
+    of_kernels = functional, estimators, moments, population, sketches
+    for module in (*of_kernels, complexity, linear, metrics, losses, plotting):
         package = module.__name__
         for name, found in vars(module).items():
             if callable(found) and not name.startswith("_") and str(found.__module__).startswith(package):
@@ -320,6 +322,7 @@ def test_every_public_callable_has_a_row():
 INTERNAL = {
     *("moments.check", "moments.sample", "moments.require_different_targets"),
     *("plotting.Path", "plotting.Real", "estimators.inner_products"),
+    *("sketches.Directions", "sketches.GivenDirections"),
 }
 
 

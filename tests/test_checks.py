@@ -11,8 +11,8 @@ from alignreg import (
     checks,
     complexity,
     estimators,
+    formulas,
     functional,
-    hsic,
     linear,
     losses,
     metrics,
@@ -44,7 +44,7 @@ OF_KERNEL = {
     "eigenvector_alignment": lambda K: functional.eigenvector_alignment(K, LABELS, 2),
     "kare": lambda K: functional.kare(K, LABELS, 0.3),
     "summary": lambda K: functional.summary(functional.spectrum(K), [2])["trace_ratio_2"],
-    "of_kernel": lambda K: hsic.of_kernel(K, torch.eye(3)[LABELS]),
+    "of_kernel": lambda K: formulas.unbiased_alignment(K, torch.eye(3)[LABELS]),
 }
 OF_GRAM = {
     "trace": estimators.trace,

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from alignreg import TangentFeatures, sketches
-from alignreg.frozen import Saved
 from alignreg.metrics import TangentAlignment
+from alignreg.tangents.frozen import Saved
 
 
 def snapshot(model):

@@ -9,7 +9,7 @@ from test_tangents import features_of
 from torch import nn
 
 from alignreg import TangentFeatures
-from alignreg.graph import _products, dtypes, nodes, require_twice_differentiable, twice_differentiable
+from alignreg.tangents.graph import _products, dtypes, nodes, require_twice_differentiable, twice_differentiable
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -8,21 +8,16 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "alignreg"
 # A module may import those in rows above its own.
 ORDER = [
-    {"sharding", "switches", "deferred"},
-    {"checks"},
-    {"batch", "memory", "targets", "selection", "distributed", "primitives", "directions", "estimators", "sketches"},
-    {"batch_statistics"},
-    {"frozen", "jacobian", "moments", "linear", "progress", "plotting", "graph", "weights"},
-    {"hsic", "spectra"},
-    {"evaluation", "functional"},
-    {"kernels"},
-    {"tangents"},
-    {"metrics", "losses", "complexity"},
+    {"checks", "distributed"},
+    {"estimators", "targets", "sketches", "formulas", "linear"},
+    {"moments", "tangents", "functional", "plotting"},
+    {"population", "complexity"},
+    {"metrics", "losses"},
     {"callbacks"},
 ]
 # Inside a function, or in a module that nothing else imports, so that importing the package does not need it.
 OPTIONAL = {
-    "progress": {"rich"},
+    "tangents": {"rich"},
     "plotting": {"matplotlib"},
     "callbacks": {"lightning", "pytorch_lightning", "transformers", "accelerate"},
 }
@@ -53,7 +48,7 @@ def test_direction():
 
 
 def test_functional_never_sees_a_model():
-    for name in ("functional.py", "hsic.py", "moments.py", "estimators.py"):
+    for name in ("functional.py", "population.py", "moments.py", "estimators.py"):
         assert not {"torch.nn", "alignreg.tangents"} & set(imported(PACKAGE / name))
 
 

@@ -11,8 +11,9 @@ from layer_cases import LAYERS, build
 from oracles import call, double, jacobian, kernel, matrix
 from torch import nn
 
-from alignreg import TangentFeatures, memory, tangents
-from alignreg.kernels import exact, gradients, passes, recorder
+from alignreg import TangentFeatures, tangents
+from alignreg.tangents import memory
+from alignreg.tangents.kernel import exact, gradients, passes, recorder
 
 NAMES = [name for name in (*MODELS, *LAYERS) if name != "coupled examples"]
 GENERAL = {

@@ -11,8 +11,9 @@ from cases import build
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alignreg import TangentFeatures, memory, sketches
+from alignreg import TangentFeatures, sketches
 from alignreg.losses import AlignmentLoss
+from alignreg.tangents import memory
 
 # Peak resident memory is a property of a process: each measurement runs in its own.
 STREAM = """

@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from alignreg import TangentFeatures, sketches
-from alignreg.distributed import _note_outputs
+from alignreg.distributed.wrappers import _note_outputs
 from alignreg.metrics import LayerwiseAlignment, TangentAlignment, TangentTrace
-from alignreg.switches import eager
+from alignreg.tangents.switches import eager
 
 X, Y = torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3)), torch.arange(7) % 3
 

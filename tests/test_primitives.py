@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from alignreg.primitives import Primitives
+from alignreg.tangents.primitives import Primitives
 
 HALF = (torch.bfloat16, torch.float16)
 

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alignreg import TangentFeatures, evaluation
-from alignreg.primitives.precision import rounds_products
+from alignreg import TangentFeatures
+from alignreg.tangents import linearization
+from alignreg.tangents.primitives.precision import rounds_products
 
 PRODUCTS = {
     getattr(torch.ops.aten, name).default
@@ -58,7 +59,7 @@ def test_rounded_products_pass_for_the_same_function(monkeypatch):
     with pytest.raises((RuntimeError, UserWarning), match=r"self-check|does not give its gradients"):
         for seed in range(4):
             rounded(seed)
-    monkeypatch.setattr(evaluation, "rounds_products", lambda device: True)
+    monkeypatch.setattr(linearization, "rounds_products", lambda device: True)
     for seed in range(4):
         net, x = problem(seed)
         exact = TangentFeatures(net).kernel(x)

@@ -11,9 +11,9 @@ from torch.nn.functional import cross_entropy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alignreg import deferred
-from alignreg.evaluation import NonFiniteOutputError
+from alignreg.checks import deferred
 from alignreg.metrics import TangentAlignment, TangentParticipationRatio, TangentTrace
+from alignreg.tangents.linearization import NonFiniteOutputError
 
 METRICS = {"alignment": TangentAlignment, "trace": TangentTrace, "participation ratio": TangentParticipationRatio}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]

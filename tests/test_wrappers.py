@@ -9,7 +9,7 @@ from oracles import call, double, jacobian, kernel, matrix
 from torch import nn
 
 from alignreg import TangentFeatures, sketches
-from alignreg.distributed import unwrap
+from alignreg.distributed.wrappers import unwrap
 from alignreg.metrics import TangentAlignment
 
 

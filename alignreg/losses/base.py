@@ -14,16 +14,17 @@ from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.nn.utils import get_total_norm
 
-from alignreg import checks, deferred, graph, sketches
-from alignreg.batch import Batch, as_inputs, on, size, slice_examples, take
-from alignreg.batch_statistics import Statistics
-from alignreg.deferred import Deferred, SelfCheckError
-from alignreg.distributed import find_ddp, rank, require_sync, world_size
-from alignreg.evaluation import ForwardFn, NonFiniteGradientError, NonFiniteOutputError, require_finite
-from alignreg.primitives import is_checkpointed
-from alignreg.sharding import is_sharded, ranks_of
-from alignreg.switches import eager
-from alignreg.tangents import TangentFeatures
+from alignreg import checks, sketches
+from alignreg.checks import deferred
+from alignreg.checks.deferred import Deferred, SelfCheckError
+from alignreg.distributed.sharding import is_sharded, ranks_of
+from alignreg.distributed.wrappers import find_ddp, rank, require_sync, world_size
+from alignreg.tangents import TangentFeatures, graph
+from alignreg.tangents.batch import Batch, as_inputs, on, size, slice_examples, take
+from alignreg.tangents.linearization import ForwardFn, NonFiniteGradientError, NonFiniteOutputError, require_finite
+from alignreg.tangents.normalization import Statistics
+from alignreg.tangents.primitives import is_checkpointed
+from alignreg.tangents.switches import eager
 from alignreg.targets import encode
 
 Weight = float | Callable[[int], float]

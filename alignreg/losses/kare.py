@@ -8,12 +8,13 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor, nn
 
-from alignreg import checks, deferred, functional
-from alignreg.batch import map_tensors, size
-from alignreg.batch_statistics import Statistics
-from alignreg.distributed import concatenate_over_ranks, counts_of_ranks
-from alignreg.evaluation import ForwardFn
+from alignreg import checks, functional
+from alignreg.checks import deferred
+from alignreg.distributed.wrappers import concatenate_over_ranks, counts_of_ranks
 from alignreg.losses.base import Sample, TangentLoss, UndefinedLossError, Weight
+from alignreg.tangents.batch import map_tensors, size
+from alignreg.tangents.linearization import ForwardFn
+from alignreg.tangents.normalization import Statistics
 from alignreg.targets import encode
 
 

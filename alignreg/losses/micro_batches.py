@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from alignreg import estimators
-from alignreg.batch import Batch, size, slice_examples
 from alignreg.tangents import TangentFeatures
+from alignreg.tangents.batch import Batch, size, slice_examples
 
 
 def grams(features: TangentFeatures, x: Batch, cotangents: Tensor, step: int) -> dict[str, Tensor]:

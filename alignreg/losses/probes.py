@@ -9,13 +9,14 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from alignreg import checks, deferred, estimators, sketches
-from alignreg.batch import Batch, flat, on, size, slice_examples
-from alignreg.batch_statistics import Statistics
-from alignreg.distributed import counts_of_ranks, rank, sum_over_ranks
-from alignreg.evaluation import ForwardFn, NonFiniteGradientError, NonFiniteOutputError, require_finite
+from alignreg import checks, estimators, sketches
+from alignreg.checks import deferred
+from alignreg.distributed.wrappers import counts_of_ranks, rank, sum_over_ranks
 from alignreg.losses import micro_batches
 from alignreg.losses.base import Sample, TangentLoss, UndefinedLossError, Weight
+from alignreg.tangents.batch import Batch, flat, on, size, slice_examples
+from alignreg.tangents.linearization import ForwardFn, NonFiniteGradientError, NonFiniteOutputError, require_finite
+from alignreg.tangents.normalization import Statistics
 from alignreg.targets import encode
 
 

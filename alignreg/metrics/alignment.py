@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Literal, final
 
 from torch import Tensor, nn
 
-from alignreg import checks, functional, hsic, moments
-from alignreg.evaluation import ForwardFn
-from alignreg.hsic import PairSums
+from alignreg import checks, functional, moments, population
 from alignreg.metrics.sketch import SketchMetric
 from alignreg.moments import Moments
+from alignreg.population import PairSums
+from alignreg.tangents.linearization import ForwardFn
 
 
 @final
@@ -37,8 +37,8 @@ class TangentAlignment(SketchMetric):
 
     The alignment of a sample is not that of the population it is from: it grows as the sample gets smaller. With
     ``unbiased=True`` numerator and norms are estimated without this bias, and without that of the sketch
-    (:mod:`alignreg.hsic`); their quotient may then lie outside [0, 1]. This takes (m·c)² + m²·c numbers more, and at
-    least four examples.
+    (:mod:`alignreg.population`); their quotient may then lie outside [0, 1]. This takes (m·c)² + m²·c numbers more, and
+    at least four examples.
 
     In a ``MetricCollection``, :class:`TangentAlignment`, :class:`TangentTrace` and :class:`TangentParticipationRatio`
     of equal options share one pushforward from their second update on. ``forward`` does not share: each metric runs
@@ -141,13 +141,13 @@ class TangentAlignment(SketchMetric):
     def _of_moments(self, sums: Moments, *pairs: PairSums) -> Tensor:
         block = self._directions.block_size
         if pairs:
-            return hsic.alignment(sums, pairs[0], block=block)
+            return population.alignment(sums, pairs[0], block=block)
         return moments.alignment(sums, centered=self.centered, block=block)
 
     def _error_of_moments(self, sums: Moments, *pairs: PairSums) -> Tensor:
         block = self._directions.block_size
         if pairs:
-            return hsic.alignment_std_error(sums, pairs[0], block=block)
+            return population.alignment_std_error(sums, pairs[0], block=block)
         return moments.alignment_std_error(sums, centered=self.centered, block=block)
 
     def _of_kernel(self, K: Tensor, y: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from alignreg.distributed import unwrap
-from alignreg.evaluation import ForwardFn
-from alignreg.sharding import is_sharded
-from alignreg.switches import eager
+from alignreg.distributed.sharding import is_sharded
+from alignreg.distributed.wrappers import unwrap
 from alignreg.tangents import TangentFeatures
+from alignreg.tangents.linearization import ForwardFn
+from alignreg.tangents.switches import eager
 
 
 class TangentMetric(Metric, ABC):

@@ -12,11 +12,11 @@ from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from alignreg import checks, plotting
-from alignreg.batch import as_inputs, size
-from alignreg.evaluation import ForwardFn
 from alignreg.metrics.base import TangentMetric
 from alignreg.metrics.records import digest
-from alignreg.switches import eager
+from alignreg.tangents.batch import as_inputs, size
+from alignreg.tangents.linearization import ForwardFn
+from alignreg.tangents.switches import eager
 
 
 class PathHistory(NamedTuple):

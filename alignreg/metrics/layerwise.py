@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from alignreg import checks, estimators, functional, plotting, sketches
-from alignreg.batch import slice_examples
 from alignreg.estimators import Estimate
-from alignreg.evaluation import ForwardFn
 from alignreg.metrics.probe_set import Examples, ProbeSetMetric
 from alignreg.metrics.records import canonical_order
-from alignreg.switches import eager
+from alignreg.tangents.batch import slice_examples
+from alignreg.tangents.linearization import ForwardFn
+from alignreg.tangents.switches import eager
 from alignreg.targets import ConstantTargetError
 
 Layers = dict[str, Tensor] | dict[str, Estimate]

@@ -6,10 +6,10 @@ from typing import final
 
 from torch import Tensor
 
-from alignreg import functional, moments, spectra
-from alignreg.hsic import PairSums
+from alignreg import formulas, functional, moments
 from alignreg.metrics.sketch import SketchMetric
 from alignreg.moments import Moments
+from alignreg.population import PairSums
 
 
 @final
@@ -75,4 +75,4 @@ class TangentParticipationRatio(SketchMetric):
         return moments.participation_ratio_std_error(sums, centered=self.centered, block=self._directions.block_size)
 
     def _of_kernel(self, K: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002
-        return spectra.participation_ratio(functional.center(K) if self.centered else K)
+        return formulas.participation_ratio(functional.center(K) if self.centered else K)

@@ -11,11 +11,11 @@ from torch import Tensor
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from alignreg.batch import Batch, as_inputs, concatenate, map_tensors, shapes, size, take
-from alignreg.distributed import rank
+from alignreg.distributed.wrappers import rank
 from alignreg.metrics.base import TangentMetric
 from alignreg.metrics.records import Record, digest, pack, unpack
-from alignreg.switches import eager
+from alignreg.tangents.batch import Batch, as_inputs, concatenate, map_tensors, shapes, size, take
+from alignreg.tangents.switches import eager
 from alignreg.targets import encode
 
 

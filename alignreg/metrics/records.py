@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from alignreg.batch import Batch, map_tensors, tensors
-from alignreg.sharding import is_shard
+from alignreg.distributed.sharding import is_shard
+from alignreg.tangents.batch import Batch, map_tensors, tensors
 
 _LENGTH = 8
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

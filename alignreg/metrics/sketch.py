@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.utilities import rank_zero_warn
 
-from alignreg import checks, deferred, hsic, moments, plotting, sketches
-from alignreg.batch import Batch, as_inputs, flat, on, size
-from alignreg.deferred import Deferred
+from alignreg import checks, moments, plotting, population, sketches
+from alignreg.checks import deferred
+from alignreg.checks.deferred import Deferred
+from alignreg.distributed.sharding import reshard
 from alignreg.estimators import Estimate
-from alignreg.evaluation import ForwardFn
-from alignreg.hsic import PairSums
 from alignreg.metrics.probe_set import ProbeSetMetric
 from alignreg.metrics.records import fingerprint
 from alignreg.moments import Moments
-from alignreg.sharding import reshard
-from alignreg.switches import eager
+from alignreg.population import PairSums
+from alignreg.tangents.batch import Batch, as_inputs, flat, on, size
+from alignreg.tangents.linearization import ForwardFn
+from alignreg.tangents.switches import eager
 from alignreg.targets import ConstantTargetError, encode
 
 RANK = 4
@@ -56,7 +57,7 @@ class SketchMetric(ProbeSetMetric, ABC):
         params: glob pattern or patterns of parameter names.
         forward_fn: ``(model, inputs) -> (n, c)``.
         return_std_error: return the standard error beside the value.
-        pairs: keep the sums of :mod:`.hsic` as well.
+        pairs: keep the sums of :mod:`.population` as well.
         metric_kwargs: of :class:`torchmetrics.Metric`.
     """
 
@@ -127,7 +128,7 @@ class SketchMetric(ProbeSetMetric, ABC):
         self._fields: tuple[type[Moments] | type[PairSums], ...] = (Moments, PairSums) if pairs else (Moments,)
         start = moments.zeros(num_outputs, self._directions.m, self._pulled)._asdict()
         if pairs:
-            start |= hsic.zeros(num_outputs, self._directions.m)._asdict()
+            start |= population.zeros(num_outputs, self._directions.m)._asdict()
             self._exact = (*self._exact, *start)  # differences of far larger sums
         for field, value in start.items():
             rows = value.new_zeros(1 + len(names), *value.shape)
@@ -337,7 +338,7 @@ class SketchMetric(ProbeSetMetric, ABC):
             for rows, a, guess in zip(sets, back, guesses, strict=True)
         ]
         if PairSums in self._fields:
-            parts = [part | hsic.of(z[rows], y[rows])._asdict() for part, rows in zip(parts, sets, strict=True)]
+            parts = [part | population.of(z[rows], y[rows])._asdict() for part, rows in zip(parts, sets, strict=True)]
         return {field: torch.stack([part[field] for part in parts]) for field in parts[0]}
 
     def _pullbacks(self, batch: Batch, y: Tensor, sets: Sequence[Tensor], guesses: Tensor) -> Tensor:

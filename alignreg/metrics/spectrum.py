@@ -8,10 +8,10 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from alignreg import checks, functional, plotting, spectra
-from alignreg.evaluation import ForwardFn
+from alignreg import checks, formulas, functional, plotting
 from alignreg.metrics.probe_set import ProbeSetMetric
-from alignreg.switches import eager
+from alignreg.tangents.linearization import ForwardFn
+from alignreg.tangents.switches import eager
 from alignreg.targets import ConstantTargetError
 
 
@@ -121,7 +121,7 @@ class TangentSpectrum(ProbeSetMetric):
             layers = self._features.kernel(x, per_layer=True) if self.per_layer else {"": self._features.kernel(x)}
             kernels = {layer: value.to(torch.float64) for layer, value in layers.items()}
             K = torch.stack(list(kernels.values())).sum(0)
-            eigenvalues = spectra.eigenvalues(functional.center(K) if self.centered else K).clamp(min=0)
+            eigenvalues = formulas.eigenvalues(functional.center(K) if self.centered else K).clamp(min=0)
             found = functional.summary(eigenvalues, self.k)
             found["alignment"] = self._alignment(K, y)
             if self.per_layer:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from alignreg import functional, moments
-from alignreg.hsic import PairSums
 from alignreg.metrics.sketch import SketchMetric
 from alignreg.moments import Moments
+from alignreg.population import PairSums
 
 
 @final

@@ -1,0 +1,1 @@
+"""Models and values that are spread over processes."""

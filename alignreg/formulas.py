@@ -1,0 +1,106 @@
+"""Formulas that several modules share: eigenvalues of a kernel, and means over different examples.
+
+Centering a kernel that is nearly constant leaves rounding errors, which need be neither symmetric nor positive. Numbers
+of such a rest are noise, and computed here like any others. :mod:`.functional` refuses it: who hands over a tensor may
+have no kernel at all.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from alignreg import checks
+
+
+def matrix(K: Tensor) -> Tensor:
+    """Return a kernel ``(n, c, n, c)`` as a matrix ``(n·c, n·c)``."""
+    rows = K.shape[0] * K.shape[1]
+    return K.reshape(rows, rows)
+
+
+def symmetric(K: Tensor) -> Tensor:
+    """Return the symmetric part of a kernel, as a matrix."""
+    found = matrix(K)
+    return (found + found.T) / 2
+
+
+def eigenvalues(K: Tensor) -> Tensor:
+    """Return all eigenvalues of a kernel, descending; rounding makes some negative."""
+    found: Tensor = torch.linalg.eigvalsh(symmetric(K))
+    return found.flip(0)
+
+
+def effective_rank(values: Tensor) -> Tensor:
+    """Return exp(−Σ_j μ_j log μ_j), μ_j = λ_j / Σλ, of the positive ones of some eigenvalues; 0 without any."""
+    values = values[values > 0]
+    if len(values) == 0:
+        return values.sum()
+    entropy: Tensor = torch.special.entr(values / values.sum()).sum()
+    return entropy.exp()
+
+
+def participation_ratio(K: Tensor) -> Tensor:
+    """Return (tr K)² / ‖K‖_F² of a kernel, 0 for zero."""
+    found = matrix(K)
+    return ratio(found.diagonal().sum(), found.square().sum())
+
+
+def ratio(trace: Tensor, squares: Tensor) -> Tensor:
+    """Return trace² / squares, 0 where both are zero."""
+    return trace.square() / torch.where(squares > 0, squares, torch.ones_like(squares))
+
+
+def unbiased_alignment(K: Tensor, y: Tensor) -> Tensor:
+    """Return :func:`.population.alignment` from the exact kernel ``(n, c, n, c)`` and targets as values ``(n, c)``.
+
+    Raises:
+        TypeError: if they are no real tensors.
+        ValueError: if the shapes do not fit, or values are not finite.
+    """
+    K, y = checks.real("K", K), checks.real("y", y, integers=True)
+    if K.ndim != 4 or y.ndim != 2 or K.shape != (*y.shape, *y.shape) or K.numel() == 0:
+        raise ValueError(f"K, y: expected (n, c, n, c) and (n, c), got {tuple(K.shape)} and {tuple(y.shape)}.")
+    K, y = checks.finite("K", K), checks.finite("y", y).to(K)
+    n, y = len(K), y - y.mean(0)
+    own = torch.diagonal(K, dim1=0, dim2=2).permute(2, 0, 1)  # K_ii, (n, c, c)
+    rows, outer = K.sum(2) - own, torch.einsum("ik,il->ikl", y, y)
+    self_products = (own * outer).sum()
+    across = (rows * outer).sum()
+    products = mean_of_different(
+        torch.einsum("ik,ikjl,jl->", y, K, y) - self_products,
+        torch.einsum("il,ikjl,jk->", y, K, y) - self_products,
+        -(rows.sum(0) * outer.sum(0)).sum(),
+        -across,
+        -across,
+        n,
+    )
+    squares = mean_of_different(
+        K.square().sum() - own.square().sum(),
+        (K * K.transpose(1, 3)).sum() - (own * own.mT).sum(),
+        rows.sum(0).square().sum(),
+        rows.square().sum(),
+        (rows * rows.mT).sum(),
+        n,
+    )
+    return quotient(products, squares, norm2_of_targets(outer.sum(0), y.square().sum(1).square().sum(), n))
+
+
+def mean_of_different(
+    pairs: Tensor, turned: Tensor, total: Tensor, rows: Tensor, turned_rows: Tensor, n: Tensor | int
+) -> Tensor:
+    """Return h, from the five sums of :mod:`.population` in their order."""
+    weighted = (n * n - 3 * n + 1) * pairs + turned + total - 2 * (n - 2) * rows - 2 * turned_rows
+    return weighted / (n * (n - 1) * (n - 2) * (n - 3))
+
+
+def quotient(product: Tensor, norm2: Tensor, target_norm2: Tensor) -> Tensor:
+    """Return the alignment, NaN where it is undefined."""
+    defined = (norm2 > 0) & (target_norm2 > 0) & product.isfinite()  # not of fewer than four examples
+    return torch.where(defined, product / torch.where(defined, norm2 * target_norm2, 1.0).sqrt(), torch.nan)
+
+
+def norm2_of_targets(outer: Tensor, fourth: Tensor, n: Tensor | int) -> Tensor:
+    """Return h of the targets with themselves, from Σ ỹỹᵀ and Σ ‖ỹ‖⁴."""
+    square = outer.square().sum()
+    return mean_of_different(outer.trace().square() - fourth, square - fourth, square, fourth, fourth, n)

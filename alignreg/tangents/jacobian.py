@@ -1,0 +1,164 @@
+"""Jacobian of the outputs with respect to named parameters, a few examples at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TypeVar
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.func import jacrev, vmap
+
+from alignreg.tangents.batch import Batch, map_tensors, size, slice_examples
+
+Params = dict[str, Tensor]
+Function = Callable[[Params, Batch], Tensor]
+Block = tuple[slice, Params]
+"""Examples ``start:stop`` and, per parameter, their rows of the Jacobian ``(stop - start, c, *shape)``."""
+
+T = TypeVar("T")
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Return the relative difference at which two routes to the same derivative count as different functions.
+
+    Rounding alone stays far below √eps; a rectifier whose input rounds to the other side of zero may come near it
+    in single precision, hence 1e-3 there.
+    """
+    return max(math.sqrt(torch.finfo(dtype).eps), 1e-3 if dtype == torch.float32 else 0.0)
+
+
+def signs(like: Tensor) -> Tensor:
+    """Return fixed random signs of the shape, dtype and device of ``like``: the u of self-checks."""
+    generator = torch.Generator(like.device).manual_seed(like.numel())
+    return torch.empty(like.shape, device=like.device).bernoulli_(0.5, generator=generator).mul_(2).sub_(1).to(like)
+
+
+def reduce_jacobian(
+    f: Function,
+    params: Params,
+    x: Batch,
+    consume: Callable[[Iterator[Block]], T],
+    *,
+    outputs: int,
+    rows: int,
+    pullback: Callable[[Tensor], Params],
+    before_whole_batch: Callable[[], None] | None = None,
+    whole_batch: bool = False,
+    vectorize: bool = True,
+    create_graph: bool,
+    precision: torch.dtype,
+) -> T:
+    """Feed the blocks of the Jacobian to ``consume`` and return what it makes of them.
+
+    Three routes are tried in turn, from the fastest to the one that assumes nothing: all examples of a block
+    vectorised; one example at a time; one output of one example of the whole batch at a time. The first two take the
+    outputs of an example to depend on that example alone. Whether that is so is checked at the end, against a
+    vector–Jacobian product of the whole batch, and a route that fails it, or that torch cannot run, gives way to the
+    next.
+
+    Args:
+        f: the function ``(params, batch of n) -> (n, c)``.
+        params: what to differentiate with respect to.
+        x: the batch.
+        consume: called afresh for each route that is tried; must iterate to the end.
+        outputs: c.
+        rows: how many rows (example, output) of the Jacobian may be in memory at once.
+        pullback: ``u (n, c) -> Jᵀu``, by which the routes are checked.
+        before_whole_batch: called before the last route is tried; may raise.
+        whole_batch: try the last route alone, for functions that take all examples together.
+        vectorize: try the first route.
+        create_graph: keep the graph of the Jacobian, for differentiating it again.
+        precision: the coarsest dtype on the way through f.
+
+    Raises:
+        RuntimeError: if no route gives a Jacobian that agrees with ``pullback``.
+    """
+    n = size(x)
+    probe = signs(torch.empty(n, outputs, device="cpu"))
+    expected = pullback(probe)
+    per_example = partial(_by_row, examples=1, create_graph=create_graph)
+    last = partial(_by_row, examples=n, create_graph=create_graph)
+    failure: Exception | None = None
+    routes = (last,) if whole_batch else (_by_example, per_example, last)[0 if vectorize else 1 :]
+    for route in routes:
+        if route is last and before_whole_batch is not None:
+            before_whole_batch()
+        try:
+            return consume(_checked(route(f, params, x, outputs, rows), probe, expected, precision))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the plain forward ran, so this is the route's own failure
+            failure = error
+    said = str(failure).partition("\n")[0].removesuffix(".")
+    raise RuntimeError(
+        "the Jacobian could not be computed: no route ran and agreed with the vector-Jacobian product of the batch. "
+        f"Is the model a deterministic function of its parameters and inputs? The last route said: {said}."
+    ) from failure
+
+
+def _by_example(f: Function, params: Params, x: Batch, outputs: int, rows: int) -> Iterator[Block]:
+    def jacobian(example: Batch) -> Params:
+        def single(p: Params) -> Tensor:
+            return f(p, map_tensors(lambda t: t.unsqueeze(0), example)).squeeze(0)
+
+        result: Params = jacrev(single, chunk_size=min(rows, outputs))(params)
+        return result
+
+    step = max(1, rows // outputs)
+    for start in range(0, size(x), step):
+        stop = min(start + step, size(x))
+        yield slice(start, stop), vmap(jacobian, randomness="same")(slice_examples(x, start, stop))
+
+
+def _by_row(
+    f: Function, params: Params, x: Batch, outputs: int, rows: int, *, examples: int, create_graph: bool
+) -> Iterator[Block]:
+    names = list(params)
+    leaves = [p if p.requires_grad else p.detach().requires_grad_() for p in params.values()]
+    step = max(1, rows // outputs)
+    for first in range(0, size(x), examples):
+        y = f(dict(zip(names, leaves, strict=True)), slice_examples(x, first, first + examples))
+        for start in range(0, len(y), step):
+            stop = min(start + step, len(y))
+            gradients = [
+                torch.autograd.grad(
+                    y[i, k], leaves, retain_graph=True, create_graph=create_graph, materialize_grads=True
+                )
+                if y.requires_grad
+                else [torch.zeros_like(leaf) for leaf in leaves]  # none of these parameters matters
+                for i in range(start, stop)
+                for k in range(outputs)
+            ]
+            block = {
+                name: rearrange(torch.stack([g.to_dense() for g in column]), "(n c) ... -> n c ...", c=outputs)
+                for name, column in zip(names, zip(*gradients, strict=True), strict=True)
+            }
+            yield slice(first + start, first + stop), block
+
+
+def _checked(blocks: Iterator[Block], probe: Tensor, expected: Params, precision: torch.dtype) -> Iterator[Block]:
+    total = {name: torch.zeros_like(value) for name, value in expected.items()}
+    energy = dict.fromkeys(expected, 0.0)
+    for rows, block in blocks:
+        for name, value in block.items():
+            flat = value.detach().flatten(0, 1)
+            u = probe[rows].flatten().to(flat)
+            total[name] += torch.tensordot(u, flat, dims=1)
+            energy[name] += float(flat.to(torch.promote_types(flat.dtype, torch.float32)).square().sum())
+        yield rows, block
+    whole = sum(energy.values()) ** 0.5
+    for name, value in expected.items():
+        # For random signs u, E‖Jᵀu‖² = ‖J‖_F²: the scale of an honest difference. Where a derivative vanishes (a bias
+        # before a normalization), what is left is rounding of the terms that cancel in it, over all positions of all
+        # examples where statistics of the batch couple them: hundreds of eps.
+        difference = float(torch.linalg.vector_norm((total[name] - value).to(torch.float64)))
+        rounding = tolerance(precision) / 10 * whole
+        if not difference <= tolerance(precision) * energy[name] ** 0.5 + rounding:
+            raise RuntimeError(
+                f"rows of the Jacobian of {name!r} differ from its vector-Jacobian product by {difference:.1e}, "
+                f"at a norm of {energy[name] ** 0.5:.1e}"
+            )

@@ -1,0 +1,309 @@
+"""The exact tangent kernel: by the rules of layers where they hold, from Jacobians elsewhere; checked in every call."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from alignreg.checks import deferred
+from alignreg.tangents.batch import Batch, concatenate, flat, shapes, slice_examples
+from alignreg.tangents.jacobian import tolerance
+from alignreg.tangents.kernel import general, passes
+from alignreg.tangents.kernel.gradients import Gradients
+from alignreg.tangents.kernel.recorder import Site
+from alignreg.tangents.linearization import Evaluation
+
+Tick = Callable[[float], None]
+"""Told how many more parameters are done."""
+
+
+def kernels(
+    one: Evaluation, two: Evaluation | None, layer_of: Mapping[str, str], refused: set[str], tick: Tick
+) -> dict[str, Tensor]:
+    """Return the kernel ``(n, c, n2, c)`` of each layer, zero for layers that the outputs do not depend on.
+
+    Args:
+        one: the model at the examples of the rows.
+        two: at those of the columns; ``None`` for the same.
+        layer_of: the layer of each parameter, in the order of the result.
+        refused: parameters whose rule is known to fail; those that fail now are added.
+        tick: progress.
+
+    Raises:
+        ValueError: if the examples of a batch depend on each other.
+        RuntimeError: if a kernel fails its self-check.
+    """
+    probes = _Probes(one, two)
+    if one.couples_examples:
+        refused = set(layer_of)  # rules take the gradients of each example alone
+    while True:
+        sums, done, torn = _by_rules(one, two, layer_of, refused, probes, tick)
+        failing = probes.failing(done)
+        if not failing and not torn:
+            break
+        if failing:
+            for at in (one, *(() if two is None else (two,))):
+                at.require_independent_examples()
+        for names in failing:
+            passes.refuse(names, refused)
+        refused.update(torn)
+    by_rules = {name for names in done for name in names}
+    rest = {name: one.params[name].numel() for name in layer_of if name not in by_rules}
+    rows = one.n * one.c + (0 if two is None else two.n * two.c)
+    fit = max(1, one.working_memory // 2 // (rows * one.gram_dtype.itemsize))
+    for group in general.pieces(rest, sum(rest.values()) if one.create_graph else fit):
+        for piece, value in general.gram(one, two, group):
+            sums.add(layer_of[piece.name], value)
+            tick(piece.stop - piece.start)
+
+    found = {layer: sums.kernel(layer) for layer in dict.fromkeys(layer_of.values())}
+    members: dict[str, list[str]] = {}
+    for name, layer in layer_of.items():
+        members.setdefault(layer, []).append(name)
+    probes.require(found, members)
+    return found
+
+
+class _Case(NamedTuple):
+    """What is to be the kernel of some parameters."""
+
+    names: tuple[str, ...]
+    form: Tensor
+    """Its products with random vectors."""
+    norm: Tensor
+    layer: str = ""
+
+
+@final
+class _Probes:
+    """The check of a kernel: ωᵀK ω' for random ω, ω' against ⟨Φᵀω, Φᵀω'⟩, by parameters and as a whole.
+
+    It holds K ω' against Φ(Φᵀω') in the direction of ω; Φᵀω and Φᵀω' serve all layers, where Φ Φ_lᵀω' would take a
+    pushforward each. One is random on the first half of the examples, one on the second: together they cost one
+    backward pass of the batch, and K is looked at within and between the halves.
+    """
+
+    def __init__(self, one: Evaluation, two: Evaluation | None) -> None:
+        self._one, self._two = one, two
+        self._symmetric = two is None
+        self._precision = (two or one).precision
+        self._left = self._draw(one, seed=0)
+        self._right = self._left if two is None else self._draw(two, seed=1)
+        self._seen: dict[tuple[str, ...], Tensor] = {}
+        self._norms: dict[tuple[str, ...], Tensor] = {}
+        self._in_halves = not one.couples_examples
+        self._expected = self._products()
+
+    def clear(self) -> None:
+        """Forget what was seen."""
+        self._seen.clear()
+        self._norms.clear()
+
+    def see(
+        self, names: tuple[str, ...], value: Tensor, rows: slice = slice(None), columns: slice = slice(None)
+    ) -> None:
+        """Note a product of rows, or its half, that belongs to parameters."""
+        value = value.detach()
+        form = self._form(value, rows, columns)
+        if self._symmetric:
+            form = form + form.T
+        self._seen[names] = self._seen.get(names, torch.zeros_like(form)) + form
+        norm = torch.linalg.vector_norm(value).double() * (2 if self._symmetric else 1)
+        self._norms[names] = self._norms.get(names, torch.zeros_like(norm)) + norm
+
+    def failing(self, groups: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        """Return the groups of parameters of which something was seen that is not their kernel."""
+        cases = [_Case(names, self._seen[names], self._norms[names]) for names in groups]
+        return [case.names for case in self._wrong(cases)]
+
+    def require(self, kernels: Mapping[str, Tensor], names: Mapping[str, Sequence[str]]) -> None:
+        """Raise if one of these is not the kernel of the parameters of its layer."""
+        cases = []
+        for layer, kernel in kernels.items():
+            value = kernel.detach()
+            norm = torch.linalg.vector_norm(value).double()
+            cases.append(_Case(tuple(names[layer]), self._form(value, slice(None), slice(None)), norm, layer))
+        for layer, difference, norm in ((case.layer, *self._difference(case)) for case in self._wrong(cases)):
+            raise RuntimeError(
+                f"the tangent kernel{f' of layer {layer!r}' if layer else ''} failed its self-check: products with "
+                f"random vectors differ from those of their pullbacks by {float(difference):.1e} at a norm of "
+                f"{float(norm):.1e}. Is the model a deterministic function of its parameters and inputs?"
+            )
+
+    def _wrong(self, cases: Sequence[_Case]) -> list[_Case]:
+        """Return those that are wrong. If none is, the device is waited for once at most."""
+        if not cases:
+            return []
+        right = torch.stack([self._difference(case)[0] <= self._bound(case) for case in cases])
+        key = ("kernel", tuple(case.names for case in cases), self._one.precision)
+        if deferred.passes(right.all(), key, self._one.proven):
+            return []
+        if self._in_halves:  # a model that draws at random, say, is another function of half a batch
+            self._in_halves = False
+            self._expected = self._products()
+            return self._wrong(cases)
+        return [case for case, one in zip(cases, right.tolist(), strict=True) if not one]
+
+    def _bound(self, case: _Case) -> Tensor:
+        # Where a derivative vanishes (a bias before a normalization), what is left is rounding of the others.
+        whole = torch.stack([value.diagonal().abs().max() for value in self._expected.values()]).sum()
+        digits = 1000 if self._one.couples_examples else 10  # more terms cancel where all examples have a part
+        return tolerance(self._precision) * case.norm + digits * torch.finfo(self._precision).eps * whole
+
+    def _difference(self, case: _Case) -> tuple[Tensor, Tensor]:
+        """Return by how much the products are wrong, at which norm."""
+        expected = torch.stack([self._expected[name] for name in case.names]).sum(0)
+        return (case.form - expected).abs().max(), case.norm
+
+    @staticmethod
+    def _draw(at: Evaluation, seed: int) -> Tensor:
+        generator = torch.Generator(at.y.device).manual_seed(at.y.numel() + seed)
+        probes = torch.randn(2, *at.y.shape, generator=generator, dtype=torch.float32, device=at.y.device)
+        if at.n > 1:
+            probes[0, at.n // 2 :] = 0
+            probes[1, : at.n // 2] = 0
+        return probes.to(at.gram_dtype)
+
+    def _products(self) -> dict[str, Tensor]:
+        """Return ⟨Φᵀω, Φᵀω'⟩ ``(2, 2)`` by parameter."""
+        mine = self._pullback(self._one, self._left)
+        theirs = mine if self._two is None else self._pullback(self._two, self._right)
+        dtype = self._one.gram_dtype
+        return {
+            name: (flat(value).to(dtype) @ flat(theirs[name]).to(dtype).T).to(self._left.device, torch.float64)
+            for name, value in mine.items()
+        }
+
+    def _pullback(self, at: Evaluation, probes: Tensor) -> dict[str, Tensor]:
+        probes = probes.to(at.y)
+        if self._in_halves and at.n > 1:
+            parts = (slice(0, at.n // 2), slice(at.n // 2, at.n))
+            try:
+                halves = [
+                    at.pullback(probes[i : i + 1, p], create_graph=False, examples=p) for i, p in enumerate(parts)
+                ]
+                return {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # noqa: BLE001 - a model for batches of one size
+                self._in_halves = False
+        return at.pullback(probes, create_graph=False)
+
+    def _form(self, value: Tensor, rows: slice, columns: slice) -> Tensor:
+        left, right = self._left[:, rows].flatten(1), self._right[:, columns].flatten(1)
+        return (left @ (value.flatten(2).flatten(0, 1) @ right.T)).double()
+
+
+@final
+class _Totals:
+    """Kernels by layer as they add up, block by block: their halves if they are symmetric."""
+
+    def __init__(self, one: Evaluation, two: Evaluation | None) -> None:
+        other = two or one
+        self._shape = (one.n, one.c, other.n, other.c)
+        self.numel = math.prod(self._shape)
+        self._zeros = torch.zeros((), dtype=one.gram_dtype, device=one.y.device)
+        self._symmetric = two is None
+        self._total: dict[str, Tensor] = {}
+
+    def clear(self) -> None:
+        """Start again."""
+        self._total.clear()
+
+    def add(self, layer: str, value: Tensor, rows: slice = slice(None), columns: slice = slice(None)) -> None:
+        """Add to the block ``[rows, :, columns]``."""
+        if value.shape == self._shape and layer not in self._total:
+            self._total[layer] = value
+            return
+        if layer not in self._total:
+            self._total[layer] = self._zeros.new_zeros(self._shape)
+        if value.requires_grad or self._total[layer].requires_grad:
+            self._total[layer] = self._total[layer].clone()
+        self._total[layer][rows, :, columns] += value
+
+    def kernel(self, layer: str) -> Tensor:
+        """Return the kernel of a layer and forget it."""
+        total = self._total.pop(layer, None)
+        if total is None:
+            return self._zeros.new_zeros(self._shape)
+        return total + total.permute(2, 3, 0, 1) if self._symmetric else total
+
+
+class _Block(NamedTuple):
+    """A part of the kernel, and the batch whose gradients it takes."""
+
+    batch: Batch
+    rows: slice
+    columns: slice
+    diagonal: bool
+    """Rows and columns are the same examples, which the batch holds once; else it holds both, rows first."""
+
+
+def _by_rules(
+    one: Evaluation,
+    two: Evaluation | None,
+    layer_of: Mapping[str, str],
+    refused: set[str],
+    probes: _Probes,
+    tick: Tick,
+) -> tuple[_Totals, list[tuple[str, ...]], set[str]]:
+    """Return what the rules make of the kernel, and of which parameters, by groups that went together.
+
+    The last result are parameters that the rules took in some of the blocks only, and must not.
+    """
+    totals = _Totals(one, two)
+    done: Counter[tuple[str, ...]] = Counter()
+    blocks = 0
+
+    def consume(site: Site, gradients: Gradients, block: _Block) -> None:
+        left, right = gradients, None
+        if not block.diagonal:
+            split = block.rows.stop - block.rows.start
+            left, right = gradients.take(0, split), gradients.take(split, gradients.n)
+        value = left.gram(right, passes.limit(one))
+        names = tuple(site.names.values())
+        probes.see(names, value, block.rows, block.columns)
+        totals.add(layer_of[names[0]], value, block.rows, block.columns)
+        done[names] += 1
+        share = value.numel() / totals.numel * (1 if block.diagonal or two is not None else 2)
+        tick(share * sum(one.params[name].numel() for name in names))
+
+    def run(batched: bool) -> None:
+        nonlocal blocks
+        blocks = 0
+        totals.clear()
+        done.clear()
+        probes.clear()
+        for block in _blocks(one, two):
+            blocks += 1
+            passes.visit(one, block.batch, layer_of, refused, partial(consume, block=block), batched=batched)
+
+    passes.batched_or_not(run, layer_of, refused, vectorize=one.vectorizes)
+    complete = [names for names, times in done.items() if times == blocks]
+    return totals, complete, {name for names in done.keys() - set(complete) for name in names}
+
+
+def _blocks(one: Evaluation, two: Evaluation | None) -> Iterator[_Block]:
+    """Yield parts of the kernel, each from one pass of the model: the whole of it if there is the memory."""
+    step = passes.examples_at_once(one)
+    if two is None and step >= one.n:
+        yield _Block(one.x, slice(0, one.n), slice(0, one.n), diagonal=True)
+        return
+    other = two or one
+    if shapes(one.x) != shapes(other.x):
+        return  # they cannot be one batch: without rules, then
+    step = max(1, step // 2)
+    for i in range(0, one.n, step):
+        for j in range(0 if two is not None else i, other.n, step):
+            rows, columns = slice(i, min(i + step, one.n)), slice(j, min(j + step, other.n))
+            batch = slice_examples(one.x, rows.start, rows.stop)
+            diagonal = two is None and rows == columns
+            if not diagonal:
+                batch = concatenate([batch, slice_examples(other.x, columns.start, columns.stop)])
+            yield _Block(batch, rows, columns, diagonal=diagonal)

@@ -1,0 +1,41 @@
+"""Features along directions that are products of two vectors: from the factors of layers, without a pushforward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from alignreg.sketches import FactoredDirections
+from alignreg.tangents.kernel import general
+from alignreg.tangents.kernel.gradients import Gradients
+from alignreg.tangents.kernel.per_example import by_example
+from alignreg.tangents.kernel.recorder import Site
+from alignreg.tangents.linearization import Evaluation
+
+
+def features(at: Evaluation, directions: FactoredDirections, refused: set[str]) -> Tensor:
+    """Return ΦS ``(n, c, m)`` from one backward pass for each output, which serves all layers and directions.
+
+    For a weight that is used at positions t, ⟨Σ_t d_t a_tᵀ, p qᵀ⟩ = Σ_t (p·d_t)(q·a_t). Parameters without a rule go by
+    their rows of the Jacobian.
+
+    Args:
+        at: the model at the examples.
+        directions: S.
+        refused: parameters whose rule is known to fail; those that fail now are added.
+    """
+
+    def take(site: Site, gradients: Gradients) -> Tensor:
+        found = {kind: directions.factors(name, at.params[name]) for kind, name in site.names.items()}
+        return gradients.project({kind: (p.to(at.gram_dtype), q.to(at.gram_dtype)) for kind, (p, q) in found.items()})
+
+    found, rest = by_example(at, dict.fromkeys(at.params, ""), take, refused)
+    total = torch.stack([value.flatten(2) for value in found.values()]).sum(0) if found else None
+    numbers = max(1, at.working_memory // 8 // at.gram_dtype.itemsize // (at.n * at.c + directions.m))
+    for group in general.pieces({name: at.params[name].numel() for name in rest}, numbers):
+        for piece, rows in general.rows(at, group):
+            S = directions.block(piece.name, at.params[piece.name], 0, directions.m)
+            part = rows @ S.reshape(directions.m, -1)[:, piece.start : piece.stop].to(rows).T
+            total = part if total is None else total + part
+    assert total is not None
+    return total

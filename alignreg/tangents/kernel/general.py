@@ -1,0 +1,106 @@
+"""Products of Jacobians of any parameters, in pieces that fit in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from alignreg.tangents.batch import flat
+from alignreg.tangents.jacobian import Block
+from alignreg.tangents.kernel.gradients import Close
+from alignreg.tangents.kernel.products import rows_gram
+from alignreg.tangents.linearization import Evaluation
+
+
+class Piece(NamedTuple):
+    """Entries ``start:stop`` of the flattened parameter ``name``."""
+
+    name: str
+    start: int
+    stop: int
+
+
+def pieces(sizes: Mapping[str, int], limit: int) -> Iterator[list[Piece]]:
+    """Cut parameters into groups of at most ``limit`` numbers, large ones into slices.
+
+    Args:
+        sizes: numbers in each parameter.
+        limit: numbers in a group, at least 1.
+    """
+    group: list[Piece] = []
+    room = limit
+    for name, numel in sizes.items():
+        start = 0
+        while start < numel:
+            stop = min(numel, start + room)
+            group.append(Piece(name, start, stop))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                yield group
+                group, room = [], limit
+    if group:
+        yield group
+
+
+def gram(left: Evaluation, right: Evaluation | None, group: list[Piece]) -> Iterator[tuple[Piece, Tensor]]:
+    """Yield what each piece of a group adds to the products of rows, or to their half.
+
+    Args:
+        left: the model at the examples of the rows.
+        right: at those of the columns; ``None`` for the same.
+        group: pieces of parameters.
+    """
+    a = _columns(left, group)
+    b = None if right is None else _columns(right, group)
+    widths = [stop - start for _, start, stop in group]
+    others = [None] * len(group) if b is None else torch.split(b, widths, dim=-1)
+    for piece, u, v in zip(group, torch.split(a, widths, dim=-1), others, strict=True):
+        yield piece, rows_gram([(u, v)])
+
+
+def rows(at: Evaluation, group: list[Piece]) -> Iterator[tuple[Piece, Tensor]]:
+    """Yield the columns of the Jacobian that belong to each piece, ``(n, c, numbers in it)``."""
+    widths = [stop - start for _, start, stop in group]
+    yield from zip(group, torch.split(_columns(at, group), widths, dim=-1), strict=True)
+
+
+def diagonal(at: Evaluation, names: Sequence[str], close: Close) -> dict[str, Tensor]:
+    """Return the products of each example's own rows, by parameter."""
+
+    def gather(blocks: Iterator[Block]) -> dict[str, Tensor]:
+        parts: dict[str, list[Tensor]] = {name: [] for name in names}
+        for _, block in blocks:
+            for name, value in block.items():
+                rows = flat(value, 2).to(at.gram_dtype)
+                parts[name].append(close(rows, rows))
+        return {name: torch.cat(part) for name, part in parts.items()}
+
+    return at.reduce(gather, names)
+
+
+def _columns(at: Evaluation, group: list[Piece]) -> Tensor:
+    """Return columns of the Jacobian, ``(n, c, numbers in the group)``."""
+    consume = partial(_collect, group=group, n=at.n, create_graph=at.create_graph)
+    return at.reduce(consume, [name for name, _, _ in group], independent=True)
+
+
+def _collect(blocks: Iterator[Block], group: list[Piece], *, n: int, create_graph: bool) -> Tensor:
+    parts: list[Tensor] = []
+    matrix: Tensor | None = None
+    for examples, block in blocks:
+        columns = {name: flat(value, 2) for name, value in block.items()}
+        part = torch.cat([columns[name][..., start:stop] for name, start, stop in group], dim=-1)
+        # In float32 at least: products of half-precision Jacobians would lose what they still hold.
+        part = part.to(torch.promote_types(part.dtype, torch.float32))
+        if create_graph:
+            parts.append(part)
+            continue
+        if matrix is None:
+            matrix = part.new_empty(n, *part.shape[1:])
+        matrix[examples] = part
+    return torch.cat(parts) if matrix is None else matrix

@@ -1,0 +1,339 @@
+"""Per-example gradients of one layer, kept as factors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from alignreg.tangents.kernel.products import Affinity, position_products, rows_gram, vector_products
+
+Factors = tuple[Tensor, Tensor]
+"""Of directions in parameters: :meth:`alignreg.sketches.FactoredDirections.factors`."""
+Close = Callable[[Tensor, Tensor], Tensor]
+"""Products of the rows of each example, given two factors ``(n, c, p)``: :func:`norms` or :func:`blocks`."""
+
+
+def norms(left: Tensor, right: Tensor) -> Tensor:
+    """Return the products of equal rows, ``(n, c)``."""
+    return (left * right).sum(-1)
+
+
+def blocks(left: Tensor, right: Tensor) -> Tensor:
+    """Return the products of all rows of an example, ``(n, c, c)``."""
+    return left @ right.mT
+
+
+class Gradients(ABC):
+    """∂f_k(x_i)/∂w for the parameters w of one layer, k < c, i < n."""
+
+    n: int
+    c: int
+
+    @abstractmethod
+    def take(self, start: int, stop: int) -> Gradients:
+        """Return those of the examples ``start:stop``."""
+
+    @abstractmethod
+    def join(self, others: Sequence[Gradients]) -> Gradients:
+        """Return the gradients of parameters that went through several calls: the sum of them all."""
+
+    @abstractmethod
+    def gram(self, other: Gradients | None, limit: int) -> Tensor:
+        """Return G = ⟨rows, rows of other⟩ ``(n, c, n2, c)``, or the half of ⟨rows, rows⟩ for ``None``.
+
+        Args:
+            other: of the same layer.
+            limit: how many numbers of working memory it may take.
+        """
+
+    @abstractmethod
+    def diagonal(self, close: Close, limit: int) -> Tensor:
+        """Return :func:`norms` or :func:`blocks` of the rows of each example."""
+
+    @abstractmethod
+    def project(self, factors: dict[str, Factors]) -> Tensor:
+        """Return ⟨∂f_k(x_i)/∂w, p_ru q_rvᵀ⟩ ``(n, c, copies, rank, rank)``, the sum over the parameters.
+
+        Args:
+            factors: p ``(copies, rank, rows)`` and q ``(copies, rank, columns)``, by ``"weight"`` and ``"bias"``.
+        """
+
+    @abstractmethod
+    def pullback(self, u: Tensor) -> dict[str, Tensor]:
+        """Return Σ_ik u_ik ∂f_k(x_i)/∂w for u ``(n, c)``, flat, by ``"weight"`` and ``"bias"``."""
+
+
+@final
+class Rows(Gradients):
+    """The gradients themselves ``(n, c, p)``, by ``"weight"`` and ``"bias"``: for layers with few parameters."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        self.values = values
+        self.n, self.c = next(iter(values.values())).shape[:2]
+
+    def take(self, start: int, stop: int) -> Rows:
+        """See the base class."""
+        return Rows({kind: value[start:stop] for kind, value in self.values.items()})
+
+    def join(self, others: Sequence[Gradients]) -> Rows:
+        """See the base class."""
+        parts = [self, *(other for other in others if isinstance(other, Rows))]
+        return Rows({kind: torch.stack([part.values[kind] for part in parts]).sum(0) for kind in self.values})
+
+    def gram(self, other: Gradients | None, limit: int) -> Tensor:  # noqa: ARG002
+        """See the base class."""
+        assert other is None or isinstance(other, Rows)
+        return rows_gram((value, None if other is None else other.values[name]) for name, value in self.values.items())
+
+    def diagonal(self, close: Close, limit: int) -> Tensor:  # noqa: ARG002
+        """See the base class."""
+        return torch.stack([close(value, value) for value in self.values.values()]).sum(0)
+
+    def project(self, factors: dict[str, Factors]) -> Tensor:
+        """See the base class."""
+        parts = [project_rows(value, *factors[kind]) for kind, value in self.values.items()]
+        return torch.stack(parts).sum(0)
+
+    def pullback(self, u: Tensor) -> dict[str, Tensor]:
+        """See the base class."""
+        return {name: torch.einsum("nc,ncp->p", u, value) for name, value in self.values.items()}
+
+
+def project_rows(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return the products of rows ``(n, c, p)`` with directions, ``(n, c, copies, rank, rank)``."""
+    matrix = rows.reshape(*rows.shape[:2], left.shape[2], right.shape[2])
+    return torch.einsum("ncoi,ruo,rvi->ncruv", matrix, left, right)
+
+
+class Sums(Gradients, ABC):
+    """Weight gradients Σ_t a_t d_tᵀ, and bias gradients Σ_t d_t if there is a bias.
+
+    Their products are taken from sums over pairs of positions, Σ_tt' (a_t·a_t' + 1)(d_t·d_t'), or from the gradients
+    themselves, whichever takes fewer multiplications. Attributes: d ``(n, c, groups, out, t)``.
+    """
+
+    d: Tensor
+    bias: bool
+
+    @abstractmethod
+    def _width(self) -> int:
+        """How many different inputs the weight gradients have."""
+
+    @abstractmethod
+    def _affinity(self, other: Sums, group: int) -> Affinity:
+        """Return ``(start, stop, first)`` to a_t·a_t' + 1 between examples ``start:stop`` and, of other, ``first:``."""
+
+    @abstractmethod
+    def _weight_rows(self, limit: int) -> Iterator[Tensor]:
+        """Yield the weight gradients ``(n, c, p)`` in chunks of p."""
+
+    @abstractmethod
+    def _own_affinity(self, group: int) -> Tensor:
+        """Return a_t·a_t' + 1 within each example, ``(n, t', t)``."""
+
+    def gram(self, other: Gradients | None, limit: int) -> Tensor:
+        """See the base class."""
+        assert other is None or isinstance(other, type(self))
+        if self._by_positions(pairs=self.n if other is None else 2 * other.n):
+            parts = [self._group_products(other, group) for group in range(self.d.shape[2])]
+            return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        if other is None:
+            return rows_gram((rows, None) for rows in self.rows(limit))
+        return rows_gram(zip(self.rows(limit), other.rows(limit), strict=True))
+
+    def _group_products(self, other: Sums | None, group: int) -> Tensor:
+        affinity = self._affinity(other or self, group)
+        d, d2 = self.d[:, :, group], None if other is None else other.d[:, :, group]
+        if d.shape[-1] > 1:
+            return position_products(affinity, d, d2)
+        weights = affinity(0, self.n, 0).squeeze(1).T
+        return vector_products(weights, d.squeeze(-1), None if d2 is None else d2.squeeze(-1))
+
+    def diagonal(self, close: Close, limit: int) -> Tensor:
+        """See the base class."""
+        total: Tensor | None = None
+        for left, right in self._diagonal_factors(limit):
+            value = close(left, right)
+            total = value if total is None else total + value
+        assert total is not None
+        return total
+
+    def _diagonal_factors(self, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._by_positions(pairs=2):
+            for g in range(self.d.shape[2]):
+                d = self.d[:, :, g]
+                moved = torch.bmm(d.flatten(1, 2), self._own_affinity(g))
+                yield d.flatten(2), moved.reshape(*d.shape[:2], -1)
+        else:
+            yield from ((rows, rows) for rows in self.rows(limit))
+
+    def _by_positions(self, pairs: int) -> bool:
+        _, c, groups, out, t = self.d.shape
+        width = self._width()
+        by_positions = groups * t * (t * width + t * c * out + c * c * out)
+        by_rows = groups * c * width * out * (c + 2 * t / pairs)
+        return t == 1 or by_positions < by_rows
+
+    def rows(self, limit: int) -> Iterator[Tensor]:
+        """Yield the gradients themselves, ``(n, c, p)`` in chunks of p."""
+        yield from self._weight_rows(limit)
+        if self.bias:
+            yield self.d.sum(-1).flatten(2)
+
+
+@final
+class OuterProducts(Sums):
+    """Of linear maps and convolutions.
+
+    Args:
+        a: ``(n, groups, in, t)``.
+        d: ``(n, c, groups, out, t)``.
+        bias: whether the bias is one of the parameters.
+    """
+
+    def __init__(self, a: Tensor, d: Tensor, *, bias: bool) -> None:
+        self.a, self.d, self.bias = a, d, bias
+        self.n, self.c = d.shape[:2]
+
+    def take(self, start: int, stop: int) -> OuterProducts:
+        """See the base class."""
+        return OuterProducts(self.a[start:stop], self.d[start:stop], bias=self.bias)
+
+    def join(self, others: Sequence[Gradients]) -> OuterProducts:
+        """See the base class."""
+        parts = [self, *(other for other in others if isinstance(other, OuterProducts))]
+        a, d = (torch.cat([getattr(part, name) for part in parts], dim=-1) for name in ("a", "d"))
+        return OuterProducts(a, d, bias=self.bias)
+
+    def pullback(self, u: Tensor) -> dict[str, Tensor]:
+        """See the base class."""
+        d = torch.einsum("nc,ncgot->ngot", u, self.d)
+        found = {"weight": torch.einsum("ngot,ngit->goi", d, self.a).flatten()}
+        return {**found, "bias": d.sum((0, -1)).flatten()} if self.bias else found
+
+    def project(self, factors: dict[str, Factors]) -> Tensor:
+        """See the base class."""
+        left, right = factors["weight"]
+        n, c, groups, out, t = self.d.shape
+        copies = left.shape[0]
+        total = self.d.new_zeros(n, c, *left.shape[:2], right.shape[1])
+        for g in range(groups):
+            d, p = self.d[:, :, g], left[:, :, g * out : (g + 1) * out]
+            a = right.flatten(0, 1) @ self.a[:, g]  # (n, copies·rank, t)
+            # Of two orders the one whose intermediate result is the smaller.
+            if t < out:
+                projected = (p.flatten(0, 1) @ d).reshape(n, c, copies, -1, t)
+                total += torch.einsum("ncrut,nrvt->ncruv", projected, a.reshape(n, copies, -1, t))
+            else:
+                mixed = (d.flatten(1, 2) @ a.mT).reshape(n, c, out, copies, -1)
+                total += torch.einsum("ncorv,ruo->ncruv", mixed, p)
+        if self.bias:
+            total += project_rows(self.d.sum(-1).flatten(2), *factors["bias"])
+        return total
+
+    def _width(self) -> int:
+        return self.a.shape[2]
+
+    def _affinity(self, other: Sums, group: int) -> Affinity:
+        assert isinstance(other, OuterProducts)
+        a = self.a[:, group]
+        # Transposed once: all positions of all examples are then the rows of one matrix.
+        theirs = other.a[:, group].mT.contiguous()
+
+        def affinity(start: int, stop: int, first: int) -> Tensor:
+            mine = a[start:stop].transpose(0, 1).flatten(1)
+            products = (theirs[first:].flatten(0, 1) @ mine).reshape(-1, theirs.shape[1], mine.shape[1])
+            return products + 1 if self.bias else products
+
+        return affinity
+
+    def _own_affinity(self, group: int) -> Tensor:
+        a = self.a[:, group]
+        return a.mT @ a + (1 if self.bias else 0)
+
+    def _weight_rows(self, limit: int) -> Iterator[Tensor]:
+        n, c, groups, out, _ = self.d.shape
+        width = max(1, limit // (n * c * self._width()))  # how many outputs fit
+        for g in range(0, groups, max(1, width // out)):
+            some = slice(g, g + max(1, width // out))
+            for o in range(0, out, min(width, out)):
+                yield self._chunk(self.a[:, some], self.d[:, :, some, o : o + width])
+
+    @staticmethod
+    def _chunk(a: Tensor, d: Tensor) -> Tensor:
+        n, c, groups, out, _ = d.shape
+        d = d.transpose(1, 2).reshape(n * groups, c * out, -1)
+        rows = torch.bmm(d, a.flatten(0, 1).mT).reshape(n, groups, c, out, -1)
+        return rows.transpose(1, 2).flatten(2)
+
+
+@final
+class TokenSums(Sums):
+    """Of embeddings: a_t is the unit vector of the token at position t, or zero.
+
+    Args:
+        tokens: ``(n, t)``; negative ones count as zero vectors.
+        d: ``(n, c, 1, out, t)``.
+        size: how many rows the weight has.
+        labels: those rows of the weight that get a gradient, sorted; by default as ``tokens`` say.
+    """
+
+    bias = False
+
+    def __init__(self, tokens: Tensor, d: Tensor, size: int, labels: Tensor | None = None) -> None:
+        self.tokens, self.d, self.size = tokens, d, size
+        self.labels = torch.unique(tokens[tokens >= 0]) if labels is None else labels
+        self.n, self.c = d.shape[:2]
+
+    def take(self, start: int, stop: int) -> TokenSums:
+        """See the base class."""
+        return TokenSums(self.tokens[start:stop], self.d[start:stop], self.size, self.labels)
+
+    def join(self, others: Sequence[Gradients]) -> TokenSums:
+        """See the base class."""
+        parts = [self, *(other for other in others if isinstance(other, TokenSums))]
+        tokens, d = (torch.cat([getattr(part, name) for part in parts], dim=-1) for name in ("tokens", "d"))
+        return TokenSums(tokens, d, self.size)
+
+    def pullback(self, u: Tensor) -> dict[str, Tensor]:
+        """See the base class."""
+        d = torch.einsum("nc,ncgot->nto", u, self.d)
+        known = self.tokens >= 0
+        weight = d.new_zeros(self.size, d.shape[-1]).index_add(0, self.tokens[known], d[known])
+        return {"weight": weight.flatten()}
+
+    def project(self, factors: dict[str, Factors]) -> Tensor:
+        """See the base class."""
+        left, right = factors["weight"]
+        known = self.tokens >= 0
+        mine = left[:, :, self.tokens.clamp(min=0)] * known.to(left)  # (copies, rank, n, t)
+        return torch.einsum("runt,ncot,rvo->ncruv", mine, self.d[:, :, 0], right)
+
+    def _width(self) -> int:
+        return len(self.labels)
+
+    def _affinity(self, other: Sums, group: int) -> Affinity:  # noqa: ARG002
+        assert isinstance(other, TokenSums)
+        return lambda start, stop, first: self._same(other.tokens[first:, :, None], self.tokens[start:stop].flatten())
+
+    def _own_affinity(self, group: int) -> Tensor:  # noqa: ARG002
+        return self._same(self.tokens[:, :, None], self.tokens[:, None])
+
+    def _same(self, left: Tensor, right: Tensor) -> Tensor:
+        return ((left == right) & (left >= 0)).to(self.d)
+
+    def _weight_rows(self, limit: int) -> Iterator[Tensor]:
+        n, c, _, out, _ = self.d.shape
+        d = self.d[:, :, 0].mT  # (n, c, t, out)
+        index = torch.searchsorted(self.labels, self.tokens.contiguous())
+        width = max(1, limit // (n * c * out))
+        for first in range(0, len(self.labels), width):
+            size = min(width, len(self.labels) - first)
+            here = (index - first).masked_fill(self.tokens < 0, -1)
+            # What does not belong here goes to a row too many.
+            here = here.masked_fill((here < 0) | (here >= size), size)[:, None, :, None].expand_as(d)
+            yield d.new_zeros(n, c, size + 1, out).scatter_add(2, here, d)[:, :, :size].flatten(2)

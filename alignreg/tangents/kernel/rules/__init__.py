@@ -1,0 +1,55 @@
+"""Which functions of torch have a rule. A new one is a file, and a row here and in the table of the tests."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+
+from alignreg.tangents.kernel.calls import Call
+from alignreg.tangents.kernel.rules.batch_norm import batch_norm
+from alignreg.tangents.kernel.rules.convolution import convolution
+from alignreg.tangents.kernel.rules.embedding import embedding
+from alignreg.tangents.kernel.rules.group_norm import group_norm
+from alignreg.tangents.kernel.rules.instance_norm import instance_norm
+from alignreg.tangents.kernel.rules.layer_norm import layer_norm
+from alignreg.tangents.kernel.rules.linear import linear
+from alignreg.tangents.kernel.rules.rms_norm import rms_norm
+from alignreg.tangents.primitives import normalization
+
+RULES: dict[Callable[..., Any], Callable[..., Call | None]] = {
+    F.linear: linear,
+    F.conv1d: convolution,
+    F.conv2d: convolution,
+    F.conv3d: convolution,
+    F.batch_norm: batch_norm,
+    F.group_norm: group_norm,
+    F.instance_norm: instance_norm,
+    F.layer_norm: layer_norm,
+    F.rms_norm: rms_norm,
+    F.embedding: embedding,
+}
+"""Takes what the function takes; ``None`` where the rule does not hold."""
+
+SIGNATURES = {function: inspect.signature(rule) for function, rule in RULES.items()}
+
+
+def _opened(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a copy of a function of torch that lets modes see the calls inside it, as a function of ours would."""
+    assert isinstance(function, types.FunctionType)
+    scope = {**function.__globals__, "has_torch_function": lambda _: False}
+    copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+QUICKER: dict[Callable[..., Any], Callable[..., Any]] = {F.batch_norm: normalization.batch_norm}
+"""Functions that are differentiated faster in another form."""
+
+COMPOSITES: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.multi_head_attention_forward: _opened(F.multi_head_attention_forward),
+}
+"""Functions that call those with rules on the parameters they are given."""

@@ -1,0 +1,16 @@
+"""Linear maps: the weight sees each input vector once, at every leading position."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from alignreg.tangents.kernel.calls import Products
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Products:  # noqa: A002, ARG001 - torch's names
+    """Y = x Wᵀ + b, so a = x and d = ∂f/∂y."""
+    return Products(
+        lead=input.ndim - 1,
+        inputs=lambda: input[..., None, :, None],
+        outputs=lambda d: d[..., None, :, None],
+    )

@@ -1,0 +1,119 @@
+"""Which functions of torch are replaced where derivatives of derivatives are taken. A new one is a row here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, final
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+from alignreg.tangents.primitives import activations, at_zero, distances, embeddings, margins, normalization, norms
+
+Function = Callable[..., Any]
+
+
+@final
+class Primitives(TorchFunctionMode):
+    """Compute functions whose derivative torch cannot differentiate, or gets wrong, from primitives inside the block.
+
+    Of three kinds:
+
+    - functions whose backward pass has no derivative (``hardsigmoid``, ``cdist``, ``embedding_bag``, ...), or a wrong
+      one (weight normalization);
+    - functions whose backward pass has a derivative that is NaN where the function is given zeros (norms of padding);
+    - normalizations. The fused kernels hand mean and scale to their derivative formulas as constants. A first
+      derivative accounts for what depends on them, and so does that of a plain backward pass; a derivative *of* a
+      vectorized one silently misses it.
+
+    Calls inside scripted modules do not come by here. Checkpointed modules run again in backward passes, outside the
+    block, and must be what they were: functions in them are left as they are.
+
+    Args:
+        backward_only: for derivatives of plain backward passes, which do with fused normalizations.
+    """
+
+    def __init__(self, *, backward_only: bool = False) -> None:
+        super().__init__()
+        self._replacements = _TWICE if backward_only else {**_TWICE, **_NORMALIZATIONS}
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Replace the functions of the table and run anything else as it is."""
+        kwargs = kwargs or {}
+        replacement = self._replacements.get(func)
+        if replacement is None or kwargs.get("out") is not None or is_checkpointed():
+            return func(*args, **kwargs)
+        return replacement(*args, **{name: value for name, value in kwargs.items() if name != "out"})
+
+
+@final
+class Checkpoints(TorchFunctionMode):
+    """Notes whether a checkpointed module runs inside the block."""
+
+    any = False
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run the function."""
+        self.any = self.any or is_checkpointed()
+        return func(*args, **(kwargs or {}))
+
+
+def is_checkpointed() -> bool:
+    """Say whether the caller runs inside a checkpointed module, which will be run again."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename != _CHECKPOINT:
+        frame = frame.f_back
+    return frame is not None
+
+
+_CHECKPOINT = checkpoint.__code__.co_filename
+_aten = torch.ops.aten  # what exported modules call
+_TWICE: dict[Function, Function] = {
+    torch._weight_norm: normalization.weight_norm,  # noqa: SLF001 - what both weight_norm of torch.nn.utils call
+    F.hardsigmoid: activations.hardsigmoid,
+    _aten.hardsigmoid.default: activations.hardsigmoid,
+    **dict.fromkeys((torch.logcumsumexp, torch.Tensor.logcumsumexp), activations.logcumsumexp),
+    F.multi_margin_loss: margins.multi_margin_loss,
+    F.embedding: embeddings.embedding,
+    F.embedding_bag: embeddings.embedding_bag,
+    torch.cdist: distances.cdist,
+    F.pdist: distances.pdist,
+    torch.dist: distances.dist,
+    F.pairwise_distance: distances.pairwise_distance,
+    F.cosine_similarity: distances.cosine_similarity,
+    _aten.cosine_similarity.default: distances.cosine_similarity,
+    F.normalize: norms.normalize,
+    torch.norm: norms.norm,
+    torch.Tensor.norm: norms.norm,
+    torch.linalg.norm: norms.linalg_norm,
+    **dict.fromkeys((torch.linalg.vector_norm, _aten.linalg_vector_norm.default), norms.vector_norm),
+    torch.linalg.matrix_norm: norms.matrix_norm,
+    **dict.fromkeys((torch.renorm, torch.Tensor.renorm), norms.renorm),
+    F.lp_pool1d: norms.lp_pool1d,
+    F.lp_pool2d: norms.lp_pool2d,
+    F.lp_pool3d: norms.lp_pool3d,
+    **dict.fromkeys((torch.std, torch.Tensor.std), at_zero.std),
+    torch.std_mean: at_zero.std_mean,
+    **dict.fromkeys((torch.atan2, torch.arctan2, torch.Tensor.atan2, torch.Tensor.arctan2), at_zero.atan2),
+    **dict.fromkeys((torch.copysign, torch.Tensor.copysign), at_zero.copysign),
+    **dict.fromkeys((torch.sinc, torch.special.sinc, torch.Tensor.sinc), at_zero.sinc),
+}
+_NORMALIZATIONS: dict[Function, Function] = {
+    F.layer_norm: normalization.layer_norm,
+    F.rms_norm: normalization.rms_norm,
+    F.group_norm: normalization.group_norm,
+    F.batch_norm: normalization.batch_norm,
+    F.instance_norm: normalization.instance_norm,
+    **dict.fromkeys((torch.layer_norm, _aten.layer_norm.default), normalization.layer_norm),
+    **dict.fromkeys((torch.rms_norm, _aten.rms_norm.default), normalization.rms_norm),
+    **dict.fromkeys((torch.group_norm, _aten.group_norm.default), normalization.group_norm),
+    **dict.fromkeys((torch.batch_norm, _aten.batch_norm.default), normalization.torch_batch_norm),
+    **dict.fromkeys((torch.instance_norm, _aten.instance_norm.default), normalization.torch_instance_norm),
+}

@@ -1,4 +1,4 @@
-"""Directions in parameter space, random ones most of them, and random probes on outputs, reproducible from a seed.
+"""Directions in parameter space and random probes on outputs, reproducible from a seed.
 
 Nothing here uses or changes torch's global random state. Values are drawn in float32 on the device where they are
 needed and then cast, so a float64 model sees the directions of its float32 twin; CPU and CUDA draw different numbers
@@ -35,7 +35,7 @@ class Directions(Protocol):
 
 @final
 class GivenDirections:
-    """Directions that the caller holds as tensors."""
+    """Directions given as tensors."""
 
     def __init__(self, directions: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
         if directions.keys() != shapes.keys():
@@ -109,7 +109,7 @@ class RandomDirections:
 @final
 @dataclass(frozen=True)
 class FactoredDirections:
-    """Directions whose parts are products of two vectors, one for either side of a weight: copies·rank² of them.
+    """copies·rank² random directions that are products of two vectors, one for each side of a weight.
 
     A weight counts as a matrix, its first axis against the others. Direction (r, u, v) is p_ru q_rvᵀ there, with
     standard normal p_ru and q_rv, drawn for each parameter; so E[ssᵀ] = I as for any sketch. The rank² directions of a

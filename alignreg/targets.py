@@ -1,4 +1,4 @@
-"""What a target means, the same everywhere."""
+"""Turn targets into values, in the same way everywhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics in Lightning's validation loop. Needs the package lightning, or pytorch-lightning."""
+"""Metrics in Lightning's validation loop; this module needs the package lightning or pytorch-lightning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What watching a validation loop takes, whoever runs the loop."""
+"""Watch a validation loop, whoever runs it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def unpack_batch(batch: Any) -> dict[str, Any]:
 
 @final
 class Monitor:
-    """Metrics of a model, and their values over one run of a validation loop at a time.
+    """Hold the metrics of a model and compute them over one run of a validation loop at a time.
 
     Where a value is undefined it is NaN, on all ranks alike, and training goes on: for constant targets, and where the
     model's outputs are not finite.

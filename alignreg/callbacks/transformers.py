@@ -1,4 +1,4 @@
-"""Metrics and losses in transformers' Trainer. Needs the package transformers.
+"""Metrics and losses in the Trainer of transformers; this module needs that package.
 
 The Trainer tells its callbacks of an evaluation when it has been logged, shows them no batch, and reports to loggers
 before it asks callbacks. So this is no callback, but a Trainer: what it measures is among the metrics of the evaluation

@@ -1,4 +1,4 @@
-"""Checks of arguments: one message for one kind of mistake, before anything has changed.
+"""Checks of arguments: each kind of mistake has one message, raised before anything has changed.
 
 A wrong option (a number, a flag, a name) is a ``ValueError``, what is no object of the kind (a tensor, a function) a
 ``TypeError``. A check returns what it was given as the rest of the package wants it: numbers of numpy become those of

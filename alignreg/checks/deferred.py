@@ -1,7 +1,7 @@
-"""Numbers that decide something, read from the device together, so that it is waited for once.
+"""Read the numbers that decide something from the device together, so that the program waits for it once.
 
-On a GPU operations are queued, and reading a number waits for all of them. Inside :func:`deferred` what is read on such
-a device is noted, and looked at when the block's owner asks; anywhere else, and on the CPU, it is looked at at once.
+A GPU queues operations, and reading a number waits for all of them. Inside :func:`deferred`, checks on such a device
+are recorded, and read when the owner of the block asks. Elsewhere, and on the CPU, they are read at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @final
 class SelfCheckError(RuntimeError):
-    """A check of a derivative failed that held before, after the result was used."""
+    """A self-check of a derivative failed after its result was used, because checks of this kind had passed before."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -30,7 +30,7 @@ class SelfCheckError(RuntimeError):
 
 @final
 class Deferred:
-    """What is to be looked at later."""
+    """A list of checks to be read later."""
 
     def __init__(self) -> None:
         self._values: list[Tensor] = []
@@ -42,12 +42,12 @@ class Deferred:
         return bool(self._then)
 
     def add(self, values: Tensor, then: Callable[[list[float]], None]) -> None:
-        """Note numbers, and what is to be done with them."""
+        """Record numbers, and the function that gets them."""
         self._values.append(values.detach())
         self._then.append(then)
 
     def require(self, holds: Tensor, error: Callable[[], Exception | None]) -> None:
-        """Note a condition, and the error where it does not hold; ``None`` if it does after all."""
+        """Record a condition, and the function that makes the error (``None`` if it holds after all)."""
 
         def then(numbers: list[float]) -> None:
             if not numbers[0] and (found := error()) is not None:
@@ -57,12 +57,12 @@ class Deferred:
         self._verdicts.append(holds.detach())
 
     def held(self, device: torch.device) -> Tensor:
-        """Return whether all conditions hold that were noted, as a tensor."""
+        """Return whether all recorded conditions hold, as a tensor."""
         flags = [verdict.to(device, torch.bool) for verdict in self._verdicts]
         return torch.stack(flags).all() if flags else torch.ones((), dtype=torch.bool, device=device)
 
     def settle(self) -> None:
-        """Look at everything, in order, until an error is raised; then forget it."""
+        """Read everything in order, until an error is raised, and clear the list."""
         values, then = self._values, self._then
         self._values, self._then, self._verdicts = [], [], []
         if not values:
@@ -78,7 +78,7 @@ _SCOPE: ContextVar[Deferred | None] = ContextVar("alignreg_deferred", default=No
 
 @contextmanager
 def deferred(scope: Deferred | None = None) -> Iterator[Deferred]:
-    """Look later, when ``settle()`` is called, at what is read inside the block."""
+    """Record the checks inside the block, and read them when ``settle()`` is called."""
     scope = Deferred() if scope is None else scope
     token = _SCOPE.set(scope)
     try:
@@ -88,12 +88,12 @@ def deferred(scope: Deferred | None = None) -> Iterator[Deferred]:
 
 
 def waits(device: torch.device) -> bool:
-    """Say whether reading a number from the device waits for what it was told to do before."""
+    """Say whether reading a number from the device waits for the operations queued on it."""
     return device.type not in ("cpu", "meta")
 
 
 def require(holds: Tensor, error: Callable[[], Exception | None]) -> None:
-    """Raise an error unless a condition holds, here or later.
+    """Raise an error unless a condition holds, now or later.
 
     Args:
         holds: the condition, a scalar.
@@ -107,7 +107,7 @@ def require(holds: Tensor, error: Callable[[], Exception | None]) -> None:
 
 
 def look(values: Tensor, then: Callable[[list[float]], None]) -> None:
-    """Do something with numbers, here or later."""
+    """Pass numbers to a function, now or later."""
     scope = _SCOPE.get()
     if scope is not None and waits(values.device):
         scope.add(values, then)
@@ -116,7 +116,7 @@ def look(values: Tensor, then: Callable[[list[float]], None]) -> None:
 
 
 def passes(holds: Tensor, key: Any, proven: set[Any]) -> bool:
-    """Say whether a self-check holds; one of a kind that held before is taken to, and looked at later.
+    """Say whether a self-check passes. A check of a kind that passed before is assumed to pass, and is read later.
 
     Args:
         holds: the outcome, a scalar.
@@ -144,6 +144,6 @@ def passes(holds: Tensor, key: Any, proven: set[Any]) -> bool:
 
 
 def settle() -> None:
-    """Look at everything that was put off so far."""
+    """Read everything that was put off so far."""
     if (scope := _SCOPE.get()) is not None:
         scope.settle()

@@ -1,4 +1,4 @@
-"""The measures themselves: :mod:`alignreg.complexity` says what they have in common."""
+"""The measures of :mod:`alignreg.complexity`, which says what they have in common."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def _whole(shard: Any) -> Tensor:
 
 @final
 class _Averaged(torch.autograd.Function):
-    """The same tensor, whose gradient is divided by the number of ranks that are going to be summed over."""
+    """An identity whose gradient is divided by the number of ranks, over which a sum follows."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, ranks: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The module behind the wrappers that training puts around it, and whether its gradients are averaged over ranks."""
+"""Find the module inside the wrappers of training, and whether its gradients are averaged over ranks."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class _Sum(torch.autograd.Function):
 
 @final
 class AllReduce(torch.autograd.Function):
-    """The sum over ranks, differentiated any number of times: the gradient of a rank's part is the sum of all ranks'.
+    """A sum over ranks, differentiable any number of times: the gradient of each part is the sum of all ranks'.
 
     For what each rank makes differently of the sum, where :func:`sum_over_ranks` takes all to make the same of it.
     """

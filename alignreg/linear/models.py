@@ -1,4 +1,4 @@
-r"""Linear models in the eigenbasis of their kernel: what all share, gradient descent, and SuperNat."""
+r"""Linear models in the eigenbasis of their kernel: their base class, gradient descent, and SuperNat."""
 
 from __future__ import annotations
 

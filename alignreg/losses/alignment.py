@@ -35,25 +35,14 @@ class AlignmentLoss(ProbeLoss):
         six networks of eleven more than .02 (docs/losses.md). Begin with a tenth of it.
 
     Args:
-        model: the model, possibly wrapped (DDP, ``fully_shard``, ``torch.compile``, Accelerate); never registered,
-            copied or changed.
-        weight: factor, ≥ 0, or a function of the optimiser step; 0.1 by default.
-        examples: how many examples of a batch to use, drawn uniformly; ``None`` for all.
-        every_n_steps: apply at every n-th optimiser step, with n times the weight.
-        gradient_accumulation_steps: how many calls make an optimiser step.
+        model: the model, possibly wrapped (DDP, ``fully_shard``, ``torch.compile``, Accelerate).
+        weight: factor, ≥ 0, or a function of the optimizer step; 0.1 by default.
         probes: m ≥ 4; 8 by default.
-        micro_batch_size: how many examples go through the model at once; all by default.
-        seed: of probes and examples.
-        centered: centre the kernel over the examples. Targets are always centred.
-        per_layer: take the mean of the losses of the layers' own kernels, without those
-            that have nothing along the targets.
-        sync: under several processes, the loss of all their examples together.
-        statistics: with which statistics modules in training mode normalize: ``"training"``, those of the loss's
-            examples, or ``"running"``.
-        on_nonfinite: ``"raise"``, or ``"skip"`` the step with one warning.
-        clip: how many times as long as the weights the gradient may be; a longer one is scaled down.
-        params: glob pattern or patterns of parameter names.
-        forward_fn: ``(model, x) -> (n, c)`` for models with another output.
+        centered: center the kernel over the examples. Targets are always centered.
+        per_layer: use the mean of the losses of the layers' own kernels, without those that have nothing along the
+            targets.
+
+    The other options are those of :class:`.ProbeLoss` and :class:`.TangentLoss`.
 
     Raises:
         TypeError: if the model is sharded otherwise than by ``fully_shard``.

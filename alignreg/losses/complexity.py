@@ -25,24 +25,11 @@ class ComplexityPenalty(ProbeLoss):
         accuracy, a Transformer .10 (docs/losses.md): begin with a tenth of it.
 
     Args:
-        model: the model, possibly wrapped (DDP, ``fully_shard``, ``torch.compile``, Accelerate); never registered,
-            copied or changed.
-        weight: factor, ≥ 0, or a function of the optimiser step; 0.01 by default.
-        examples: how many examples of a batch to use, drawn uniformly; ``None`` for all.
-        every_n_steps: apply at every n-th optimiser step, with n times the weight.
-        gradient_accumulation_steps: how many calls make an optimiser step.
+        model: the model, possibly wrapped (DDP, ``fully_shard``, ``torch.compile``, Accelerate).
+        weight: factor, ≥ 0, or a function of the optimizer step; 0.01 by default.
         probes: m ≥ 1; 1 by default.
-        micro_batch_size: how many examples go through the model at once; all by default.
-        seed: of probes and examples.
-        centered: centre the kernel over the examples.
-        per_layer: take the mean of the losses of the layers' own kernels.
-        sync: under several processes, the loss of all their examples together.
-        statistics: with which statistics modules in training mode normalize: ``"training"``, those of the loss's
-            examples, or ``"running"``.
-        on_nonfinite: ``"raise"``, or ``"skip"`` the step with one warning.
-        clip: how many times as long as the weights the gradient may be; a longer one is scaled down.
-        params: glob pattern or patterns of parameter names.
-        forward_fn: ``(model, x) -> (n, c)`` for models with another output.
+
+    The other options are those of :class:`.ProbeLoss` and :class:`.TangentLoss`.
 
     Raises:
         TypeError: if the model is sharded otherwise than by ``fully_shard``.

@@ -1,4 +1,4 @@
-"""Minimise the risk that kernel regression with the tangent kernel is estimated to have."""
+"""Minimize the estimated risk of kernel regression with the tangent kernel."""
 
 from __future__ import annotations
 
@@ -33,24 +33,14 @@ class KARELoss(TangentLoss):
     warning.
 
     Args:
-        model: the model, possibly wrapped (DDP, ``fully_shard``, ``torch.compile``, Accelerate); never registered,
-            copied or changed.
-        weight: factor, ≥ 0, or a function of the optimiser step; 1 by default.
-        examples: how many examples of a batch to use, drawn uniformly; ``None`` for all.
-        every_n_steps: apply at every n-th optimiser step, with n times the weight.
-        gradient_accumulation_steps: how many calls make an optimiser step.
+        model: the model, possibly wrapped (DDP, ``fully_shard``, ``torch.compile``, Accelerate).
+        weight: factor, ≥ 0, or a function of the optimizer step; 1 by default.
         ridge: ρ > 0.
-        seed: of examples.
-        centered: centre the kernel over the examples. Targets are always centred.
-        per_layer: take the mean of the losses of the layers' own kernels.
-        sync: under several processes, the loss of all their examples together, which are gathered: each
-            rank then computes the kernel of all.
-        statistics: with which statistics modules in training mode normalize: ``"training"``, those of the loss's
-            examples, or ``"running"``.
-        on_nonfinite: ``"raise"``, or ``"skip"`` the step with one warning.
-        clip: how many times as long as the weights the gradient may be; a longer one is scaled down.
-        params: glob pattern or patterns of parameter names.
-        forward_fn: ``(model, x) -> (n, c)`` for models with another output.
+        centered: center the kernel over the examples. Targets are always centered.
+        sync: under several processes, use the loss of all their examples together. They are gathered, and each rank
+            computes the kernel of all.
+
+    The other options are those of :class:`.TangentLoss`.
 
     Raises:
         TypeError: if the model is sharded otherwise than by ``fully_shard``.

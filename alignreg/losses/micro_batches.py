@@ -1,4 +1,4 @@
-"""Products of pullbacks whose gradient takes a few examples at a time: memory for them, not for the whole batch."""
+"""Products of pullbacks whose gradient processes a few examples at a time, to save memory."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from alignreg.targets import encode
 
 
 class Probed(NamedTuple):
-    """What the probes show of a kernel."""
+    """The products of a kernel with the probes."""
 
     gram: Tensor
     """ω_aᵀKω_b ``(m, m)``, of probes that are centred where the loss is."""

@@ -11,7 +11,8 @@ from layer_cases import LAYERS, build
 from oracles import call, double, jacobian, kernel, matrix
 from torch import nn
 
-from alignreg import TangentFeatures, tangents
+from alignreg import TangentFeatures
+from alignreg.tangents import features as tangents
 from alignreg.tangents import memory
 from alignreg.tangents.kernel import exact, gradients, passes, recorder
 

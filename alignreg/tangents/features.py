@@ -18,6 +18,7 @@ from alignreg.distributed.sharding import is_sharded
 from alignreg.distributed.wrappers import hooks_on_outputs, unwrap
 from alignreg.sketches import Directions, FactoredDirections, GivenDirections
 from alignreg.tangents import graph, normalization
+from alignreg.tangents.agreement import representatives
 from alignreg.tangents.batch import as_batch, size, take
 from alignreg.tangents.frozen import Frozen, frozen, hooks_on_gradients
 from alignreg.tangents.jacobian import Block, Params
@@ -25,7 +26,7 @@ from alignreg.tangents.kernel import factored
 from alignreg.tangents.kernel.exact import kernels
 from alignreg.tangents.kernel.gradients import blocks, norms
 from alignreg.tangents.kernel.per_example import diagonals
-from alignreg.tangents.linearization import Bound, Evaluation, ForwardFn, representatives
+from alignreg.tangents.linearization import Bound, Evaluation, ForwardFn
 from alignreg.tangents.normalization import Statistics
 from alignreg.tangents.parameters import as_patterns, require_values, select
 from alignreg.tangents.primitives import Primitives

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TypeVar
@@ -12,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.func import jacrev, vmap
 
+from alignreg.tangents.agreement import agrees, signs
 from alignreg.tangents.batch import Batch, map_tensors, size, slice_examples
 
 Params = dict[str, Tensor]
@@ -20,21 +20,6 @@ Block = tuple[slice, Params]
 """Examples ``start:stop`` and, per parameter, their rows of the Jacobian ``(stop - start, c, *shape)``."""
 
 T = TypeVar("T")
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Return the relative difference at which two routes to the same derivative count as different functions.
-
-    Rounding alone stays far below √eps; a rectifier whose input rounds to the other side of zero may come near it
-    in single precision, hence 1e-3 there.
-    """
-    return max(math.sqrt(torch.finfo(dtype).eps), 1e-3 if dtype == torch.float32 else 0.0)
-
-
-def signs(like: Tensor) -> Tensor:
-    """Return fixed random signs of the shape, dtype and device of ``like``: the u of self-checks."""
-    generator = torch.Generator(like.device).manual_seed(like.numel())
-    return torch.empty(like.shape, device=like.device).bernoulli_(0.5, generator=generator).mul_(2).sub_(1).to(like)
 
 
 def reduce_jacobian(
@@ -142,23 +127,24 @@ def _by_row(
 
 def _checked(blocks: Iterator[Block], probe: Tensor, expected: Params, precision: torch.dtype) -> Iterator[Block]:
     total = {name: torch.zeros_like(value) for name, value in expected.items()}
-    energy = dict.fromkeys(expected, 0.0)
+    energy = {name: torch.zeros((), dtype=torch.float64, device=value.device) for name, value in expected.items()}
     for rows, block in blocks:
         for name, value in block.items():
             flat = value.detach().flatten(0, 1)
             u = probe[rows].flatten().to(flat)
             total[name] += torch.tensordot(u, flat, dims=1)
-            energy[name] += float(flat.to(torch.promote_types(flat.dtype, torch.float32)).square().sum())
+            energy[name] += flat.to(torch.promote_types(flat.dtype, torch.float32)).square().sum()
         yield rows, block
-    whole = sum(energy.values()) ** 0.5
+    device = next(iter(expected.values())).device
+    whole = torch.stack([one.to(device) for one in energy.values()]).sum().sqrt()
     for name, value in expected.items():
         # For random signs u, E‖Jᵀu‖² = ‖J‖_F²: the scale of an honest difference. Where a derivative vanishes (a bias
         # before a normalization), what is left is rounding of the terms that cancel in it, over all positions of all
-        # examples where statistics of the batch couple them: hundreds of eps.
-        difference = float(torch.linalg.vector_norm((total[name] - value).to(torch.float64)))
-        rounding = tolerance(precision) / 10 * whole
-        if not difference <= tolerance(precision) * energy[name] ** 0.5 + rounding:
+        # examples where statistics of the batch couple them: hundreds of eps, so a tenth of the whole counts too.
+        difference = torch.linalg.vector_norm((total[name] - value).to(torch.float64)).to(device)
+        norm = energy[name].to(device).sqrt()
+        if not bool(agrees(difference, norm + whole / 10, precision)):
             raise RuntimeError(
-                f"rows of the Jacobian of {name!r} differ from its vector-Jacobian product by {difference:.1e}, "
-                f"at a norm of {energy[name] ** 0.5:.1e}"
+                f"rows of the Jacobian of {name!r} differ from its vector-Jacobian product by {float(difference):.1e}, "
+                f"at a norm of {float(norm):.1e}"
             )

@@ -15,9 +15,10 @@ from torch.nn.utils import get_total_norm
 from alignreg.checks import deferred
 from alignreg.sketches import Directions
 from alignreg.tangents import graph, memory
+from alignreg.tangents.agreement import agrees, representatives, rounding, signs, tolerance
 from alignreg.tangents.batch import Batch, call, flat, map_tensors, size, take, tensors
 from alignreg.tangents.frozen import Frozen, Saved, draws, failing_module, repeatably
-from alignreg.tangents.jacobian import Block, Params, reduce_jacobian, signs, tolerance
+from alignreg.tangents.jacobian import Block, Params, reduce_jacobian
 from alignreg.tangents.primitives import Checkpoints, Primitives
 from alignreg.tangents.primitives.precision import rounds_products
 
@@ -412,7 +413,7 @@ class Evaluation:
             product = torch.stack([one.to(left.device) for one in right]).sum(0)
             difference += (left - product).detach().double().square().sum()
             norm += part.double().square().sum()
-        holds = difference.sqrt() <= tolerance(self.precision) * norm.sqrt()
+        holds = agrees(difference.sqrt(), norm.sqrt(), self.precision)
         if not deferred.passes(holds, (route.__name__, create_graph, self.precision), self.proven):
             raise RuntimeError(
                 f"its forward derivative disagrees with its backward derivative by {float(difference) ** 0.5:.1e} "
@@ -478,31 +479,6 @@ class Evaluation:
     def leaves(self) -> Params:
         """Return the parameters as tensors that require a gradient, whether they carry a graph or not."""
         return {name: p if p.requires_grad else p.detach().requires_grad_() for name, p in self.params.items()}
-
-
-def representatives(n: int, seed: int = 0) -> list[int]:
-    """Return the indices of the last example, of a random one and of the first."""
-    generator = torch.Generator().manual_seed(n + (seed << 32))
-    return list(dict.fromkeys((n - 1, int(torch.randint(n, (), generator=generator, device="cpu")), 0)))
-
-
-def rounding(y: Tensor, spread: Tensor, relative: float, precision: torch.dtype) -> Tensor:
-    """Return by how much outputs ``(k, c)`` may differ that are the same function's, in float64.
-
-    Relative to the spread of each output over examples, so that a large constant part hides nothing, and at least what
-    the last digits leave.
-
-    Args:
-        y: the outputs.
-        spread: outputs ``(n, c)`` of the same kind, to take the spread from.
-        relative: which part of the spread.
-        precision: the coarsest dtype on the way to them.
-    """
-    y, spread = y.detach().double(), spread.detach().to(y.device).double()
-    typical = spread.square().mean(0).sqrt()
-    # Of one example the size says as much as there is to know.
-    scale = spread.std(0) if len(spread) > 1 else typical
-    return relative * scale + 4 * torch.finfo(precision).eps * (y.abs() + typical.median())
 
 
 def _same(tensor: Tensor) -> Tensor:

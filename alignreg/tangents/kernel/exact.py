@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from alignreg.checks import deferred
+from alignreg.tangents.agreement import agrees
 from alignreg.tangents.batch import Batch, concatenate, flat, shapes, slice_examples
-from alignreg.tangents.jacobian import tolerance
 from alignreg.tangents.kernel import general, passes
 from alignreg.tangents.kernel.gradients import Gradients
 from alignreg.tangents.kernel.recorder import Site
@@ -140,7 +140,7 @@ class _Probes:
         """Return those that are wrong. If none is, the device is waited for once at most."""
         if not cases:
             return []
-        right = torch.stack([self._difference(case)[0] <= self._bound(case) for case in cases])
+        right = torch.stack([self._holds(case) for case in cases])
         key = ("kernel", tuple(case.names for case in cases), self._one.precision)
         if deferred.passes(right.all(), key, self._one.proven):
             return []
@@ -150,11 +150,10 @@ class _Probes:
             return self._wrong(cases)
         return [case for case, one in zip(cases, right.tolist(), strict=True) if not one]
 
-    def _bound(self, case: _Case) -> Tensor:
-        # Where a derivative vanishes (a bias before a normalization), what is left is rounding of the others.
+    def _holds(self, case: _Case) -> Tensor:
         whole = torch.stack([value.diagonal().abs().max() for value in self._expected.values()]).sum()
         digits = 1000 if self._one.couples_examples else 10  # more terms cancel where all examples have a part
-        return tolerance(self._precision) * case.norm + digits * torch.finfo(self._precision).eps * whole
+        return agrees(*self._difference(case), self._precision, whole=whole, digits=digits)
 
     def _difference(self, case: _Case) -> tuple[Tensor, Tensor]:
         """Return by how much the products are wrong, at which norm."""

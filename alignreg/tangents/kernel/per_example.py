@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from alignreg.checks import deferred
+from alignreg.tangents.agreement import agrees, signs
 from alignreg.tangents.batch import slice_examples
-from alignreg.tangents.jacobian import signs, tolerance
 from alignreg.tangents.kernel import general, passes
 from alignreg.tangents.kernel.gradients import Close, Gradients
 from alignreg.tangents.kernel.recorder import Site
@@ -76,22 +76,20 @@ def by_example(
             batch = slice_examples(at.x, start, start + step)
             passes.visit(at, batch, layer_of, refused, partial(consume, start=start), batched=batched)
 
-    def agrees(name: str) -> Tensor:
+    def holds(name: str) -> Tensor:
         difference = torch.linalg.vector_norm(pulled[name] - back[name].flatten().to(pulled[name]))
-        scale = torch.linalg.vector_norm(back[name].double())
-        slack = 10 * torch.finfo(at.precision).eps * whole
-        holds: Tensor = (difference.to(u.device) <= tolerance(at.precision) * scale.to(u.device) + slack).all()
-        return holds
+        scale = torch.linalg.vector_norm(back[name].double()).to(u.device)
+        return agrees(difference, scale, at.precision, whole=whole)
 
     passes.batched_or_not(run, layer_of, refused, vectorize=at.vectorizes)
     # The others the rules took in some of the blocks only.
     complete = {names for names, parts in found.items() if sum(len(part) for part in parts) == at.n}
-    verdicts = {names: torch.stack([agrees(name) for name in names]).all() for names in found if names in complete}
+    verdicts = {names: torch.stack([holds(name) for name in names]).all() for names in found if names in complete}
     if verdicts:
         together = torch.stack(list(verdicts.values())).all()
         if not deferred.passes(together, ("examples", tuple(verdicts), at.precision), at.proven):
-            for names, holds in verdicts.items():
-                if not bool(holds):
+            for names, verdict in verdicts.items():
+                if not bool(verdict):
                     complete.discard(names)
                     passes.refuse(names, refused)
     found = {names: parts for names, parts in found.items() if names in complete}

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 
-from alignreg.tangents.jacobian import signs
+from alignreg.tangents.agreement import signs
 from alignreg.tangents.kernel.calls import Call, Lookups
 from alignreg.tangents.kernel.gradients import Gradients
 from alignreg.tangents.kernel.layout import Layout, candidates, explains

@@ -120,7 +120,7 @@ def test_two_batches_in_blocks_of_memory(name, monkeypatch):
 def test_last_block_of_one_example_alone(monkeypatch, by_rules):
     """Only there may positions, which the examples share, pass for an axis of examples."""
     features, x, oracle = features_of("positions, raw parameter, low rank")
-    monkeypatch.setattr(passes, "examples_at_once", lambda _: 3)
+    monkeypatch.setattr(passes.Rules, "examples_at_once", 3)
     close(features.diagonal(x), kernel(oracle)[range(4), :, range(4)])
     assert "positions.weight" in by_rules
 

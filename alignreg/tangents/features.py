@@ -25,6 +25,7 @@ from alignreg.tangents.jacobian import Block, Params
 from alignreg.tangents.kernel import factored
 from alignreg.tangents.kernel.exact import kernels
 from alignreg.tangents.kernel.gradients import blocks, norms
+from alignreg.tangents.kernel.passes import Rules
 from alignreg.tangents.kernel.per_example import diagonals
 from alignreg.tangents.linearization import Bound, Evaluation, ForwardFn
 from alignreg.tangents.normalization import Statistics
@@ -199,6 +200,9 @@ class TangentFeatures:
         self._warned = set()
         self._memo = None
 
+    def _rules(self, at: Evaluation) -> Rules:
+        return Rules(at, self._layer_of(per_layer=False), self._refused)
+
     def _layer_of(self, *, per_layer: bool) -> dict[str, str]:
         return {name: layer if per_layer else "" for layer, names in self.layers.items() for name in names}
 
@@ -318,7 +322,7 @@ class TangentFeatures:
             tensor(12.)
         """
         with self._evaluation(x, create_graph=create_graph) as at:
-            parts = diagonals(at, dict.fromkeys(self._shapes, ""), norms, self._refused)
+            parts = diagonals(self._rules(at), norms)
             total: Tensor = torch.stack([part.sum(dtype=torch.float64) for part in parts.values()]).sum()
             return total.to(at.gram_dtype)
 
@@ -356,7 +360,7 @@ class TangentFeatures:
         """
         layer_of = self._layer_of(per_layer=checks.flag("per_layer", per_layer))
         with self._evaluation(x, create_graph=create_graph) as at:
-            parts = diagonals(at, layer_of, blocks, self._refused)
+            parts = diagonals(Rules(at, layer_of, self._refused), blocks)
         by_layer: dict[str, list[Tensor]] = {layer: [] for layer in layer_of.values()}
         for names, part in parts.items():
             by_layer[layer_of[names[0]]].append(part)
@@ -421,7 +425,7 @@ class TangentFeatures:
         with self._evaluation(x, create_graph=create_graph) as one, ExitStack() as stack:
             two = None if x2 is None else stack.enter_context(self._evaluation(x2, create_graph=create_graph))
             tick = stack.enter_context(bar("tangent kernel", self.num_parameters, show=progress))
-            found = kernels(one, two, layer_of, self._refused, tick)
+            found = kernels(Rules(one, layer_of, self._refused), two, tick)
         return found if per_layer else found[""]
 
     @eager
@@ -462,7 +466,7 @@ class TangentFeatures:
             )
         with self._evaluation(x, create_graph=create_graph) as at:
             if isinstance(lazy, FactoredDirections):
-                return factored.features(at, lazy, self._refused)
+                return factored.features(self._rules(at), lazy)
             return at.pushforward(lazy)
 
     @eager

@@ -205,9 +205,13 @@ class Evaluation:
         return dtype
 
     @cached_property
-    def working_memory(self) -> int:
+    def _working_memory(self) -> int:
         """Bytes that a call may use beyond one forward and backward pass of its batch and its result."""
         return memory.budget(self.y.device, alike=self._inside.over_ranks)
+
+    def fit(self, nbytes: int, *, part: int = 1) -> int:
+        """Return how many things of ``nbytes`` fit into one ``part``-th of the working memory: one at least."""
+        return max(1, self._working_memory // part // max(1, nbytes))
 
     def function(self, params: Params, x: Batch) -> Tensor:
         """Return f(x) ``(n, c)`` at the given parameters."""
@@ -255,7 +259,7 @@ class Evaluation:
             self.x,
             consume,
             outputs=self.c,
-            rows=self._chunk_size or max(1, self.working_memory // 32 // per_row),
+            rows=self._chunk_size or self.fit(per_row, part=32),
             pullback=pullback,
             before_whole_batch=self.require_independent_examples if independent else None,
             whole_batch=self.couples_examples,
@@ -465,10 +469,10 @@ class Evaluation:
         if self._chunk_size is not None:
             return self._chunk_size
         numbers = sum(p.numel() * p.element_size() for p in self.params.values())
-        fit = self.working_memory // 2 // (2 * numbers + self._activation_bytes)
+        fit = self.fit(2 * numbers + self._activation_bytes, part=2)
         # More at once fall out of a CPU's caches: 8 were quickest there, for small networks as for Transformers. A GPU
         # is idle between the operations of small networks.
-        return max(1, min(fit, 8 if self.y.device.type == "cpu" else 256))
+        return min(fit, 8 if self.y.device.type == "cpu" else 256)
 
     def _primal(self, tensor: Tensor) -> Tensor:
         """Return an alias that the user's hooks on gradients do not see."""

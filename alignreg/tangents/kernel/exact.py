@@ -14,8 +14,9 @@ from torch import Tensor
 from alignreg.checks import deferred
 from alignreg.tangents.agreement import agrees
 from alignreg.tangents.batch import Batch, concatenate, flat, shapes, slice_examples
-from alignreg.tangents.kernel import general, passes
+from alignreg.tangents.kernel import general
 from alignreg.tangents.kernel.gradients import Gradients
+from alignreg.tangents.kernel.passes import Rules
 from alignreg.tangents.kernel.recorder import Site
 from alignreg.tangents.linearization import Evaluation
 
@@ -23,27 +24,22 @@ Tick = Callable[[float], None]
 """Told how many more parameters are done."""
 
 
-def kernels(
-    one: Evaluation, two: Evaluation | None, layer_of: Mapping[str, str], refused: set[str], tick: Tick
-) -> dict[str, Tensor]:
+def kernels(rules: Rules, two: Evaluation | None, tick: Tick) -> dict[str, Tensor]:
     """Return the kernel ``(n, c, n2, c)`` of each layer, zero for layers that the outputs do not depend on.
 
     Args:
-        one: the model at the examples of the rows.
-        two: at those of the columns; ``None`` for the same.
-        layer_of: the layer of each parameter, in the order of the result.
-        refused: parameters whose rule is known to fail; those that fail now are added.
+        rules: those of the model at the examples of the rows; they name the layers, in the order of the result.
+        two: the model at the examples of the columns; ``None`` for the same.
         tick: progress.
 
     Raises:
         ValueError: if the examples of a batch depend on each other.
         RuntimeError: if a kernel fails its self-check.
     """
+    one, layer_of = rules.at, rules.layer_of
     probes = _Probes(one, two)
-    if one.couples_examples:
-        refused = set(layer_of)  # rules take the gradients of each example alone
     while True:
-        sums, done, torn = _by_rules(one, two, layer_of, refused, probes, tick)
+        sums, done, torn = _by_rules(rules, two, probes, tick)
         failing = probes.failing(done)
         if not failing and not torn:
             break
@@ -51,12 +47,11 @@ def kernels(
             for at in (one, *(() if two is None else (two,))):
                 at.require_independent_examples()
         for names in failing:
-            passes.refuse(names, refused)
-        refused.update(torn)
-    by_rules = {name for names in done for name in names}
-    rest = {name: one.params[name].numel() for name in layer_of if name not in by_rules}
+            rules.refuse(names)
+        rules.refuse(torn, quietly=True)
+    rest = {name: one.params[name].numel() for name in rules.without(done)}
     rows = one.n * one.c + (0 if two is None else two.n * two.c)
-    fit = max(1, one.working_memory // 2 // (rows * one.gram_dtype.itemsize))
+    fit = one.fit(rows * one.gram_dtype.itemsize, part=2)
     for group in general.pieces(rest, sum(rest.values()) if one.create_graph else fit):
         for piece, value in general.gram(one, two, group):
             sums.add(layer_of[piece.name], value)
@@ -245,17 +240,13 @@ class _Block(NamedTuple):
 
 
 def _by_rules(
-    one: Evaluation,
-    two: Evaluation | None,
-    layer_of: Mapping[str, str],
-    refused: set[str],
-    probes: _Probes,
-    tick: Tick,
+    rules: Rules, two: Evaluation | None, probes: _Probes, tick: Tick
 ) -> tuple[_Totals, list[tuple[str, ...]], set[str]]:
     """Return what the rules make of the kernel, and of which parameters, by groups that went together.
 
     The last result are parameters that the rules took in some of the blocks only, and must not.
     """
+    one = rules.at
     totals = _Totals(one, two)
     done: Counter[tuple[str, ...]] = Counter()
     blocks = 0
@@ -265,32 +256,32 @@ def _by_rules(
         if not block.diagonal:
             split = block.rows.stop - block.rows.start
             left, right = gradients.take(0, split), gradients.take(split, gradients.n)
-        value = left.gram(right, passes.limit(one))
+        value = left.gram(right, rules.limit)
         names = tuple(site.names.values())
         probes.see(names, value, block.rows, block.columns)
-        totals.add(layer_of[names[0]], value, block.rows, block.columns)
+        totals.add(rules.layer_of[names[0]], value, block.rows, block.columns)
         done[names] += 1
         share = value.numel() / totals.numel * (1 if block.diagonal or two is not None else 2)
         tick(share * sum(one.params[name].numel() for name in names))
 
-    def run(batched: bool) -> None:
+    def visits(batched: bool) -> None:
         nonlocal blocks
         blocks = 0
         totals.clear()
         done.clear()
         probes.clear()
-        for block in _blocks(one, two):
+        for block in _blocks(rules, two):
             blocks += 1
-            passes.visit(one, block.batch, layer_of, refused, partial(consume, block=block), batched=batched)
+            rules.visit(block.batch, partial(consume, block=block), batched=batched)
 
-    passes.batched_or_not(run, layer_of, refused, vectorize=one.vectorizes)
+    rules.run(visits)
     complete = [names for names, times in done.items() if times == blocks]
     return totals, complete, {name for names in done.keys() - set(complete) for name in names}
 
 
-def _blocks(one: Evaluation, two: Evaluation | None) -> Iterator[_Block]:
+def _blocks(rules: Rules, two: Evaluation | None) -> Iterator[_Block]:
     """Yield parts of the kernel, each from one pass of the model: the whole of it if there is the memory."""
-    step = passes.examples_at_once(one)
+    one, step = rules.at, rules.examples_at_once
     if two is None and step >= one.n:
         yield _Block(one.x, slice(0, one.n), slice(0, one.n), diagonal=True)
         return

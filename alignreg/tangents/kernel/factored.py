@@ -8,30 +8,30 @@ from torch import Tensor
 from alignreg.sketches import FactoredDirections
 from alignreg.tangents.kernel import general
 from alignreg.tangents.kernel.gradients import Gradients
+from alignreg.tangents.kernel.passes import Rules
 from alignreg.tangents.kernel.per_example import by_example
 from alignreg.tangents.kernel.recorder import Site
-from alignreg.tangents.linearization import Evaluation
 
 
-def features(at: Evaluation, directions: FactoredDirections, refused: set[str]) -> Tensor:
+def features(rules: Rules, directions: FactoredDirections) -> Tensor:
     """Return ΦS ``(n, c, m)`` from one backward pass for each output, which serves all layers and directions.
 
     For a weight that is used at positions t, ⟨Σ_t d_t a_tᵀ, p qᵀ⟩ = Σ_t (p·d_t)(q·a_t). Parameters without a rule go by
     their rows of the Jacobian.
 
     Args:
-        at: the model at the examples.
+        rules: those of the model at the examples.
         directions: S.
-        refused: parameters whose rule is known to fail; those that fail now are added.
     """
+    at = rules.at
 
     def take(site: Site, gradients: Gradients) -> Tensor:
         found = {kind: directions.factors(name, at.params[name]) for kind, name in site.names.items()}
         return gradients.project({kind: (p.to(at.gram_dtype), q.to(at.gram_dtype)) for kind, (p, q) in found.items()})
 
-    found, rest = by_example(at, dict.fromkeys(at.params, ""), take, refused)
+    found, rest = by_example(rules, take)
     total = torch.stack([value.flatten(2) for value in found.values()]).sum(0) if found else None
-    numbers = max(1, at.working_memory // 8 // at.gram_dtype.itemsize // (at.n * at.c + directions.m))
+    numbers = at.fit(at.gram_dtype.itemsize * (at.n * at.c + directions.m), part=8)
     for group in general.pieces({name: at.params[name].numel() for name in rest}, numbers):
         for piece, rows in general.rows(at, group):
             S = directions.block(piece.name, at.params[piece.name], 0, directions.m)

@@ -1,9 +1,10 @@
-"""Runs of the rules of layers over a batch: in memory that there is, vectorised where torch can, or not at all."""
+"""Run the rules of layers over a batch: within the memory budget, vectorized, one output at a time, or not at all."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import final
 
 import torch
 
@@ -14,68 +15,84 @@ from alignreg.tangents.kernel.recorder import Site
 from alignreg.tangents.linearization import Evaluation
 
 
-def visit(
-    at: Evaluation,
-    batch: Batch,
-    layer_of: Mapping[str, str],
-    refused: set[str],
-    consume: Callable[[Site, Gradients], None],
-    *,
-    batched: bool,
-) -> None:
-    """Hand over the gradients of a batch, layer by layer: :func:`.recorder.visit`, without what is refused."""
-    params = at.leaves()
-    recorder.visit(
-        lambda: at.function(params, batch),
-        {name: params[name] for name in layer_of if name not in refused},
-        layer_of,
-        consume,
-        dtype=at.gram_dtype,
-        create_graph=at.create_graph,
-        batched=batched,
-    )
+@final
+class Rules:
+    """The rules of layers that hold for a model at one batch.
 
+    Args:
+        at: the model at the examples.
+        layer_of: the layer of each parameter.
+        refused: parameters whose rule is known to fail; those that fail now are added.
+    """
 
-def batched_or_not(
-    run: Callable[[bool], None], layer_of: Mapping[str, str], refused: set[str], *, vectorize: bool
-) -> None:
-    """Run with all outputs at once if that may be, or else one by one, or else refuse all rules."""
-    for batched in (True, False)[0 if vectorize else 1 :]:
-        try:
-            run(batched)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 - the plain forward pass ran; the general way decides
-            failure = error
-        else:
-            return
-    warnings.warn(
-        f"the exact kernel of this model goes without the rules of its layers, which is slower: {failure}",
-        UserWarning,
-        stacklevel=2,
-    )
-    refused.update(layer_of)
-    run(False)
+    def __init__(self, at: Evaluation, layer_of: Mapping[str, str], refused: set[str]) -> None:
+        self.at = at
+        self.layer_of = layer_of
+        # Rules take the gradients of each example alone.
+        self._refused = set(layer_of) if at.couples_examples else refused
 
+    def visit(self, batch: Batch, consume: Callable[[Site, Gradients], None], *, batched: bool) -> None:
+        """Hand over the gradients of a batch, layer by layer: :func:`.recorder.visit`, without what is refused."""
+        params = self.at.leaves()
+        recorder.visit(
+            lambda: self.at.function(params, batch),
+            {name: params[name] for name in self.layer_of if name not in self._refused},
+            self.layer_of,
+            consume,
+            dtype=self.at.gram_dtype,
+            create_graph=self.at.create_graph,
+            batched=batched,
+        )
 
-def refuse(names: tuple[str, ...], refused: set[str]) -> None:
-    """Let parameters go the general way from now on, with a warning."""
-    refused.update(names)
-    warnings.warn(
-        f"the rule for {', '.join(names)} does not give its gradients here, because the model uses it in "
-        "another way too or its examples depend on each other; it goes the general way, which is right and slower.",
-        UserWarning,
-        stacklevel=2,
-    )
+    def run(self, visits: Callable[[bool], None]) -> None:
+        """Make visits with all outputs at once if that may be, or else one by one, or else with all rules refused.
 
+        Args:
+            visits: makes them, told whether they are batched; called afresh for each try.
+        """
+        for batched in (True, False)[0 if self.at.vectorizes else 1 :]:
+            try:
+                visits(batched)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # noqa: BLE001 - the plain forward pass ran; the general way decides
+                failure = error
+            else:
+                return
+        warnings.warn(
+            f"the exact kernel of this model goes without the rules of its layers, which is slower: {failure}",
+            UserWarning,
+            stacklevel=2,
+        )
+        self._refused.update(self.layer_of)
+        visits(False)
 
-def limit(at: Evaluation) -> int:
-    """How many numbers the rows of a layer may take at once: no more than are quick on a CPU."""
-    fit = max(1, at.working_memory // 4 // at.gram_dtype.itemsize)
-    return min(fit, 2**22) if at.y.device.type == "cpu" else fit
+    def refuse(self, names: Iterable[str], *, quietly: bool = False) -> None:
+        """Let parameters go the general way from now on, with a warning."""
+        names = tuple(names)
+        self._refused.update(names)
+        if not quietly:
+            warnings.warn(
+                f"the rule for {', '.join(names)} does not give its gradients here, because the model uses it in "
+                "another way too or its examples depend on each other; it goes the general way, which is right and "
+                "slower.",
+                UserWarning,
+                stacklevel=2,
+            )
 
+    def without(self, groups: Iterable[tuple[str, ...]]) -> list[str]:
+        """Return the parameters that are in none of the groups that the rules took, in order."""
+        taken = {name for names in groups for name in names}
+        return [name for name in self.layer_of if name not in taken]
 
-def examples_at_once(at: Evaluation) -> int:
-    """Return for how many examples there is memory in one pass."""
-    # The gradients of all outputs at the largest layer, in the six or so copies that are alive together.
-    return int(max(1, at.working_memory // max(1, 6 * at.c * at.largest_activation_bytes // at.n)))
+    @property
+    def limit(self) -> int:
+        """How many numbers the rows of a layer may take at once: no more than are quick on a CPU."""
+        fit = self.at.fit(self.at.gram_dtype.itemsize, part=4)
+        return min(fit, 2**22) if self.at.y.device.type == "cpu" else fit
+
+    @property
+    def examples_at_once(self) -> int:
+        """For how many examples there is memory in one pass."""
+        # The gradients of all outputs at the largest layer, in the six or so copies that are alive together.
+        return self.at.fit(6 * self.at.c * self.at.largest_activation_bytes // self.at.n)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -11,50 +11,42 @@ from torch import Tensor
 from alignreg.checks import deferred
 from alignreg.tangents.agreement import agrees, signs
 from alignreg.tangents.batch import slice_examples
-from alignreg.tangents.kernel import general, passes
+from alignreg.tangents.kernel import general
 from alignreg.tangents.kernel.gradients import Close, Gradients
+from alignreg.tangents.kernel.passes import Rules
 from alignreg.tangents.kernel.recorder import Site
-from alignreg.tangents.linearization import Evaluation
 
 
-def diagonals(
-    at: Evaluation, layer_of: Mapping[str, str], close: Close, refused: set[str]
-) -> dict[tuple[str, ...], Tensor]:
+def diagonals(rules: Rules, close: Close) -> dict[tuple[str, ...], Tensor]:
     """Return the products of each example's own rows, by groups of parameters of one layer.
 
     Args:
-        at: the model at the examples.
-        layer_of: the layer of each parameter.
+        rules: those of the model at the examples.
         close: which products: :func:`.gradients.norms` or :func:`.gradients.blocks`.
-        refused: parameters whose rule is known to fail; those that fail now are added.
     """
-    result, rest = by_example(at, layer_of, lambda _, gradients: gradients.diagonal(close, passes.limit(at)), refused)
+    result, rest = by_example(rules, lambda _, gradients: gradients.diagonal(close, rules.limit))
     if rest:
-        result |= {(name,): value for name, value in general.diagonal(at, rest, close).items()}
+        result |= {(name,): value for name, value in general.diagonal(rules.at, rest, close).items()}
     return result
 
 
 def by_example(
-    at: Evaluation,
-    layer_of: Mapping[str, str],
-    take: Callable[[Site, Gradients], Tensor],
-    refused: set[str],
+    rules: Rules, take: Callable[[Site, Gradients], Tensor]
 ) -> tuple[dict[tuple[str, ...], Tensor], list[str]]:
     """Return what is taken of the gradients of each example, by groups of parameters of one layer, and what is left.
 
     What the rules say is checked by the vector–Jacobian product that follows from it.
 
     Args:
-        at: the model at the examples.
-        layer_of: the layer of each parameter.
+        rules: those of the model at the examples.
         take: makes ``(n, ...)`` of the gradients of a group.
-        refused: parameters whose rule is known to fail; those that fail now are added.
 
     Returns:
         The results, and the parameters that no rule took.
     """
+    at = rules.at
     if at.couples_examples:
-        return {}, list(layer_of)  # rules take the gradients of each example alone
+        return {}, list(rules.layer_of)
     u = signs(at.y)
     back = {name: value[0] for name, value in at.pullback(u[None], create_graph=False).items()}
     whole = torch.stack([value.square().sum(dtype=torch.float64).to(u.device) for value in back.values()]).sum().sqrt()
@@ -68,20 +60,20 @@ def by_example(
         for kind, name in site.names.items():
             pulled[name] = pulled[name] + part[kind] if name in pulled else part[kind]
 
-    def run(batched: bool) -> None:
+    def visits(batched: bool) -> None:
         found.clear()
         pulled.clear()
-        step = passes.examples_at_once(at)
+        step = rules.examples_at_once
         for start in range(0, at.n, step):
             batch = slice_examples(at.x, start, start + step)
-            passes.visit(at, batch, layer_of, refused, partial(consume, start=start), batched=batched)
+            rules.visit(batch, partial(consume, start=start), batched=batched)
 
     def holds(name: str) -> Tensor:
         difference = torch.linalg.vector_norm(pulled[name] - back[name].flatten().to(pulled[name]))
         scale = torch.linalg.vector_norm(back[name].double()).to(u.device)
         return agrees(difference, scale, at.precision, whole=whole)
 
-    passes.batched_or_not(run, layer_of, refused, vectorize=at.vectorizes)
+    rules.run(visits)
     # The others the rules took in some of the blocks only.
     complete = {names for names, parts in found.items() if sum(len(part) for part in parts) == at.n}
     verdicts = {names: torch.stack([holds(name) for name in names]).all() for names in found if names in complete}
@@ -91,7 +83,6 @@ def by_example(
             for names, verdict in verdicts.items():
                 if not bool(verdict):
                     complete.discard(names)
-                    passes.refuse(names, refused)
+                    rules.refuse(names)
     found = {names: parts for names, parts in found.items() if names in complete}
-    by_rules = {name for names in found for name in names}
-    return {names: torch.cat(parts) for names, parts in found.items()}, [n for n in layer_of if n not in by_rules]
+    return {names: torch.cat(parts) for names, parts in found.items()}, rules.without(found)

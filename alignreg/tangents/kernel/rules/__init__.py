@@ -10,14 +10,10 @@ from typing import Any
 import torch.nn.functional as F
 
 from alignreg.tangents.kernel.calls import Call
-from alignreg.tangents.kernel.rules.batch_norm import batch_norm
 from alignreg.tangents.kernel.rules.convolution import convolution
 from alignreg.tangents.kernel.rules.embedding import embedding
-from alignreg.tangents.kernel.rules.group_norm import group_norm
-from alignreg.tangents.kernel.rules.instance_norm import instance_norm
-from alignreg.tangents.kernel.rules.layer_norm import layer_norm
 from alignreg.tangents.kernel.rules.linear import linear
-from alignreg.tangents.kernel.rules.rms_norm import rms_norm
+from alignreg.tangents.kernel.rules.normalization import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from alignreg.tangents.primitives import normalization
 
 RULES: dict[Callable[..., Any], Callable[..., Call | None]] = {

@@ -238,6 +238,15 @@ LAYERS = {
         ),
         [],
     ),
+    "prelu, one slope and by channel": (
+        Case(
+            lambda: nn.Sequential(
+                nn.Conv1d(2, 3, 2), nn.PReLU(3), Pooled(), nn.Linear(3, 4), nn.PReLU(), nn.Linear(4, 2)
+            ),
+            batch_of(4, 2, 6),
+        ),
+        [],
+    ),
     "bias alone, on sequences": (
         Case(
             lambda: _without_gradient(

@@ -14,6 +14,7 @@ from alignreg.tangents.kernel.rules.convolution import convolution
 from alignreg.tangents.kernel.rules.embedding import embedding
 from alignreg.tangents.kernel.rules.linear import linear
 from alignreg.tangents.kernel.rules.normalization import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
+from alignreg.tangents.kernel.rules.prelu import prelu
 from alignreg.tangents.primitives import normalization
 
 RULES: dict[Callable[..., Any], Callable[..., Call | None]] = {
@@ -27,6 +28,7 @@ RULES: dict[Callable[..., Any], Callable[..., Call | None]] = {
     F.layer_norm: layer_norm,
     F.rms_norm: rms_norm,
     F.embedding: embedding,
+    F.prelu: prelu,
 }
 """Takes what the function takes; ``None`` where the rule does not hold."""
 

@@ -35,7 +35,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from alignreg.losses import AlignmentLoss, ComplexityPenalty, KARELoss, ParticipationRatioLoss
-from alignreg.tangents.linearization import NonFiniteGradientError, NonFiniteOutputError
+from alignreg.tangents.finite import NonFiniteGradientError, NonFiniteOutputError
 
 LOSSES = {
     "complexity penalty": ComplexityPenalty,

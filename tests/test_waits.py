@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignreg.checks import deferred
 from alignreg.metrics import TangentAlignment, TangentParticipationRatio, TangentTrace
-from alignreg.tangents.linearization import NonFiniteOutputError
+from alignreg.tangents.finite import NonFiniteOutputError
 
 METRICS = {"alignment": TangentAlignment, "trace": TangentTrace, "participation ratio": TangentParticipationRatio}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]

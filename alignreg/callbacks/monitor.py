@@ -12,7 +12,7 @@ from torchmetrics import Metric, MetricCollection, SumMetric
 
 from alignreg import checks
 from alignreg.estimators import Estimate
-from alignreg.tangents.linearization import NonFiniteGradientError, NonFiniteOutputError
+from alignreg.tangents.finite import NonFiniteGradientError, NonFiniteOutputError
 from alignreg.targets import ConstantTargetError
 
 MakeMetrics = Callable[[nn.Module], "Metric | MetricCollection"]

@@ -21,7 +21,8 @@ from alignreg.distributed.sharding import is_sharded, ranks_of
 from alignreg.distributed.wrappers import find_ddp, rank, require_sync, world_size
 from alignreg.tangents import TangentFeatures, graph
 from alignreg.tangents.batch import Batch, as_inputs, on, size, slice_examples, take
-from alignreg.tangents.linearization import ForwardFn, NonFiniteGradientError, NonFiniteOutputError, require_finite
+from alignreg.tangents.finite import NonFiniteGradientError, NonFiniteOutputError, require_finite
+from alignreg.tangents.linearization import ForwardFn
 from alignreg.tangents.normalization import Statistics
 from alignreg.tangents.primitives import is_checkpointed
 from alignreg.tangents.switches import eager

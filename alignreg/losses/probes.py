@@ -15,7 +15,8 @@ from alignreg.distributed.wrappers import counts_of_ranks, rank, sum_over_ranks
 from alignreg.losses import micro_batches
 from alignreg.losses.base import Sample, TangentLoss, UndefinedLossError, Weight
 from alignreg.tangents.batch import Batch, flat, on, size, slice_examples
-from alignreg.tangents.linearization import ForwardFn, NonFiniteGradientError, NonFiniteOutputError, require_finite
+from alignreg.tangents.finite import NonFiniteGradientError, NonFiniteOutputError, require_finite
+from alignreg.tangents.linearization import ForwardFn
 from alignreg.tangents.normalization import Statistics
 from alignreg.targets import encode
 

@@ -1,5 +1,5 @@
 """Tangent features of a live model: what is between the model and products with them."""
 
 from alignreg.tangents.features import TangentFeatures as TangentFeatures
-from alignreg.tangents.linearization import NonFiniteGradientError as NonFiniteGradientError
-from alignreg.tangents.linearization import NonFiniteOutputError as NonFiniteOutputError
+from alignreg.tangents.finite import NonFiniteGradientError as NonFiniteGradientError
+from alignreg.tangents.finite import NonFiniteOutputError as NonFiniteOutputError

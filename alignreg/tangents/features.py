@@ -27,11 +27,12 @@ from alignreg.tangents.kernel.exact import kernels
 from alignreg.tangents.kernel.gradients import blocks, norms
 from alignreg.tangents.kernel.passes import Rules
 from alignreg.tangents.kernel.per_example import diagonals
-from alignreg.tangents.linearization import Bound, Evaluation, ForwardFn
+from alignreg.tangents.linearization import Bound, ForwardFn, Linearization
 from alignreg.tangents.normalization import Statistics
 from alignreg.tangents.parameters import as_patterns, require_values, select
 from alignreg.tangents.primitives import Primitives
 from alignreg.tangents.progress import bar
+from alignreg.tangents.pushforward import pushforward
 from alignreg.tangents.switches import eager
 
 
@@ -200,7 +201,7 @@ class TangentFeatures:
         self._warned = set()
         self._memo = None
 
-    def _rules(self, at: Evaluation) -> Rules:
+    def _rules(self, at: Linearization) -> Rules:
         return Rules(at, self._layer_of(per_layer=False), self._refused)
 
     def _layer_of(self, *, per_layer: bool) -> dict[str, str]:
@@ -467,7 +468,7 @@ class TangentFeatures:
         with self._evaluation(x, create_graph=create_graph) as at:
             if isinstance(lazy, FactoredDirections):
                 return factored.features(self._rules(at), lazy)
-            return at.pushforward(lazy)
+            return pushforward(at, lazy)
 
     @eager
     def pullback(
@@ -604,7 +605,7 @@ class TangentFeatures:
         return frozen(self.model, statistics=self.statistics, over_ranks=self.over_ranks)
 
     @contextmanager
-    def _evaluation(self, x: Any, *, create_graph: bool, backward_only: bool = False) -> Iterator[Evaluation]:
+    def _evaluation(self, x: Any, *, create_graph: bool, backward_only: bool = False) -> Iterator[Linearization]:
         model = self.model
         batch = as_batch(x)
         checks.flag("create_graph", create_graph)
@@ -619,7 +620,7 @@ class TangentFeatures:
             if create_graph and not backward_only:
                 stack.enter_context(Primitives())
             assert self._bound is not None
-            evaluation = Evaluation(
+            evaluation = Linearization(
                 self._bound,
                 {name: every[name] for name in selected},
                 {name: p for name, p in every.items() if name not in selected},

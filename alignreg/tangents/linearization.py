@@ -1,69 +1,28 @@
-"""The model as a function of its parameters at one batch, and the products with its Jacobian."""
+"""The model as a function of its parameters at one batch, its Jacobian, and the products of a backward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
 from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vmap
-from torch.nn.utils import get_total_norm
+from torch.func import functional_call
 
 from alignreg.checks import deferred
-from alignreg.sketches import Directions
 from alignreg.tangents import graph, memory
-from alignreg.tangents.agreement import agrees, representatives, rounding, signs, tolerance
-from alignreg.tangents.batch import Batch, call, flat, map_tensors, size, take, tensors
-from alignreg.tangents.frozen import Frozen, Saved, draws, failing_module, repeatably
+from alignreg.tangents.agreement import representatives, rounding, tolerance
+from alignreg.tangents.batch import Batch, call, map_tensors, size, take, tensors
+from alignreg.tangents.finite import NonFiniteGradientError, NonFiniteOutputError, require_finite
+from alignreg.tangents.frozen import Frozen, Saved, draws, repeatably
 from alignreg.tangents.jacobian import Block, Params, reduce_jacobian
 from alignreg.tangents.primitives import Checkpoints, Primitives
 from alignreg.tangents.primitives.precision import rounds_products
 
 ForwardFn = Callable[[nn.Module, Any], Tensor]
 T = TypeVar("T")
-
-
-@final
-class NonFiniteOutputError(ValueError):
-    """The model's outputs contain NaN or inf."""
-
-    def __init__(self, num_outputs: int) -> None:
-        self.num_outputs = num_outputs
-        super().__init__(
-            "the model's outputs contain NaN or inf, so they have no tangent features. "
-            "Look for a diverged training run or for missing values in the inputs."
-        )
-
-
-@final
-class NonFiniteGradientError(ValueError):
-    """The gradients of finite outputs contain NaN or inf."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "the gradients of the model's outputs contain NaN or inf, though the outputs are finite. Look for the root "
-            "or the norm of zeros (a padded row), or a division of two tiny numbers, and add a small constant inside."
-        )
-
-
-def require_finite(gradients: Iterable[Tensor]) -> Tensor:
-    """Check that gradients are finite, and return their norm, which is infinite where it is too large for their dtype.
-
-    Raises:
-        NonFiniteGradientError: if one is not.
-    """
-    given = [gradient.detach() for gradient in gradients]
-
-    def error() -> NonFiniteGradientError | None:
-        finite = all(bool(torch.isfinite(gradient).all()) for gradient in given)
-        return None if finite else NonFiniteGradientError()
-
-    norm = get_total_norm(given)
-    deferred.require(torch.isfinite(norm), error)
-    return norm
 
 
 @final
@@ -81,7 +40,7 @@ class Bound(nn.Module):
 
 
 @final
-class Evaluation:
+class Linearization:
     """The model as a function of its parameters at one batch, while it is frozen.
 
     Args:
@@ -115,7 +74,7 @@ class Evaluation:
         self._primitives = partial(Primitives, backward_only=True) if create_graph and keep_graph else nullcontext
         self._bound = bound
         self._inside = inside
-        self._chunk_size = chunk_size
+        self.chunk_size = chunk_size
         renormed = _renormed(bound.model)
         self.params, self._others = (
             {name: self._primal(p).clone() if name in renormed else self._primal(p) for name, p in some.items()}
@@ -153,7 +112,7 @@ class Evaluation:
             y = self.function(leaves, self.x)
         self._graph = (leaves, y) if keep_graph else None
         self.c = y.shape[1]
-        self._activation_bytes = saved.nbytes
+        self.activation_bytes = saved.nbytes
         self.largest_activation_bytes = saved.largest
         # The coarsest precision on the way, a cast inside the model included: the scale of honest rounding.
         nodes = graph.nodes(y)
@@ -190,6 +149,11 @@ class Evaluation:
                 "differentiate. Does forward_fn detach, or run under no_grad?"
             )
         return leaves.keys() - used
+
+    @property
+    def model(self) -> nn.Module:
+        """The bare model."""
+        return self._bound.model
 
     @property
     def couples_examples(self) -> bool:
@@ -251,7 +215,7 @@ class Evaluation:
             return {name: back[name][0] for name in params}
 
         numbers = sum(p.numel() for p in params.values())
-        per_row = numbers * self.gram_dtype.itemsize + 2 * self._activation_bytes // self.n
+        per_row = numbers * self.gram_dtype.itemsize + 2 * self.activation_bytes // self.n
         compute = partial(
             reduce_jacobian,
             function,
@@ -259,7 +223,7 @@ class Evaluation:
             self.x,
             consume,
             outputs=self.c,
-            rows=self._chunk_size or self.fit(per_row, part=32),
+            rows=self.chunk_size or self.fit(per_row, part=32),
             pullback=pullback,
             before_whole_batch=self.require_independent_examples if independent else None,
             whole_batch=self.couples_examples,
@@ -272,7 +236,7 @@ class Evaluation:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
-            self._require_repeatable()
+            self.require_repeatable()
             raise
 
     def require_independent_examples(self) -> None:
@@ -296,7 +260,7 @@ class Evaluation:
             )
         honest = rounding(self.y, self.y, tolerance(self.precision), self.precision).amax(0)
         if not bool((noise <= honest).all()):
-            self._require_repeatable()
+            self.require_repeatable()
         allowed = 2 * noise.amax(0) + honest
         if not all(bool((change <= allowed).all()) for change in changes):
             raise ValueError(
@@ -305,7 +269,7 @@ class Evaluation:
                 "(track_running_stats=True), or normalize each example by itself, as GroupNorm does."
             )
 
-    def _require_repeatable(self) -> None:
+    def require_repeatable(self) -> None:
         """Check that the outputs are the same when the model is run again: asked where derivatives disagree.
 
         Raises:
@@ -340,7 +304,7 @@ class Evaluation:
 
         Args:
             cotangents: Ω.
-            create_graph: overrides that of the evaluation.
+            create_graph: overrides that of the linearization.
             examples: take only these as the batch.
         """
         create_graph = self.create_graph if create_graph is None else create_graph
@@ -361,118 +325,6 @@ class Evaluation:
             return self._graph
         leaves = self.leaves()
         return leaves, self.function(leaves, map_tensors(lambda t: t[examples], self.x))
-
-    def pushforward(self, directions: Directions, *, create_graph: bool | None = None) -> Tensor:
-        """Return ΦS ``(n, c, m)``."""
-        create_graph = self.create_graph if create_graph is None else create_graph
-        starts = range(0, directions.m, self._directions_at_once())
-        blocks = [(start, min(start + starts.step, directions.m)) for start in starts]
-        if not blocks:
-            return self.y.new_empty(self.n, self.c, 0)
-        # ⟨u, ΦS⟩ = ⟨Φᵀu, S⟩ for random signs u: both routes have ways to go wrong without an error, such as functions
-        # that may be differentiated once.
-        u = signs(self.y)
-        back = {name: value[0] for name, value in self.pullback(u[None], create_graph=False).items()}
-        check = partial(self._checked_pushforward, directions, blocks, u, back, create_graph=create_graph)
-        # Forward-mode formulas take some of what they use for constants, which a check of values does not see: they are
-        # not differentiated.
-        reverse = self._double_reverse if self.vectorizes else self._by_rows
-        failures: list[Exception] = []
-        for route in (reverse,) if create_graph else (self._forward_mode, reverse):
-            try:
-                return check(route)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # noqa: BLE001 - the plain forward pass ran, so this is the route's own failure
-                failures.append(error)
-        self._require_repeatable()
-        where = failing_module(failures[0], self._bound.model)
-        *forward, twice = (str(error).partition("\n")[0].removesuffix(".") for error in failures)
-        raise RuntimeError(
-            f"no pushforward through {where}: torch does not differentiate it "
-            + "".join(f"in forward mode ({said}), nor " for said in forward)
-            + f"twice in reverse mode ({twice}). Replace the operation, exclude the module from what forward_fn runs, "
-            "or select parameters after it; metrics with method='exact' need its first derivative only."
-        ) from failures[0]
-
-    def _checked_pushforward(
-        self,
-        directions: Directions,
-        blocks: Sequence[tuple[int, int]],
-        u: Tensor,
-        back: Params,
-        route: Callable[[Params, bool], Tensor],
-        *,
-        create_graph: bool,
-    ) -> Tensor:
-        parts: list[Tensor] = []
-        difference, norm = (torch.zeros((), dtype=torch.float64, device=u.device) for _ in range(2))
-        for start, stop in blocks:
-            block = {name: directions.block(name, p, start, stop) for name, p in self.params.items()}
-            part = route(block, create_graph)
-            parts.append(part if create_graph else part.detach())
-            part = part.detach().to(self.gram_dtype)
-            left = torch.tensordot(u.to(part), part, dims=2)
-            right = [flat(s).to(part.dtype) @ back[name].flatten().to(part.dtype) for name, s in block.items()]
-            product = torch.stack([one.to(left.device) for one in right]).sum(0)
-            difference += (left - product).detach().double().square().sum()
-            norm += part.double().square().sum()
-        holds = agrees(difference.sqrt(), norm.sqrt(), self.precision)
-        if not deferred.passes(holds, (route.__name__, create_graph, self.precision), self.proven):
-            raise RuntimeError(
-                f"its forward derivative disagrees with its backward derivative by {float(difference) ** 0.5:.1e} "
-                f"at a norm of {float(norm) ** 0.5:.1e}"
-            )
-        return torch.cat(parts, dim=-1)
-
-    def _forward_mode(self, block: Params, create_graph: bool) -> Tensor:
-        # Detached unless asked for, so that no graph is recorded along.
-        params = self.params if create_graph else {name: p.detach() for name, p in self.params.items()}
-
-        def derivative(direction: Params) -> Tensor:
-            result: Tensor = jvp(lambda p: self.function(p, self.x), (params,), (direction,))[1]
-            return result
-
-        with torch.set_grad_enabled(create_graph):
-            result: Tensor = vmap(derivative, out_dims=-1, randomness="same")(block)
-            return result
-
-    def _double_reverse(self, block: Params, create_graph: bool) -> Tensor:
-        # u ↦ Jᵀu is linear, so its own vector–Jacobian product with s is J s.
-        leaves = self.leaves()
-        with Primitives(backward_only=True):
-            y = self.function(leaves, self.x)
-        u = torch.zeros_like(y, requires_grad=True)
-        pulled = torch.autograd.grad(y, list(leaves.values()), u, create_graph=True, materialize_grads=True)
-        linear = [(name, g) for name, g in zip(leaves, pulled, strict=True) if g.requires_grad]
-        columns = [
-            torch.autograd.grad(
-                [g for _, g in linear],
-                u,
-                [block[name][a] for name, _ in linear],
-                retain_graph=True,
-                create_graph=create_graph,
-                materialize_grads=True,
-            )[0]
-            for a in range(len(next(iter(block.values()))))
-        ]
-        return torch.stack(columns, dim=-1)
-
-    def _by_rows(self, block: Params, create_graph: bool) -> Tensor:  # noqa: ARG002
-        def project(rows: Iterator[Block]) -> Tensor:
-            parts = [[flat(part, 2) @ flat(block[name]).T for name, part in row.items()] for _, row in rows]
-            return torch.cat([torch.stack(part).sum(0) for part in parts])
-
-        return self.reduce(project)
-
-    def _directions_at_once(self) -> int:
-        if self._chunk_size is not None:
-            return self._chunk_size
-        numbers = sum(p.numel() * p.element_size() for p in self.params.values())
-        fit = self.fit(2 * numbers + self._activation_bytes, part=2)
-        # More at once fall out of a CPU's caches: 8 were quickest there, for small networks as for Transformers. A GPU
-        # is idle between the operations of small networks.
-        return min(fit, 8 if self.y.device.type == "cpu" else 256)
 
     def _primal(self, tensor: Tensor) -> Tensor:
         """Return an alias that the user's hooks on gradients do not see."""

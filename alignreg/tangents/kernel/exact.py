@@ -18,13 +18,13 @@ from alignreg.tangents.kernel import general
 from alignreg.tangents.kernel.gradients import Gradients
 from alignreg.tangents.kernel.passes import Rules
 from alignreg.tangents.kernel.recorder import Site
-from alignreg.tangents.linearization import Evaluation
+from alignreg.tangents.linearization import Linearization
 
 Tick = Callable[[float], None]
 """Told how many more parameters are done."""
 
 
-def kernels(rules: Rules, two: Evaluation | None, tick: Tick) -> dict[str, Tensor]:
+def kernels(rules: Rules, two: Linearization | None, tick: Tick) -> dict[str, Tensor]:
     """Return the kernel ``(n, c, n2, c)`` of each layer, zero for layers that the outputs do not depend on.
 
     Args:
@@ -84,7 +84,7 @@ class _Probes:
     backward pass of the batch, and K is looked at within and between the halves.
     """
 
-    def __init__(self, one: Evaluation, two: Evaluation | None) -> None:
+    def __init__(self, one: Linearization, two: Linearization | None) -> None:
         self._one, self._two = one, two
         self._symmetric = two is None
         self._precision = (two or one).precision
@@ -156,7 +156,7 @@ class _Probes:
         return (case.form - expected).abs().max(), case.norm
 
     @staticmethod
-    def _draw(at: Evaluation, seed: int) -> Tensor:
+    def _draw(at: Linearization, seed: int) -> Tensor:
         generator = torch.Generator(at.y.device).manual_seed(at.y.numel() + seed)
         probes = torch.randn(2, *at.y.shape, generator=generator, dtype=torch.float32, device=at.y.device)
         if at.n > 1:
@@ -174,7 +174,7 @@ class _Probes:
             for name, value in mine.items()
         }
 
-    def _pullback(self, at: Evaluation, probes: Tensor) -> dict[str, Tensor]:
+    def _pullback(self, at: Linearization, probes: Tensor) -> dict[str, Tensor]:
         probes = probes.to(at.y)
         if self._in_halves and at.n > 1:
             parts = (slice(0, at.n // 2), slice(at.n // 2, at.n))
@@ -198,7 +198,7 @@ class _Probes:
 class _Totals:
     """Kernels by layer as they add up, block by block: their halves if they are symmetric."""
 
-    def __init__(self, one: Evaluation, two: Evaluation | None) -> None:
+    def __init__(self, one: Linearization, two: Linearization | None) -> None:
         other = two or one
         self._shape = (one.n, one.c, other.n, other.c)
         self.numel = math.prod(self._shape)
@@ -240,7 +240,7 @@ class _Block(NamedTuple):
 
 
 def _by_rules(
-    rules: Rules, two: Evaluation | None, probes: _Probes, tick: Tick
+    rules: Rules, two: Linearization | None, probes: _Probes, tick: Tick
 ) -> tuple[_Totals, list[tuple[str, ...]], set[str]]:
     """Return what the rules make of the kernel, and of which parameters, by groups that went together.
 
@@ -279,7 +279,7 @@ def _by_rules(
     return totals, complete, {name for names in done.keys() - set(complete) for name in names}
 
 
-def _blocks(rules: Rules, two: Evaluation | None) -> Iterator[_Block]:
+def _blocks(rules: Rules, two: Linearization | None) -> Iterator[_Block]:
     """Yield parts of the kernel, each from one pass of the model: the whole of it if there is the memory."""
     one, step = rules.at, rules.examples_at_once
     if two is None and step >= one.n:

@@ -13,7 +13,7 @@ from alignreg.tangents.batch import flat
 from alignreg.tangents.jacobian import Block
 from alignreg.tangents.kernel.gradients import Close
 from alignreg.tangents.kernel.products import rows_gram
-from alignreg.tangents.linearization import Evaluation
+from alignreg.tangents.linearization import Linearization
 
 
 class Piece(NamedTuple):
@@ -47,7 +47,7 @@ def pieces(sizes: Mapping[str, int], limit: int) -> Iterator[list[Piece]]:
         yield group
 
 
-def gram(left: Evaluation, right: Evaluation | None, group: list[Piece]) -> Iterator[tuple[Piece, Tensor]]:
+def gram(left: Linearization, right: Linearization | None, group: list[Piece]) -> Iterator[tuple[Piece, Tensor]]:
     """Yield what each piece of a group adds to the products of rows, or to their half.
 
     Args:
@@ -63,13 +63,13 @@ def gram(left: Evaluation, right: Evaluation | None, group: list[Piece]) -> Iter
         yield piece, rows_gram([(u, v)])
 
 
-def rows(at: Evaluation, group: list[Piece]) -> Iterator[tuple[Piece, Tensor]]:
+def rows(at: Linearization, group: list[Piece]) -> Iterator[tuple[Piece, Tensor]]:
     """Yield the columns of the Jacobian that belong to each piece, ``(n, c, numbers in it)``."""
     widths = [stop - start for _, start, stop in group]
     yield from zip(group, torch.split(_columns(at, group), widths, dim=-1), strict=True)
 
 
-def diagonal(at: Evaluation, names: Sequence[str], close: Close) -> dict[str, Tensor]:
+def diagonal(at: Linearization, names: Sequence[str], close: Close) -> dict[str, Tensor]:
     """Return the products of each example's own rows, by parameter."""
 
     def gather(blocks: Iterator[Block]) -> dict[str, Tensor]:
@@ -83,7 +83,7 @@ def diagonal(at: Evaluation, names: Sequence[str], close: Close) -> dict[str, Te
     return at.reduce(gather, names)
 
 
-def _columns(at: Evaluation, group: list[Piece]) -> Tensor:
+def _columns(at: Linearization, group: list[Piece]) -> Tensor:
     """Return columns of the Jacobian, ``(n, c, numbers in the group)``."""
     consume = partial(_collect, group=group, n=at.n, create_graph=at.create_graph)
     return at.reduce(consume, [name for name, _, _ in group], independent=True)

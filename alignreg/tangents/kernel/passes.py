@@ -12,7 +12,7 @@ from alignreg.tangents.batch import Batch
 from alignreg.tangents.kernel import recorder
 from alignreg.tangents.kernel.gradients import Gradients
 from alignreg.tangents.kernel.recorder import Site
-from alignreg.tangents.linearization import Evaluation
+from alignreg.tangents.linearization import Linearization
 
 
 @final
@@ -25,7 +25,7 @@ class Rules:
         refused: parameters whose rule is known to fail; those that fail now are added.
     """
 
-    def __init__(self, at: Evaluation, layer_of: Mapping[str, str], refused: set[str]) -> None:
+    def __init__(self, at: Linearization, layer_of: Mapping[str, str], refused: set[str]) -> None:
         self.at = at
         self.layer_of = layer_of
         # Rules take the gradients of each example alone.

@@ -1,0 +1,131 @@
+"""Features along directions, ΦS, by the first of several routes that torch can run and that passes its check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vmap
+
+from alignreg.checks import deferred
+from alignreg.sketches import Directions
+from alignreg.tangents.agreement import agrees, signs
+from alignreg.tangents.batch import flat
+from alignreg.tangents.frozen import failing_module
+from alignreg.tangents.jacobian import Block, Params
+from alignreg.tangents.linearization import Linearization
+from alignreg.tangents.primitives import Primitives
+
+Route = Callable[[Linearization, Params], Tensor]
+"""Features ``(n, c, m)`` along directions ``(m, *shape)`` by parameter name."""
+
+
+def pushforward(at: Linearization, directions: Directions) -> Tensor:
+    """Return ΦS ``(n, c, m)``.
+
+    Raises:
+        RuntimeError: if the model can be differentiated neither forward nor twice; names the module.
+    """
+    if not directions.m:
+        return at.y.new_empty(at.n, at.c, 0)
+    # ⟨u, ΦS⟩ = ⟨Φᵀu, S⟩ for random signs u: both routes have ways to go wrong without an error, such as functions
+    # that may be differentiated once.
+    u = signs(at.y)
+    back = {name: value[0] for name, value in at.pullback(u[None], create_graph=False).items()}
+    # Forward-mode formulas take some of what they use for constants, which a check of values does not see: they are
+    # not differentiated.
+    reverse = _double_reverse if at.vectorizes else _by_rows
+    failures: list[Exception] = []
+    for route in (reverse,) if at.create_graph else (_forward_mode, reverse):
+        try:
+            return _checked(route, at, directions, u, back)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the plain forward pass ran, so this is the route's own failure
+            failures.append(error)
+    at.require_repeatable()
+    where = failing_module(failures[0], at.model)
+    *forward, twice = (str(error).partition("\n")[0].removesuffix(".") for error in failures)
+    raise RuntimeError(
+        f"no pushforward through {where}: torch does not differentiate it "
+        + "".join(f"in forward mode ({said}), nor " for said in forward)
+        + f"twice in reverse mode ({twice}). Replace the operation, exclude the module from what forward_fn runs, "
+        "or select parameters after it; metrics with method='exact' need its first derivative only."
+    ) from failures[0]
+
+
+def _checked(route: Route, at: Linearization, directions: Directions, u: Tensor, back: Params) -> Tensor:
+    parts: list[Tensor] = []
+    difference, norm = (torch.zeros((), dtype=torch.float64, device=u.device) for _ in range(2))
+    step = _directions_at_once(at)
+    for start in range(0, directions.m, step):
+        stop = min(start + step, directions.m)
+        some = {name: directions.block(name, p, start, stop) for name, p in at.params.items()}
+        part = route(at, some)
+        parts.append(part if at.create_graph else part.detach())
+        part = part.detach().to(at.gram_dtype)
+        left = torch.tensordot(u.to(part), part, dims=2)
+        right = [flat(s).to(part.dtype) @ back[name].flatten().to(part.dtype) for name, s in some.items()]
+        product = torch.stack([one.to(left.device) for one in right]).sum(0)
+        difference += (left - product).detach().double().square().sum()
+        norm += part.double().square().sum()
+    holds = agrees(difference.sqrt(), norm.sqrt(), at.precision)
+    if not deferred.passes(holds, (route.__name__, at.create_graph, at.precision), at.proven):
+        raise RuntimeError(
+            f"its forward derivative disagrees with its backward derivative by {float(difference) ** 0.5:.1e} "
+            f"at a norm of {float(norm) ** 0.5:.1e}"
+        )
+    return torch.cat(parts, dim=-1)
+
+
+def _forward_mode(at: Linearization, directions: Params) -> Tensor:
+    # Detached unless asked for, so that no graph is recorded along.
+    params = at.params if at.create_graph else {name: p.detach() for name, p in at.params.items()}
+
+    def derivative(direction: Params) -> Tensor:
+        result: Tensor = jvp(lambda p: at.function(p, at.x), (params,), (direction,))[1]
+        return result
+
+    with torch.set_grad_enabled(at.create_graph):
+        result: Tensor = vmap(derivative, out_dims=-1, randomness="same")(directions)
+        return result
+
+
+def _double_reverse(at: Linearization, directions: Params) -> Tensor:
+    # u ↦ Jᵀu is linear, so its own vector–Jacobian product with s is J s.
+    leaves = at.leaves()
+    with Primitives(backward_only=True):
+        y = at.function(leaves, at.x)
+    u = torch.zeros_like(y, requires_grad=True)
+    pulled = torch.autograd.grad(y, list(leaves.values()), u, create_graph=True, materialize_grads=True)
+    linear = [(name, g) for name, g in zip(leaves, pulled, strict=True) if g.requires_grad]
+    columns = [
+        torch.autograd.grad(
+            [g for _, g in linear],
+            u,
+            [directions[name][a] for name, _ in linear],
+            retain_graph=True,
+            create_graph=at.create_graph,
+            materialize_grads=True,
+        )[0]
+        for a in range(len(next(iter(directions.values()))))
+    ]
+    return torch.stack(columns, dim=-1)
+
+
+def _by_rows(at: Linearization, directions: Params) -> Tensor:
+    def project(rows: Iterator[Block]) -> Tensor:
+        parts = [[flat(part, 2) @ flat(directions[name]).T for name, part in row.items()] for _, row in rows]
+        return torch.cat([torch.stack(part).sum(0) for part in parts])
+
+    return at.reduce(project)
+
+
+def _directions_at_once(at: Linearization) -> int:
+    if at.chunk_size is not None:
+        return at.chunk_size
+    numbers = sum(p.numel() * p.element_size() for p in at.params.values())
+    # More at once fall out of a CPU's caches: 8 were quickest there, for small networks as for Transformers. A GPU
+    # is idle between the operations of small networks.
+    return min(at.fit(2 * numbers + at.activation_bytes, part=2), 8 if at.y.device.type == "cpu" else 256)

@@ -10,7 +10,8 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from alignreg.distributed.wrappers import rank
-from alignreg.losses.base import Sample, TangentLoss
+from alignreg.losses.base import TangentLoss
+from alignreg.losses.sample import Sample
 
 
 @final

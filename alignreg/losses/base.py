@@ -6,19 +6,21 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, ClassVar, Literal, NamedTuple, final
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.autograd.function import once_differentiable
-from torch.nn.utils import get_total_norm
 
 from alignreg import checks, sketches
 from alignreg.checks import deferred
 from alignreg.checks.deferred import Deferred, SelfCheckError
 from alignreg.distributed.sharding import is_sharded, ranks_of
 from alignreg.distributed.wrappers import find_ddp, rank, require_sync, world_size
+from alignreg.losses.gradients import clipped_share, with_gradients
+from alignreg.losses.reference import Reference
+from alignreg.losses.reuse import Reuse
+from alignreg.losses.sample import Sample, UndefinedLossError, check_outputs, check_targets
 from alignreg.tangents import TangentFeatures, graph
 from alignreg.tangents.batch import Batch, as_inputs, on, size, slice_examples, take
 from alignreg.tangents.finite import NonFiniteGradientError, NonFiniteOutputError, require_finite
@@ -30,25 +32,6 @@ from alignreg.targets import encode
 
 Weight = float | Callable[[int], float]
 """A factor, or a schedule: the factor at an optimiser step."""
-
-
-class Sample(NamedTuple):
-    """The examples of one evaluation of a loss."""
-
-    x: Batch
-    y: Tensor | None
-    """Targets as they came; ``None`` if none did."""
-    outputs: Tensor | None
-    """What the main forward pass made of them, with its graph; ``None`` if it is not to be reused."""
-    drawn_from: int
-    """How many examples the batch had."""
-    draw: int
-    """The number of this evaluation, from which random numbers follow."""
-
-
-@final
-class UndefinedLossError(Exception):
-    """A loss has no value at these examples, as the message says: it is zero there."""
 
 
 class TangentLoss(nn.Module, ABC):
@@ -151,7 +134,7 @@ class TangentLoss(nn.Module, ABC):
         self._refer(model)
         self._num_outputs: int | None = None
         self._held: bool | None = None
-        self._reuse: tuple[Any, int] = (None, 0)
+        self._reuse = Reuse()
         self._warned: set[str] = set()
         self.register_buffer("step", torch.zeros((), dtype=torch.long, device="cpu"))
 
@@ -171,7 +154,7 @@ class TangentLoss(nn.Module, ABC):
         return self
 
     def _refer(self, model: nn.Module) -> None:
-        self._ddp = _Reference(find_ddp(model))
+        self._ddp = Reference(find_ddp(model))
         ranks = ranks_of(self._features.model)
         if self.sync and ranks not in (None, world_size()):
             raise ValueError(f"sync: the model is sharded over {ranks} of {world_size()} ranks. Leave sync out.")
@@ -206,7 +189,8 @@ class TangentLoss(nn.Module, ABC):
                 "again, as another step. Call it outside, and add it to what the checkpointed function returns."
             )
         batch = as_inputs(x)
-        self._check(size(batch), y, outputs)
+        check_targets(y, size(batch), required=self.needs_targets)
+        check_outputs(outputs, size(batch))
         zero = self._zero()
         if not self.training:
             return zero
@@ -299,49 +283,34 @@ class TangentLoss(nn.Module, ABC):
             )
             value = factor * value.detach()
             known = [(own.get(id(leaf), leaf), g) for leaf, g in zip(leaves, gradients, strict=True) if g is not None]
-            share = self._share(value, [p for p, _ in known], [g for _, g in known], doubts)
-        handed = [g if share == 1 else share * g for _, g in known]
-        loss: Tensor = _Known.apply(value, handed, *(p for p, _ in known))  # type: ignore[no-untyped-call]
-        return loss
+            parameters, found = [p for p, _ in known], [g for _, g in known]
+            share = self._share(value, parameters, found, doubts)
+        return with_gradients(value, parameters, [g if share == 1 else share * g for g in found])
 
     def _share(
         self, value: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor], doubts: Deferred
     ) -> float:
-        """Return the part of the gradients that is handed over: all of it unless they are clipped.
-
-        Here the device is waited for, once: for this number and all that is in doubt.
-
-        Raises:
-            NonFiniteGradientError: if they or the value are not finite, with ``sync`` and ``clip`` on any rank.
-        """
+        """Return the part of the gradients that is handed over: all of it unless they are clipped."""
         if self.clip is None:
             require_finite([value, *gradients])
             doubts.settle()
             return 1.0
-        length, limit = get_total_norm(gradients), self.clip * get_total_norm([p.detach() for p in parameters])
-        # Weights that are all zero set no limit. What is not finite counts as less than nothing.
-        share = (limit / length).float().masked_fill(~((limit > 0) & (length > limit)), 1.0)
-        share = share.masked_fill(~(torch.isfinite(length) & torch.isfinite(value)), -1.0)
-        together = self.sync and world_size() > 1
-        if together:  # of one gradient, each rank has a part
-            dist.all_reduce(share, dist.ReduceOp.MIN, group=self._group)
-        found: list[float] = []
-        deferred.look(share, found.extend)
-        doubts.settle()
-        if found[0] < 0:
-            require_finite([value, *gradients])
-            doubts.settle()
-            if together:
-                raise NonFiniteGradientError
-            found = [float(limit.double() / get_total_norm([g.double() for g in gradients]))]  # an overflow
-        if found[0] < 1:
+        share = clipped_share(value, parameters, gradients, self.clip, self._together, doubts)
+        if share < 1:
             self._warn(
-                f"the gradient of this loss was {self.clip / found[0]:.3g} times as long as the weights, and "
+                f"the gradient of this loss was {self.clip / share:.3g} times as long as the weights, and "
                 f"is cut to {self.clip:.3g} times: a step along it would have thrown them far off. Begin with a "
                 "smaller weight, as weight=lambda step: 0.01 * min(1, step / 100) does.",
                 about="clip",
             )
-        return found[0]
+        return share
+
+    def _together(self, share: Tensor) -> bool:
+        """Bring the smallest of all ranks, each of which has a part of one gradient; say whether there are several."""
+        if not self.sync or world_size() == 1:
+            return False
+        dist.all_reduce(share, dist.ReduceOp.MIN, group=self._group)
+        return True
 
     @property
     def _group(self) -> dist.ProcessGroup | None:
@@ -384,18 +353,6 @@ class TangentLoss(nn.Module, ABC):
         deferred.look(defined, then)
         return stacked.masked_fill(~defined, 0.0).sum() / defined.sum()
 
-    def _check(self, n: int, y: Any, outputs: Tensor | None) -> None:
-        if y is None and self.needs_targets:
-            raise ValueError("target: expected the targets of the inputs, got none. Call reg(x, y).")
-        if y is not None and not isinstance(y, Tensor):
-            raise TypeError(f"target: expected a tensor, got {type(y).__name__}. Convert it with torch.as_tensor.")
-        if y is not None and (y.ndim == 0 or len(y) != n):
-            raise ValueError(f"target: expected one row for each of the {n} inputs, got shape {tuple(y.shape)}.")
-        if outputs is not None:
-            checks.dense("outputs", outputs)
-        if outputs is not None and (outputs.ndim != 2 or len(outputs) != n):
-            raise ValueError(f"outputs: expected shape (n, c) for n = {n} inputs, got {tuple(outputs.shape)}.")
-
     def _sample(self, x: Batch, y: Tensor | None, outputs: Tensor | None, call: int) -> Sample:
         n = size(x)
         if self.examples is not None and self.examples < n:
@@ -408,7 +365,7 @@ class TangentLoss(nn.Module, ABC):
         if outputs is None or not torch.is_grad_enabled():
             return None
         static = self._ddp.module is not None and self._ddp.module.static_graph
-        if not static and not is_sharded(self._features.model) and self._agree(x, outputs):
+        if not static and not is_sharded(self._features.model) and self._reuse.agree(self._features, x, outputs):
             return outputs
         self._warn(
             "outputs: they have no graph that serves here (of these parameters, without hooks on gradients, to be "
@@ -416,22 +373,6 @@ class TangentLoss(nn.Module, ABC):
             "statistics that this loss takes; the loss runs the model itself. Leave outputs out."
         )
         return None
-
-    def _agree(self, x: Batch, outputs: Tensor) -> bool:
-        if not self._features.couples_examples:
-            return self._features.agree(x, outputs)
-        # Statistics of the batch can only be compared on the whole of it. Once compared, outputs of passes that are
-        # alike are looked at again at the 2nd, 4th and 8th of them, and every 8th from then on.
-        modes = tuple(module.training for module in self._features.model.modules())
-        kind = (modes, outputs.shape[1:], outputs.dtype, self._features.reached(outputs))
-        before, count = self._reuse
-        count = count + 1 if before == kind else 1
-        if count & (count - 1) and count % 8:
-            self._reuse = kind, count
-            return self._features.serves(outputs)
-        agreed = self._features.agree(x, outputs)
-        self._reuse = (kind, count) if agreed else (None, 0)
-        return agreed
 
     def _zero(self) -> Tensor:
         like = self._features.like
@@ -445,33 +386,7 @@ class TangentLoss(nn.Module, ABC):
             warnings.warn(message, UserWarning, stacklevel=3)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ddp": _Reference(None)}
-
-
-@final
-class _Known(torch.autograd.Function):
-    """A value whose gradient with respect to some leaves is known already."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor | None], *leaves: Tensor) -> Tensor:  # noqa: ARG004
-        ctx.gradients = gradients
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(None if gradient is None else gradient * factor for gradient in ctx.gradients)
-
-
-@final
-class _Reference:
-    """Keeps a module out of the registry of submodules, and a copy of the holder on the same module."""
-
-    def __init__(self, module: nn.parallel.DistributedDataParallel | None) -> None:
-        self.module = module
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Reference:
-        return _Reference(memo.get(id(self.module), self.module))
+        return {**self.__dict__, "_ddp": Reference(None)}
 
 
 def _check_weight(weight: Any, step: int | None = None) -> float:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from alignreg import checks, functional
 from alignreg.checks import deferred
 from alignreg.distributed.wrappers import concatenate_over_ranks, counts_of_ranks
-from alignreg.losses.base import Sample, TangentLoss, UndefinedLossError, Weight
+from alignreg.losses.base import TangentLoss, Weight
+from alignreg.losses.sample import Sample, UndefinedLossError
 from alignreg.tangents.batch import map_tensors, size
 from alignreg.tangents.linearization import ForwardFn
 from alignreg.tangents.normalization import Statistics

@@ -13,7 +13,8 @@ from alignreg import checks, estimators, sketches
 from alignreg.checks import deferred
 from alignreg.distributed.wrappers import counts_of_ranks, rank, sum_over_ranks
 from alignreg.losses import micro_batches
-from alignreg.losses.base import Sample, TangentLoss, UndefinedLossError, Weight
+from alignreg.losses.base import TangentLoss, Weight
+from alignreg.losses.sample import Sample, UndefinedLossError
 from alignreg.tangents.batch import Batch, flat, on, size, slice_examples
 from alignreg.tangents.finite import NonFiniteGradientError, NonFiniteOutputError, require_finite
 from alignreg.tangents.linearization import ForwardFn

@@ -185,7 +185,7 @@ def by_nngeometry_jacobian(model, x):
 
 
 def by_product_alone(model, x):
-    from alignreg.tangents.kernel.products import rows_gram
+    from alignreg.tangents.kernel.gram import rows_gram
 
     J = jacobian(model, x)().unflatten(0, (len(x), -1))
 

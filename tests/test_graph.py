@@ -9,7 +9,7 @@ from test_tangents import features_of
 from torch import nn
 
 from alignreg import TangentFeatures
-from alignreg.tangents.graph import _products, dtypes, nodes, require_twice_differentiable, twice_differentiable
+from alignreg.tangents.graph import _matmuls, dtypes, nodes, require_twice_differentiable, twice_differentiable
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -97,7 +97,7 @@ def test_weights_used_in_all_ways(use, reused):
         torch.testing.assert_close(found[name], gram, rtol=1e-10, atol=1e-12)
     for one, other in zip(slopes(found), slopes(expected), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
-    products = _products(model(x), dict(model.named_parameters()))
+    products = _matmuls(model(x), dict(model.named_parameters()))
     assert set(products) == {"first.weight", "last.weight"} | ({"weight"} if use in ONCE else set())
 
 
@@ -136,7 +136,7 @@ def test_the_shorter_way():
     weight = nn.Parameter(torch.randn(50, 60))
     for n, short in ((8, True), (2000, False)):
         y = torch.nn.functional.linear(torch.randn(n, 60), weight)
-        (product,) = _products(y, {"weight": weight}).values()
+        (product,) = _matmuls(y, {"weight": weight}).values()
         assert product.is_short(4) is short
 
 

@@ -19,7 +19,7 @@ class AlignmentLoss(ProbeLoss):
     m + 1 backward passes, themselves differentiated:
 
     - the numerator yᵀK_c y = ‖Φᵀ(y − ȳ)‖² is exact;
-    - ‖K_c‖_F² is estimated from m probes by Σ_{a≠b} (g_a·g_b)² / (m(m−1)), g_a = Φᵀω_a with Gaussian ω_a, centred,
+    - ‖K_c‖_F² is estimated from m probes by Σ_{a≠b} (g_a·g_b)² / (m(m−1)), g_a = Φᵀω_a with Gaussian ω_a, centered,
       unbiased. Its logarithm is not: the loss lies below −log A, by about a quarter of the estimate's relative
       variance. So that the gradient stays bounded the estimate is raised to (mean ‖g_a‖²)² / rows, below which no
       kernel of that many rows can be.

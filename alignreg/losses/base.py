@@ -31,7 +31,7 @@ from alignreg.tangents.switches import eager
 from alignreg.targets import encode
 
 Weight = float | Callable[[int], float]
-"""A factor, or a schedule: the factor at an optimiser step."""
+"""A factor, or a schedule: the factor at an optimizer step."""
 
 
 class TangentLoss(nn.Module, ABC):
@@ -45,7 +45,7 @@ class TangentLoss(nn.Module, ABC):
     and autocast regions left, as they must be; there are no second derivatives. The loss holds the model by reference
     and registers nothing of it: ``parameters()`` is empty, ``state_dict()`` holds the step alone.
 
-    It **counts its calls in training mode**, ``gradient_accumulation_steps`` of them an optimiser step. Whatever is
+    It **counts its calls in training mode**, ``gradient_accumulation_steps`` of them an optimizer step. Whatever is
     random is drawn afresh from (seed, call, rank), never from torch's global random state. Where the loss does not
     apply (``eval()``, weight zero, a step between strides) it is an exact zero that can be differentiated.
 
@@ -59,14 +59,14 @@ class TangentLoss(nn.Module, ABC):
 
     Args:
         model: the model, possibly wrapped (DDP, ``fully_shard``, ``torch.compile``, Accelerate).
-        weight: factor of the loss, ≥ 0, or a schedule: a function of the optimiser step; ``None`` for the loss's own
+        weight: factor of the loss, ≥ 0, or a schedule: a function of the optimizer step; ``None`` for the loss's own
             default, a start for networks of moderate size.
         examples: how many examples of a batch to use, drawn uniformly; ``None`` for all.
-        every_n_steps: apply at every n-th optimiser step, with n times the weight, which keeps the mean over steps.
-        gradient_accumulation_steps: how many calls make an optimiser step. Divide the sum of both losses by it, as
+        every_n_steps: apply at every n-th optimizer step, with n times the weight, which keeps the mean over steps.
+        gradient_accumulation_steps: how many calls make an optimizer step. Divide the sum of both losses by it, as
             usual.
         seed: of what is random.
-        centered: centre the kernel over the examples.
+        centered: center the kernel over the examples.
         per_layer: take the mean of the losses of the layers' own kernels.
         sync: under several processes, the loss of all their examples together.
         statistics: with which statistics modules in training mode normalize: ``"training"``, those of the loss's

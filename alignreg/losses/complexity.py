@@ -1,4 +1,4 @@
-"""Penalise the size of the tangent features."""
+"""Penalize the size of the tangent features."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from alignreg.losses.probes import Probed, ProbeLoss
 
 @final
 class ComplexityPenalty(ProbeLoss):
-    r"""weight · tr K_c / (n·c): the mean squared norm of the (centred) tangent features.
+    r"""weight · tr K_c / (n·c): the mean squared norm of the (centered) tangent features.
 
     ‖Φ‖_F² = tr K is what a step of given length costs in the complexity measure Σ_t ‖δw_t‖‖Φ_t‖_F of Baratin et al.
-    ("Implicit Regularization via Neural Feature Alignment", AISTATS 2021, section 4); penalising it makes the path
-    less complex. Estimated without bias by the mean of ‖Φᵀω_a‖² over m Gaussian probes ω_a, centred: one forward
+    ("Implicit Regularization via Neural Feature Alignment", AISTATS 2021, section 4); penalizing it makes the path
+    less complex. Estimated without bias by the mean of ‖Φᵀω_a‖² over m Gaussian probes ω_a, centered: one forward
     pass and m backward passes, themselves differentiated. Neither ``every_n_steps`` nor ``examples`` changes the
-    expectation: s of n examples are centred by their own mean, which the factor (n−1)/n · s/(s−1) makes good.
+    expectation: s of n examples are centered by their own mean, which the factor (n−1)/n · s/(s−1) makes good.
 
     Warning:
         The default weight is meant for noisy labels. With clean ones it cost some networks more than .02 of their

@@ -1,4 +1,4 @@
-"""Penalise how many directions the tangent features take."""
+"""Penalize how many directions the tangent features take."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from alignreg.losses.probes import Probed, ProbeLoss
 
 @final
 class ParticipationRatioLoss(ProbeLoss):
-    r"""weight · log R, R = (tr K_c)² / ‖K_c‖_F² the participation ratio of the (centred) tangent kernel.
+    r"""weight · log R, R = (tr K_c)² / ‖K_c‖_F² the participation ratio of the (centered) tangent kernel.
 
     R, between 1 and the number of rows n·c, counts the directions that the tangent features take
     (:func:`alignreg.functional.participation_ratio`); a low one is the compression that Baratin et al. ("Implicit
     Regularization via Neural Feature Alignment", AISTATS 2021, section 3.2) observe in training. Subtract the loss to
-    reward many directions. From m probes ω_a, with g_a = Φᵀω_a, ω_a Gaussian and centred:
+    reward many directions. From m probes ω_a, with g_a = Φᵀω_a, ω_a Gaussian and centered:
 
     - (tr K)² is estimated by Σ_{a≠b} ‖g_a‖²‖g_b‖² / (m(m−1)), ‖K‖_F² by Σ_{a≠b} (g_a·g_b)² / (m(m−1)), both unbiased;
       the difference of their logarithms is not, by about half the relative variance of the latter.

@@ -26,9 +26,9 @@ class Probed(NamedTuple):
     """The products of a kernel with the probes."""
 
     gram: Tensor
-    """ω_aᵀKω_b ``(m, m)``, of probes that are centred where the loss is."""
+    """ω_aᵀKω_b ``(m, m)``, of probes that are centered where the loss is."""
     projection: Tensor | None
-    """yᵀKy/‖y‖² for the centred targets, in losses that take them."""
+    """yᵀKy/‖y‖² for the centered targets, in losses that take them."""
     n: int
     """How many examples there are."""
     c: int
@@ -42,7 +42,7 @@ class ProbeLoss(TangentLoss, ABC):
 
     The products Φᵀω belong to parameters, so those of the layers come with those of the whole. With ``sync`` they are
     summed over ranks: m·P numbers (and P more for targets) in one reduction, after two of a few numbers. Probes and
-    targets are centred by the mean of all examples. Every rank then has the loss of all examples, and the mean of the
+    targets are centered by the mean of all examples. Every rank then has the loss of all examples, and the mean of the
     ranks' gradients, which DDP takes, is the gradient of it. Ranks may have batches of different sizes, and must call
     the loss equally often.
 
@@ -135,7 +135,7 @@ class ProbeLoss(TangentLoss, ABC):
         return self._mean_over_layers(values)
 
     def _direction(self, target: Tensor, n: int) -> Tensor:
-        """Return the centred targets of this rank, divided by the norm of all.
+        """Return the centered targets of this rank, divided by the norm of all.
 
         Raises:
             UndefinedLossError: if they are constant.

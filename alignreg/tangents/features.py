@@ -13,10 +13,10 @@ from alignreg import checks
 from alignreg.distributed.sharding import is_sharded
 from alignreg.sketches import Directions, FactoredDirections, GivenDirections
 from alignreg.tangents import graph
-from alignreg.tangents.jacobian import Block, Params
+from alignreg.tangents.jacobian import JacobianRows, Params
 from alignreg.tangents.kernel import factored
 from alignreg.tangents.kernel.exact import kernels
-from alignreg.tangents.kernel.gradients import blocks, norms
+from alignreg.tangents.kernel.gradients import gram_of_each, norm_of_each
 from alignreg.tangents.kernel.passes import Rules
 from alignreg.tangents.kernel.per_example import diagonals
 from alignreg.tangents.linearization import Linearization
@@ -35,7 +35,7 @@ class TangentFeatures(LiveModel):
     Regularization via Neural Feature Alignment", AISTATS 2021, section 2).
 
     What is differentiated is the model as it would predict now: parameters of this moment, dropout off,
-    normalisation with its running statistics, no autocast. Modes, buffers, gradients and random states are
+    normalization with its running statistics, no autocast. Modes, buffers, gradients and random states are
     the caller's again after every call. Everything works under ``no_grad``, ``inference_mode`` and autocast.
 
     Of a model under ``fully_shard`` (FSDP2) a call gathers all parameters, so that all ranks must make it together;
@@ -115,8 +115,8 @@ class TangentFeatures(LiveModel):
             torch.Size([4, 2, 2, 3])
         """
 
-        def gather(blocks: Iterator[Block]) -> Params:
-            parts = [block for _, block in blocks]
+        def gather(rows: Iterator[JacobianRows]) -> Params:
+            parts = [part for _, part in rows]
             return {name: torch.cat([part[name] for part in parts]) for name in self._shapes}
 
         with self._linearized(x, create_graph=create_graph) as at:
@@ -124,7 +124,7 @@ class TangentFeatures(LiveModel):
 
     @eager
     def trace(self, x: Any, *, create_graph: bool = False) -> Tensor:
-        """Return tr K = ‖Φ‖_F² = Σ_ik ‖∇_w f_k(x_i)‖², exact and uncentred, without holding Φ or K.
+        """Return tr K = ‖Φ‖_F² = Σ_ik ‖∇_w f_k(x_i)‖², exact and uncentered, without holding Φ or K.
 
         Of a model whose examples depend on each other it is that of the batch as one function.
 
@@ -143,7 +143,7 @@ class TangentFeatures(LiveModel):
             tensor(12.)
         """
         with self._linearized(x, create_graph=create_graph) as at:
-            parts = diagonals(self._rules(at), norms)
+            parts = diagonals(self._rules(at), norm_of_each)
             total: Tensor = torch.stack([part.sum(dtype=torch.float64) for part in parts.values()]).sum()
             return total.to(at.gram_dtype)
 
@@ -181,7 +181,7 @@ class TangentFeatures(LiveModel):
         """
         layer_of = self._layer_of(per_layer=checks.flag("per_layer", per_layer))
         with self._linearized(x, create_graph=create_graph) as at:
-            parts = diagonals(Rules(at, layer_of, self._refused), blocks)
+            parts = diagonals(Rules(at, layer_of, self._refused), gram_of_each)
         by_layer: dict[str, list[Tensor]] = {layer: [] for layer in layer_of.values()}
         for names, part in parts.items():
             by_layer[layer_of[names[0]]].append(part)
@@ -210,7 +210,7 @@ class TangentFeatures(LiveModel):
     ) -> Tensor | dict[str, Tensor]:
         """Return the exact tangent kernel K[i, k, j, l] = ⟨∇_w f_k(x_i), ∇_w f_l(x2_j)⟩.
 
-        Linear layers, convolutions, embeddings and normalisations go by their factors, without a Jacobian; all other
+        Linear layers, convolutions, embeddings and normalizations go by their factors, without a Jacobian; all other
         parameters by theirs, in pieces that fit in memory. Every call checks itself, layer by layer: ωᵀK_l ω' against
         ⟨Φ_lᵀω, Φ_lᵀω'⟩ for random ω, ω'. A layer whose factors fail goes the other way, with one warning.
         Half-precision models give a float32 kernel.

@@ -32,7 +32,7 @@ _HIDDEN = "DifferentiableGraphBackward"
 Nodes = Sequence[Any]
 """The nodes of a graph: what :func:`nodes` returns."""
 # The products that linear layers run: which of the factors is the weight, and under what name the other is saved.
-_PRODUCTS = {"AddmmBackward0": (2, "_saved_mat1"), "MmBackward0": (1, "_saved_self")}
+_MATMULS = {"AddmmBackward0": (2, "_saved_mat1"), "MmBackward0": (1, "_saved_self")}
 
 
 def twice_differentiable(y: Tensor) -> bool:
@@ -176,7 +176,7 @@ def grams(y: Tensor, params: Mapping[str, Tensor], cotangents: Tensor, *, create
     Raises:
         ValueError: if the cotangents do not fit the outputs.
     """
-    products = {name: one for name, one in _products(y, params).items() if one.is_short(len(cotangents))}
+    products = {name: one for name, one in _matmuls(y, params).items() if one.is_short(len(cotangents))}
     others = [name for name in params if name not in products]
     sources: list[Tensor | GradientEdge] = [params[name] for name in others]
     sources += [one.output for one in products.values()]
@@ -196,7 +196,7 @@ def _pull(
     *,
     create_graph: bool,
 ) -> list[Tensor]:
-    # One backward pass after the other: a vectorised one, with its gradient, is slower on a CPU but for small MLPs, and
+    # One backward pass after the other: a vectorized one, with its gradient, is slower on a CPU but for small MLPs, and
     # takes more memory.
     if cotangents.ndim != 3 or cotangents.shape[1:] != y.shape:
         n, c = y.shape
@@ -222,7 +222,7 @@ def _pull(
     ]
 
 
-class _Product(NamedTuple):
+class _MatMul(NamedTuple):
     """The one product with a weight that a graph contains."""
 
     inputs: Tensor
@@ -243,7 +243,7 @@ class _Product(NamedTuple):
         return d.flatten(1) @ ((x @ x.T) @ d).flatten(1).T
 
 
-def _products(y: Tensor, params: Mapping[str, Tensor]) -> dict[str, _Product]:
+def _matmuls(y: Tensor, params: Mapping[str, Tensor]) -> dict[str, _MatMul]:
     """Return the products of those parameters that the graph uses as the weight of one product and nowhere else."""
     users: dict[Any, list[tuple[Any, int]]] = {}
     for node in nodes(y):
@@ -261,12 +261,12 @@ def _products(y: Tensor, params: Mapping[str, Tensor]) -> dict[str, _Product]:
         if user is not None and user.name() == "TBackward0":
             user, place = only_user(user)
             out = 0
-        expected, saved = _PRODUCTS.get(user.name() if user is not None else "", (None, ""))
+        expected, saved = _MATMULS.get(user.name() if user is not None else "", (None, ""))
         if place != expected or getattr(user, "_saved_alpha", 1) != 1:
             continue
         x = getattr(user, saved)
         if x.layout == torch.strided and not x.is_complex():
-            found[name] = _Product(x, GradientEdge(user, 0), torch.Size((len(x), p.shape[out])))
+            found[name] = _MatMul(x, GradientEdge(user, 0), torch.Size((len(x), p.shape[out])))
     return found
 
 

@@ -16,7 +16,7 @@ from alignreg.tangents.batch import Batch, map_tensors, size, slice_examples
 
 Params = dict[str, Tensor]
 Function = Callable[[Params, Batch], Tensor]
-Block = tuple[slice, Params]
+JacobianRows = tuple[slice, Params]
 """Examples ``start:stop`` and, per parameter, their rows of the Jacobian ``(stop - start, c, *shape)``."""
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ def reduce_jacobian(
     f: Function,
     params: Params,
     x: Batch,
-    consume: Callable[[Iterator[Block]], T],
+    consume: Callable[[Iterator[JacobianRows]], T],
     *,
     outputs: int,
     rows: int,
@@ -37,10 +37,10 @@ def reduce_jacobian(
     create_graph: bool,
     precision: torch.dtype,
 ) -> T:
-    """Feed the blocks of the Jacobian to ``consume`` and return what it makes of them.
+    """Feed the rows of the Jacobian, some examples at a time, to ``consume`` and return what it makes of them.
 
-    Three routes are tried in turn, from the fastest to the one that assumes nothing: all examples of a block
-    vectorised; one example at a time; one output of one example of the whole batch at a time. The first two take the
+    Three routes are tried in turn, from the fastest to the one that assumes nothing: several examples together,
+    vectorized; one example at a time; one output of one example of the whole batch at a time. The first two take the
     outputs of an example to depend on that example alone. Whether that is so is checked at the end, against a
     vector–Jacobian product of the whole batch, and a route that fails it, or that torch cannot run, gives way to the
     next.
@@ -85,7 +85,7 @@ def reduce_jacobian(
     ) from failure
 
 
-def _by_example(f: Function, params: Params, x: Batch, outputs: int, rows: int) -> Iterator[Block]:
+def _by_example(f: Function, params: Params, x: Batch, outputs: int, rows: int) -> Iterator[JacobianRows]:
     def jacobian(example: Batch) -> Params:
         def single(p: Params) -> Tensor:
             return f(p, map_tensors(lambda t: t.unsqueeze(0), example)).squeeze(0)
@@ -101,7 +101,7 @@ def _by_example(f: Function, params: Params, x: Batch, outputs: int, rows: int) 
 
 def _by_row(
     f: Function, params: Params, x: Batch, outputs: int, rows: int, *, examples: int, create_graph: bool
-) -> Iterator[Block]:
+) -> Iterator[JacobianRows]:
     names = list(params)
     leaves = [p if p.requires_grad else p.detach().requires_grad_() for p in params.values()]
     step = max(1, rows // outputs)
@@ -118,23 +118,25 @@ def _by_row(
                 for i in range(start, stop)
                 for k in range(outputs)
             ]
-            block = {
+            rows_of = {
                 name: rearrange(torch.stack([g.to_dense() for g in column]), "(n c) ... -> n c ...", c=outputs)
                 for name, column in zip(names, zip(*gradients, strict=True), strict=True)
             }
-            yield slice(first + start, first + stop), block
+            yield slice(first + start, first + stop), rows_of
 
 
-def _checked(blocks: Iterator[Block], probe: Tensor, expected: Params, precision: torch.dtype) -> Iterator[Block]:
+def _checked(
+    jacobian: Iterator[JacobianRows], probe: Tensor, expected: Params, precision: torch.dtype
+) -> Iterator[JacobianRows]:
     total = {name: torch.zeros_like(value) for name, value in expected.items()}
     energy = {name: torch.zeros((), dtype=torch.float64, device=value.device) for name, value in expected.items()}
-    for rows, block in blocks:
-        for name, value in block.items():
+    for examples, rows in jacobian:
+        for name, value in rows.items():
             flat = value.detach().flatten(0, 1)
-            u = probe[rows].flatten().to(flat)
+            u = probe[examples].flatten().to(flat)
             total[name] += torch.tensordot(u, flat, dims=1)
             energy[name] += flat.to(torch.promote_types(flat.dtype, torch.float32)).square().sum()
-        yield rows, block
+        yield examples, rows
     device = next(iter(expected.values())).device
     whole = torch.stack([one.to(device) for one in energy.values()]).sum().sqrt()
     for name, value in expected.items():

@@ -17,7 +17,7 @@ from alignreg.tangents.agreement import representatives, rounding, tolerance
 from alignreg.tangents.batch import Batch, call, map_tensors, size, take, tensors
 from alignreg.tangents.finite import NonFiniteGradientError, NonFiniteOutputError, require_finite
 from alignreg.tangents.frozen import Frozen, Saved, draws, repeatably
-from alignreg.tangents.jacobian import Block, Params, reduce_jacobian
+from alignreg.tangents.jacobian import JacobianRows, Params, reduce_jacobian
 from alignreg.tangents.primitives import Checkpoints, Primitives
 from alignreg.tangents.primitives.precision import rounds_products
 
@@ -194,9 +194,13 @@ class Linearization:
         return _checked_output(y, x)
 
     def reduce(
-        self, consume: Callable[[Iterator[Block]], T], names: Sequence[str] | None = None, *, independent: bool = False
+        self,
+        consume: Callable[[Iterator[JacobianRows]], T],
+        names: Sequence[str] | None = None,
+        *,
+        independent: bool = False,
     ) -> T:
-        """Return what ``consume`` makes of the blocks of the Jacobian, of some parameters or all.
+        """Return what ``consume`` makes of the rows of the Jacobian, of some parameters or all.
 
         Args:
             consume: called afresh for every route that is tried.

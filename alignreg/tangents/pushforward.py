@@ -13,7 +13,7 @@ from alignreg.sketches import Directions
 from alignreg.tangents.agreement import agrees, signs
 from alignreg.tangents.batch import flat
 from alignreg.tangents.frozen import failing_module
-from alignreg.tangents.jacobian import Block, Params
+from alignreg.tangents.jacobian import JacobianRows, Params
 from alignreg.tangents.linearization import Linearization
 from alignreg.tangents.primitives import Primitives
 
@@ -115,7 +115,7 @@ def _double_reverse(at: Linearization, directions: Params) -> Tensor:
 
 
 def _by_rows(at: Linearization, directions: Params) -> Tensor:
-    def project(rows: Iterator[Block]) -> Tensor:
+    def project(rows: Iterator[JacobianRows]) -> Tensor:
         parts = [[flat(part, 2) @ flat(directions[name]).T for name, part in row.items()] for _, row in rows]
         return torch.cat([torch.stack(part).sum(0) for part in parts])
 

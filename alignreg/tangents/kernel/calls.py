@@ -35,7 +35,7 @@ class Call(Protocol):
         """
 
 
-class Products(NamedTuple):
+class Maps(NamedTuple):
     """Weight gradient Σ_t d_t a_tᵀ, bias gradient Σ_t d_t: linear maps and convolutions."""
 
     lead: int
@@ -55,7 +55,7 @@ class Products(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """Weight gradient Σ_t d_t ∘ a_t, bias gradient Σ_t d_t: the affine part of a normalisation."""
+    """Weight gradient Σ_t d_t ∘ a_t, bias gradient Σ_t d_t: the affine part of a normalization."""
 
     lead: int
     inputs: Callable[[], Tensor]

@@ -37,10 +37,10 @@ def kernels(rules: Rules, two: Linearization | None, tick: Tick) -> dict[str, Te
         RuntimeError: if a kernel fails its self-check.
     """
     one, layer_of = rules.at, rules.layer_of
-    probes = _Probes(one, two)
+    check = _SelfCheck(one, two)
     while True:
-        sums, done, torn = _by_rules(rules, two, probes, tick)
-        failing = probes.failing(done)
+        sums, done, torn = _by_rules(rules, two, check, tick)
+        failing = check.failing(done)
         if not failing and not torn:
             break
         if failing:
@@ -61,7 +61,7 @@ def kernels(rules: Rules, two: Linearization | None, tick: Tick) -> dict[str, Te
     members: dict[str, list[str]] = {}
     for name, layer in layer_of.items():
         members.setdefault(layer, []).append(name)
-    probes.require(found, members)
+    check.require(found, members)
     return found
 
 
@@ -76,7 +76,7 @@ class _Case(NamedTuple):
 
 
 @final
-class _Probes:
+class _SelfCheck:
     """The check of a kernel: ωᵀK ω' for random ω, ω' against ⟨Φᵀω, Φᵀω'⟩, by parameters and as a whole.
 
     It holds K ω' against Φ(Φᵀω') in the direction of ω; Φᵀω and Φᵀω' serve all layers, where Φ Φ_lᵀω' would take a
@@ -196,7 +196,7 @@ class _Probes:
 
 @final
 class _Totals:
-    """Kernels by layer as they add up, block by block: their halves if they are symmetric."""
+    """Kernels by layer as they add up, tile by tile: their halves if they are symmetric."""
 
     def __init__(self, one: Linearization, two: Linearization | None) -> None:
         other = two or one
@@ -211,7 +211,7 @@ class _Totals:
         self._total.clear()
 
     def add(self, layer: str, value: Tensor, rows: slice = slice(None), columns: slice = slice(None)) -> None:
-        """Add to the block ``[rows, :, columns]``."""
+        """Add to the tile ``[rows, :, columns]``."""
         if value.shape == self._shape and layer not in self._total:
             self._total[layer] = value
             return
@@ -229,7 +229,7 @@ class _Totals:
         return total + total.permute(2, 3, 0, 1) if self._symmetric else total
 
 
-class _Block(NamedTuple):
+class _Tile(NamedTuple):
     """A part of the kernel, and the batch whose gradients it takes."""
 
     batch: Batch
@@ -240,50 +240,50 @@ class _Block(NamedTuple):
 
 
 def _by_rules(
-    rules: Rules, two: Linearization | None, probes: _Probes, tick: Tick
+    rules: Rules, two: Linearization | None, check: _SelfCheck, tick: Tick
 ) -> tuple[_Totals, list[tuple[str, ...]], set[str]]:
     """Return what the rules make of the kernel, and of which parameters, by groups that went together.
 
-    The last result are parameters that the rules took in some of the blocks only, and must not.
+    The last result are parameters that the rules took in some of the tiles only, and must not.
     """
     one = rules.at
     totals = _Totals(one, two)
     done: Counter[tuple[str, ...]] = Counter()
-    blocks = 0
+    tiles = 0
 
-    def consume(site: Site, gradients: Gradients, block: _Block) -> None:
+    def consume(site: Site, gradients: Gradients, tile: _Tile) -> None:
         left, right = gradients, None
-        if not block.diagonal:
-            split = block.rows.stop - block.rows.start
+        if not tile.diagonal:
+            split = tile.rows.stop - tile.rows.start
             left, right = gradients.take(0, split), gradients.take(split, gradients.n)
         value = left.gram(right, rules.limit)
         names = tuple(site.names.values())
-        probes.see(names, value, block.rows, block.columns)
-        totals.add(rules.layer_of[names[0]], value, block.rows, block.columns)
+        check.see(names, value, tile.rows, tile.columns)
+        totals.add(rules.layer_of[names[0]], value, tile.rows, tile.columns)
         done[names] += 1
-        share = value.numel() / totals.numel * (1 if block.diagonal or two is not None else 2)
+        share = value.numel() / totals.numel * (1 if tile.diagonal or two is not None else 2)
         tick(share * sum(one.params[name].numel() for name in names))
 
     def visits(batched: bool) -> None:
-        nonlocal blocks
-        blocks = 0
+        nonlocal tiles
+        tiles = 0
         totals.clear()
         done.clear()
-        probes.clear()
-        for block in _blocks(rules, two):
-            blocks += 1
-            rules.visit(block.batch, partial(consume, block=block), batched=batched)
+        check.clear()
+        for tile in _tiles(rules, two):
+            tiles += 1
+            rules.visit(tile.batch, partial(consume, tile=tile), batched=batched)
 
     rules.run(visits)
-    complete = [names for names, times in done.items() if times == blocks]
+    complete = [names for names, times in done.items() if times == tiles]
     return totals, complete, {name for names in done.keys() - set(complete) for name in names}
 
 
-def _blocks(rules: Rules, two: Linearization | None) -> Iterator[_Block]:
+def _tiles(rules: Rules, two: Linearization | None) -> Iterator[_Tile]:
     """Yield parts of the kernel, each from one pass of the model: the whole of it if there is the memory."""
     one, step = rules.at, rules.examples_at_once
     if two is None and step >= one.n:
-        yield _Block(one.x, slice(0, one.n), slice(0, one.n), diagonal=True)
+        yield _Tile(one.x, slice(0, one.n), slice(0, one.n), diagonal=True)
         return
     other = two or one
     if shapes(one.x) != shapes(other.x):
@@ -296,4 +296,4 @@ def _blocks(rules: Rules, two: Linearization | None) -> Iterator[_Block]:
             diagonal = two is None and rows == columns
             if not diagonal:
                 batch = concatenate([batch, slice_examples(other.x, columns.start, columns.stop)])
-            yield _Block(batch, rows, columns, diagonal=diagonal)
+            yield _Tile(batch, rows, columns, diagonal=diagonal)

@@ -25,11 +25,11 @@ def features(rules: Rules, directions: FactoredDirections) -> Tensor:
     """
     at = rules.at
 
-    def take(site: Site, gradients: Gradients) -> Tensor:
+    def measure(site: Site, gradients: Gradients) -> Tensor:
         found = {kind: directions.factors(name, at.params[name]) for kind, name in site.names.items()}
         return gradients.project({kind: (p.to(at.gram_dtype), q.to(at.gram_dtype)) for kind, (p, q) in found.items()})
 
-    found, rest = by_example(rules, take)
+    found, rest = by_example(rules, measure)
     total = torch.stack([value.flatten(2) for value in found.values()]).sum(0) if found else None
     numbers = at.fit(at.gram_dtype.itemsize * (at.n * at.c + directions.m), part=8)
     for group in general.pieces({name: at.params[name].numel() for name in rest}, numbers):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from alignreg.tangents.batch import flat
-from alignreg.tangents.jacobian import Block
+from alignreg.tangents.jacobian import JacobianRows
 from alignreg.tangents.kernel.gradients import Close
-from alignreg.tangents.kernel.products import rows_gram
+from alignreg.tangents.kernel.gram import rows_gram
 from alignreg.tangents.linearization import Linearization
 
 
@@ -72,12 +72,12 @@ def rows(at: Linearization, group: list[Piece]) -> Iterator[tuple[Piece, Tensor]
 def diagonal(at: Linearization, names: Sequence[str], close: Close) -> dict[str, Tensor]:
     """Return the products of each example's own rows, by parameter."""
 
-    def gather(blocks: Iterator[Block]) -> dict[str, Tensor]:
+    def gather(jacobian: Iterator[JacobianRows]) -> dict[str, Tensor]:
         parts: dict[str, list[Tensor]] = {name: [] for name in names}
-        for _, block in blocks:
-            for name, value in block.items():
-                rows = flat(value, 2).to(at.gram_dtype)
-                parts[name].append(close(rows, rows))
+        for _, rows in jacobian:
+            for name, value in rows.items():
+                some = flat(value, 2).to(at.gram_dtype)
+                parts[name].append(close(some, some))
         return {name: torch.cat(part) for name, part in parts.items()}
 
     return at.reduce(gather, names)
@@ -89,11 +89,11 @@ def _columns(at: Linearization, group: list[Piece]) -> Tensor:
     return at.reduce(consume, [name for name, _, _ in group], independent=True)
 
 
-def _collect(blocks: Iterator[Block], group: list[Piece], *, n: int, create_graph: bool) -> Tensor:
+def _collect(jacobian: Iterator[JacobianRows], group: list[Piece], *, n: int, create_graph: bool) -> Tensor:
     parts: list[Tensor] = []
     matrix: Tensor | None = None
-    for examples, block in blocks:
-        columns = {name: flat(value, 2) for name, value in block.items()}
+    for examples, rows in jacobian:
+        columns = {name: flat(value, 2) for name, value in rows.items()}
         part = torch.cat([columns[name][..., start:stop] for name, start, stop in group], dim=-1)
         # In float32 at least: products of half-precision Jacobians would lose what they still hold.
         part = part.to(torch.promote_types(part.dtype, torch.float32))

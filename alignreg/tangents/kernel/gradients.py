@@ -9,20 +9,20 @@ from typing import final
 import torch
 from torch import Tensor
 
-from alignreg.tangents.kernel.products import Affinity, position_products, rows_gram, vector_products
+from alignreg.tangents.kernel.gram import Affinity, position_products, rows_gram, vector_products
 
 Factors = tuple[Tensor, Tensor]
 """Of directions in parameters: :meth:`alignreg.sketches.FactoredDirections.factors`."""
 Close = Callable[[Tensor, Tensor], Tensor]
-"""Products of the rows of each example, given two factors ``(n, c, p)``: :func:`norms` or :func:`blocks`."""
+"""Products of the rows of each example, of two factors ``(n, c, p)``: :func:`norm_of_each` or :func:`gram_of_each`."""
 
 
-def norms(left: Tensor, right: Tensor) -> Tensor:
+def norm_of_each(left: Tensor, right: Tensor) -> Tensor:
     """Return the products of equal rows, ``(n, c)``."""
     return (left * right).sum(-1)
 
 
-def blocks(left: Tensor, right: Tensor) -> Tensor:
+def gram_of_each(left: Tensor, right: Tensor) -> Tensor:
     """Return the products of all rows of an example, ``(n, c, c)``."""
     return left @ right.mT
 
@@ -52,7 +52,7 @@ class Gradients(ABC):
 
     @abstractmethod
     def diagonal(self, close: Close, limit: int) -> Tensor:
-        """Return :func:`norms` or :func:`blocks` of the rows of each example."""
+        """Return :func:`norm_of_each` or :func:`gram_of_each` of the rows of each example."""
 
     @abstractmethod
     def project(self, factors: dict[str, Factors]) -> Tensor:

@@ -22,7 +22,7 @@ def diagonals(rules: Rules, close: Close) -> dict[tuple[str, ...], Tensor]:
 
     Args:
         rules: those of the model at the examples.
-        close: which products: :func:`.gradients.norms` or :func:`.gradients.blocks`.
+        close: which products: :func:`.gradients.norm_of_each` or :func:`.gradients.gram_of_each`.
     """
     result, rest = by_example(rules, lambda _, gradients: gradients.diagonal(close, rules.limit))
     if rest:
@@ -31,15 +31,15 @@ def diagonals(rules: Rules, close: Close) -> dict[tuple[str, ...], Tensor]:
 
 
 def by_example(
-    rules: Rules, take: Callable[[Site, Gradients], Tensor]
+    rules: Rules, measure: Callable[[Site, Gradients], Tensor]
 ) -> tuple[dict[tuple[str, ...], Tensor], list[str]]:
-    """Return what is taken of the gradients of each example, by groups of parameters of one layer, and what is left.
+    """Return a measure of the gradients of each example, by groups of parameters of one layer, and what is left.
 
     What the rules say is checked by the vector–Jacobian product that follows from it.
 
     Args:
         rules: those of the model at the examples.
-        take: makes ``(n, ...)`` of the gradients of a group.
+        measure: makes ``(n, ...)`` of the gradients of a group.
 
     Returns:
         The results, and the parameters that no rule took.
@@ -54,7 +54,7 @@ def by_example(
     pulled: dict[str, Tensor] = {}
 
     def consume(site: Site, gradients: Gradients, start: int) -> None:
-        found.setdefault(tuple(site.names.values()), []).append(take(site, gradients))
+        found.setdefault(tuple(site.names.values()), []).append(measure(site, gradients))
         with torch.no_grad():
             part = gradients.pullback(u[start : start + gradients.n].to(at.gram_dtype))
         for kind, name in site.names.items():
@@ -74,7 +74,7 @@ def by_example(
         return agrees(difference, scale, at.precision, whole=whole)
 
     rules.run(visits)
-    # The others the rules took in some of the blocks only.
+    # The others the rules took in some of the passes only.
     complete = {names for names, parts in found.items() if sum(len(part) for part in parts) == at.n}
     verdicts = {names: torch.stack([holds(name) for name in names]).all() for names in found if names in complete}
     if verdicts:

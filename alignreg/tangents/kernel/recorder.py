@@ -35,7 +35,7 @@ class Site(NamedTuple):
 class Recorder(TorchFunctionMode):
     """Notes the calls of functions with rules inside the block, as functions of the parameters they are given.
 
-    Functions are recognised by the tensor that they get as weight, so it does not matter which module calls them.
+    Functions are recognized by the tensor that they get as weight, so it does not matter which module calls them.
 
     Args:
         params: the parameters to watch, by name.
@@ -147,7 +147,7 @@ def visit(
         consume: gets names and per-example gradients of a layer.
         dtype: to compute products in.
         create_graph: make the gradients differentiable.
-        batched: take all outputs in one vectorised backward pass, or one after the other.
+        batched: take all outputs in one vectorized backward pass, or one after the other.
     """
     recorder = Recorder(params, layer_of)
     with recorder:
@@ -216,7 +216,7 @@ class _Tap:
         """Take the gradient of one output of the model, or batched those of all of them, ``(c, *shape)``."""
         if self.arrived is None:
             return
-        if self.current is None and not batched:  # in a vectorised pass: the same for all
+        if self.current is None and not batched:  # in a vectorized pass: the same for all
             gradient = gradient.expand(self.outputs, *gradient.shape)
         self.gradients[self.current] = gradient
         self.arrived(self)
@@ -254,7 +254,7 @@ class _Identity(torch.autograd.Function):
 
 @final
 class _Arrival(torch.autograd.Function):
-    """Takes a gradient out of a vectorised backward pass, whole."""
+    """Takes a gradient out of a vectorized backward pass, whole."""
 
     @staticmethod
     def forward(gradient: Tensor, tap: _Tap) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alignreg.tangents.kernel.calls import Products
+from alignreg.tangents.kernel.calls import Maps
 
 Sizes = int | Sequence[int]
 
@@ -21,7 +21,7 @@ def convolution(
     padding: Sizes | str = 0,
     dilation: Sizes = 1,
     groups: int = 1,
-) -> Products:
+) -> Maps:
     """Every output position is a linear map of a patch, so a are the patches and t the output positions."""
     kernel = weight.shape[2:]
     spatial = len(kernel)
@@ -38,7 +38,7 @@ def convolution(
         x = x.permute(*range(lead), *windows, *positions).flatten(-spatial)
         return x.reshape(*x.shape[: lead - 1], groups, -1, x.shape[-1])
 
-    return Products(
+    return Maps(
         lead=input.ndim - 1 - spatial,
         inputs=patches,
         outputs=lambda d: d.reshape(*d.shape[: -spatial - 1], groups, d.shape[-spatial - 1] // groups, -1),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from alignreg.tangents.kernel.calls import Products
+from alignreg.tangents.kernel.calls import Maps
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Products:  # noqa: A002, ARG001 - torch's names
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Maps:  # noqa: A002, ARG001 - torch's names
     """Y = x Wᵀ + b, so a = x and d = ∂f/∂y."""
-    return Products(
+    return Maps(
         lead=input.ndim - 1,
         inputs=lambda: input[..., None, :, None],
         outputs=lambda d: d[..., None, :, None],

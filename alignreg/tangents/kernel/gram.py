@@ -1,7 +1,7 @@
 """Gram matrices of per-example gradients that are given in rows, or in factors.
 
 Rows are (example, output), example first. The Gram matrix G of rows with themselves is symmetric, so only its *half* H
-is computed, G = H + Hᵀ: zero below the diagonal blocks, and half of G in them.
+is computed, G = H + Hᵀ: zero below the squares on the diagonal, and half of G in them.
 """
 
 from __future__ import annotations
@@ -11,32 +11,32 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-BLOCKS = 6
-"""Into how many blocks of rows a symmetric product is cut: (1 + 1/6)/2 of all pairs are then computed."""
+STRIPS = 6
+"""Into how many strips of rows a symmetric product is cut: (1 + 1/6)/2 of all pairs are then computed."""
 
 Affinity = Callable[[int, int, int], Tensor]
 
 
 def fill(n: int, part: Callable[[int, int, int], Tensor], *, symmetric: bool, step: int) -> Tensor:
-    """Assemble a product of rows, or its half, from blocks of rows.
+    """Assemble a product of rows, or its half, from strips of rows.
 
     Args:
         n: number of examples on the left.
         part: ``(start, stop, first)`` to the products of the examples ``start:stop`` with those from ``first`` on,
             ``(stop - start, c, rest, c)``.
         symmetric: return the half H of the product; else the product.
-        step: how many examples in a block.
+        step: how many examples in a strip.
     """
     ranges = [(start, min(start + step, n)) for start in range(0, n, step)]
     if not symmetric:
         return torch.cat([part(start, stop, 0) for start, stop in ranges])
-    first_block = part(*ranges[0], 0)
-    result = first_block.new_empty(n, *first_block.shape[1:])
+    first_strip = part(*ranges[0], 0)
+    result = first_strip.new_empty(n, *first_strip.shape[1:])
     for start, stop in ranges:
-        block = part(start, stop, start) if start else first_block
+        strip = part(start, stop, start) if start else first_strip
         result[start:stop, :, :start] = 0
-        result[start:stop, :, stop:] = block[:, :, stop - start :]
-        result[start:stop, :, start:stop] = block[:, :, : stop - start] / 2
+        result[start:stop, :, stop:] = strip[:, :, stop - start :]
+        result[start:stop, :, start:stop] = strip[:, :, : stop - start] / 2
     return result
 
 
@@ -64,7 +64,7 @@ def _row_products(left: Tensor, right: Tensor | None) -> Tensor:
         return products.reshape(stop - start, c, -1, c)
 
     symmetric = right is None
-    return fill(n, part, symmetric=symmetric, step=-(-n // BLOCKS) if symmetric else n)
+    return fill(n, part, symmetric=symmetric, step=-(-n // STRIPS) if symmetric else n)
 
 
 def position_products(affinity: Affinity, d: Tensor, d2: Tensor | None) -> Tensor:
@@ -99,4 +99,4 @@ def vector_products(weights: Tensor, d: Tensor, d2: Tensor | None) -> Tensor:
         return (products.reshape(stop - start, c, -1) * scales).reshape(stop - start, c, -1, c)
 
     symmetric = d2 is None
-    return fill(n, part, symmetric=symmetric, step=-(-n // BLOCKS) if symmetric else n)
+    return fill(n, part, symmetric=symmetric, step=-(-n // STRIPS) if symmetric else n)

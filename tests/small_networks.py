@@ -1,0 +1,20 @@
+"""A small network, its examples, and what tests ask of them."""
+
+import torch
+from oracles import jacobian
+from torch import nn
+
+X, Y = torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3)), torch.arange(7) % 3
+
+
+def mlp():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def trace_of(model, x=X):
+    return float(sum(value.square().sum() for value in jacobian(model, x).values()))
+
+
+def gradients(model, value):
+    return torch.autograd.grad(value, [p for p in model.parameters() if p.requires_grad], materialize_grads=True)

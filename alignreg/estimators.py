@@ -17,7 +17,7 @@ centering leaves of it may be rounding errors alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -355,6 +355,48 @@ def jackknife(leave_one_out: Tensor) -> Tensor:
         raise ValueError(f"leave_one_out: expected (m,) with m of at least 2, got shape {tuple(leave_one_out.shape)}.")
     m = len(leave_one_out)
     return ((leave_one_out - leave_one_out.mean()).square().sum() * (m - 1) / m).sqrt()
+
+
+def standard_error(statistic: Callable[..., Tensor], *tables: Tensor, block: int = 1) -> Tensor:
+    """Return the :func:`jackknife` standard error of a statistic of m columns, each block of them left out in turn.
+
+    Args:
+        statistic: a function of the tables that returns a scalar.
+        tables: numbers of each column ``(m,)``, or of each pair of columns ``(m, m)``.
+        block: how many columns in a row depend on each other, and are left out together.
+
+    Returns:
+        A scalar, NaN where the statistic is NaN without some block.
+
+    Raises:
+        TypeError: if the tables are no real tensors, or the statistic no function that returns a tensor.
+        ValueError: if the tables are not finite, or not of the same columns in at least two blocks; or if the
+            statistic returns no scalar.
+
+    Example:
+        >>> import torch
+        >>> from alignreg import estimators
+        >>> G = torch.diag(torch.tensor([1.0, 2.0, 4.0]))
+        >>> estimators.standard_error(estimators.trace, G), G.diagonal().std() / 3**0.5
+        (tensor(0.8819), tensor(0.8819))
+    """
+    checks.function("statistic", statistic, "of the tables")
+    some = [checks.values("tables", table, integers=False) for table in tables]
+    shapes = [tuple(table.shape) for table in some]
+    m = shapes[0][0] if shapes and shapes[0] else 0
+    if not shapes or any(shape not in ((m,), (m, m)) for shape in shapes):
+        raise ValueError(f"tables: expected (m,) or (m, m) of the same m columns, got shapes {checks.shown(shapes)}.")
+    if (count := _count_blocks(m, block)) < 2:
+        raise ValueError(f"tables: expected those of at least two blocks of columns, got {count}.")
+    columns = torch.arange(m, device=some[0].device)
+    without = []
+    for start in range(0, m, block):
+        kept = torch.cat([columns[:start], columns[start + block :]])
+        value = statistic(*(table[kept] if table.ndim == 1 else table[kept][:, kept] for table in some))
+        if checks.real("statistic", value).ndim:
+            raise ValueError(f"statistic: expected a scalar, got shape {tuple(value.shape)}.")
+        without.append(value)
+    return jackknife(torch.stack(without))
 
 
 def _mean_of_pairs(G: Tensor) -> Tensor:

@@ -124,6 +124,7 @@ OWN = {
     "params": lambda _: [5, [], [1], b"a", "head.*", X, [None], Unprintable()],
     "forward_fn": lambda _: [5, "a", [], torch.ones(2)],
     "unpack": lambda _: [5, "a", []],
+    "statistic": lambda _: [None, 5, "a", lambda _: 1.0, torch.square],
     "k": lambda _: [*NO_COUNTS[1:5], 0, [0], [2.5], [True], HUGE],
     "groups": lambda _: [2.0, 0, True, "a", [1], ["a", "a"], ["total"], torch.ones(2), 1j, Unprintable()],
     "target_mean": lambda _: [5.0, "a", [0.1], [NAN, 0, 0], ["a", "b", "c"], torch.ones(2), 1j, torch.ones(3) * 1j],
@@ -166,6 +167,10 @@ class Spectral(nn.Module):
 
 def batch_of(inputs):
     return as_batch(inputs)
+
+
+def error_of_one_table(statistic, tables, block):
+    return estimators.standard_error(statistic, tables, block=block)
 
 
 class Call(NamedTuple):
@@ -233,6 +238,7 @@ CALLS = {
     },
     "estimators.cross_frobenius2": Call(estimators.cross_frobenius2, {"G12": GRAM}),
     "estimators.alignment": Call(estimators.alignment, {"projection": VECTOR, "frobenius2": VECTOR}),
+    "estimators.standard_error": Call(error_of_one_table, {"statistic": torch.mean, "tables": VECTOR, "block": 1}),
     "estimators.jackknife": Call(estimators.jackknife, {"leave_one_out": VECTOR}),
     "estimators.mean_without": Call(estimators.mean_without, {"values": VECTOR, "block": 1}),
     "moments.of": Call(moments.of, {"z": Z, "y": VALUES, "pullback": torch.ones(9), "guess": torch.ones(3)}),

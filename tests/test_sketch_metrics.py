@@ -272,13 +272,13 @@ def test_error_bars_of_layers_cover(centered):
 def test_layers_converge_and_do_not_depend_on_the_deal():
     model, x, y, _ = problem(30)
     exact = exact_layers(model, x, y, True)
-    metric = LayerwiseAlignment(model, 3, method="sketch", probes=2000)
+    metric = LayerwiseAlignment(model, 3, method="sketch", probes=600)
     metric.update(x, y)
     found, errors = metric.compute(), metric.standard_error()
     for layer, value in found.items():
         assert abs(value - exact[layer]) < 3.5 * errors[layer]
         assert errors[layer] < 0.05 * exact[layer]
-    dealt = LayerwiseAlignment(model, 3, method="sketch", probes=2000)
+    dealt = LayerwiseAlignment(model, 3, method="sketch", probes=600)
     order = torch.randperm(30)
     for rows in order.split(7):
         dealt.update(x[rows], y[rows])
@@ -290,7 +290,7 @@ def test_examples_that_come_twice_have_probes_of_their_own():
     model, x, y, _ = problem(20)
     x, y = torch.cat([x, x[:10]]), torch.cat([y, y[:10]])
     exact = exact_layers(model, x, y, True)
-    metric = LayerwiseAlignment(model, 3, method="sketch", probes=2000, return_std_error=True)
+    metric = LayerwiseAlignment(model, 3, method="sketch", probes=600, return_std_error=True)
     metric.update(x, y)
     for layer, (value, error) in metric.compute().items():
         assert abs(value - exact[layer]) < 3.5 * error

@@ -77,7 +77,15 @@ def test_values_and_errors_are_those_of_the_moments(kind, centered):
     name = dict(zip(ALL, ("alignment", "trace", "participation_ratio"), strict=True))[kind]
     value, error = metric.compute()
     assert value == getattr(moments, name)(sums, centered=centered)
-    assert error == getattr(moments, f"{name}_std_error")(sums, centered=centered)
+    without = torch.stack([getattr(moments, name)(left_out(sums, a), centered=centered) for a in range(8)])
+    torch.testing.assert_close(error, ((without - without.mean()).square().sum() * 7 / 8).sqrt(), rtol=1e-10, atol=0)
+
+
+def left_out(sums, column):
+    """The sums of a sketch that never had the column."""
+    rest = [a for a in range(len(sums.gram)) if a != column]
+    each = {name: getattr(sums, name)[..., rest] for name in ("features", "features_targets", "guess")}
+    return sums._replace(gram=sums.gram[rest][:, rest], **each)
 
 
 @pytest.mark.parametrize("kind", ALL)

@@ -18,6 +18,7 @@ from alignreg.distributed.sharding import reshard
 from alignreg.estimators import Estimate
 from alignreg.metrics.probe_set import ProbeSetMetric
 from alignreg.metrics.records import fingerprint
+from alignreg.metrics.seen import Kept, Sketched
 from alignreg.moments import Moments
 from alignreg.population import PairSums
 from alignreg.tangents.batch import Batch, as_inputs, flat, on, size
@@ -261,35 +262,46 @@ class SketchMetric(ProbeSetMetric, ABC):
         return min(self._features.num_parameters, HASH_SIZE)
 
     @abstractmethod
-    def _of_moments(self, sums: Moments, *pairs: PairSums) -> Tensor:
-        """Return the number, from the sums of a sketch."""
+    def _of_sketch(self, seen: Sketched) -> Tensor:
+        """Return the number from a sketch, whose standard error follows by leaving columns out."""
 
     @abstractmethod
-    def _error_of_moments(self, sums: Moments, *pairs: PairSums) -> Tensor:
-        """Return its standard error."""
-
-    @abstractmethod
-    def _of_kernel(self, K: Tensor, y: Tensor) -> Tensor:
-        """Return the number, from the exact kernel and the targets as values."""
+    def _of_kernel(self, seen: Kept) -> Tensor:
+        """Return the number from the exact kernel."""
 
     def _estimates(self) -> list[Estimate]:
         return [Estimate(*pair) for pair in zip(self._values(), self._errors(), strict=True)]
 
     def _values(self) -> list[Tensor]:
         if self.method == "sketch":
-            return self._each(self._of_moments, self._moments())
+            return self._each(lambda *sums: self._of_sketch(self._sketched(*sums)), self._moments())
         kept = self._examples()
         if self._needs_targets:
             _require_targets(int(kept.targets.isnan().any(1).sum()), len(kept.targets))
         K = self._features.kernel(kept.inputs).to(torch.float64)
         y = kept.targets.to(K)
         sets = [rows.to(K.device) for rows in self._sets(kept.groups)]
-        return self._each(self._of_kernel, [(K[rows][:, :, rows], y[rows]) if len(rows) else None for rows in sets])
+        seen = [Kept(K[rows][:, :, rows], y[rows], self.centered) if len(rows) else None for rows in sets]
+        return self._each(self._of_kernel, [one and (one,) for one in seen])
 
     def _errors(self) -> list[Tensor]:
         if self.method == "sketch":
-            return self._each(self._error_of_moments, self._moments())
+            return self._each(self._error, self._moments())
         return [torch.zeros((), dtype=torch.float64, device=self.device)] * (1 + len(self.groups))
+
+    def _error(self, *sums: Any) -> Tensor:
+        return self._sketched(*sums).standard_error(self._of_sketch)
+
+    def _sketched(self, sums: Moments, pairs: PairSums | None = None) -> Sketched:
+        unknown = torch.full_like(sums.n, torch.nan)
+        return Sketched(
+            gram=sums.centred() if self.centered else sums.gram,
+            numerators=moments.numerators(sums),
+            pairs=None if pairs is None else population.columns(sums, pairs),
+            rows=sums.n * self.num_outputs,
+            variance=moments.require_different_targets(sums) if self._needs_targets else unknown,
+            block=self._directions.block_size,
+        )
 
     def _each(self, number: Callable[..., Tensor], samples: Sequence[tuple[Any, ...] | None]) -> list[Tensor]:
         """Return the number of all examples and of each group, NaN where a group has none."""

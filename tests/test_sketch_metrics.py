@@ -349,7 +349,7 @@ def test_many_parameters_are_hashed(monkeypatch):
     target = oracles.one_hot(y, 3)
     options = {"sketch_dim": 3, "target_mean": target.mean(0).tolist(), "groups": 2}
     whole = feed(TangentAlignment(model, 3, **options), x, y, group)
-    monkeypatch.setattr("alignreg.metrics.sketch.HASH_SIZE", 40)
+    monkeypatch.setattr("alignreg.metrics.pulled.HASH_SIZE", 40)
     hashed = feed(TangentAlignment(model, 3, **options), x, y, group)
     again = feed(TangentAlignment(model, 3, **options), x, y, group, size=7)
     kept, other = (getattr(m, m._name("pullback")) for m in (hashed, again))

@@ -301,7 +301,7 @@ CALLS = {
     "plotting.plane": Call(plotting.plane, {**GRID, "ax": None, "names": None, "signed": True}),
 }
 # Not called by name: classes that only hold numbers, and those of methods.
-NO_ROWS = {"Estimate", "PathHistory", "Moments", "PairSums", "Columns"}
+NO_ROWS = {"Estimate", "PathHistory", "Moments", "PairSums", "Columns", "Sketched", "Kept"}
 CASES = [(name, argument) for name, call in CALLS.items() for argument in call.good]
 
 
@@ -321,6 +321,7 @@ INTERNAL = {
     *("moments.check", "moments.sample", "moments.require_different_targets"),
     *("plotting.Path", "plotting.Real", "estimators.inner_products"),
     *("sketches.Directions", "sketches.GivenDirections"),
+    *("TangentMetric", "SketchMetric", "ProbeSetMetric", "TangentLoss", "ProbeLoss"),
 }
 
 

@@ -17,7 +17,7 @@ centering leaves of it may be rounding errors alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -141,27 +141,6 @@ def off_diagonal_mean(G: Tensor, block: int = 1) -> Tensor:
     return _mean_of_pairs(_of_blocks(G, block))
 
 
-def off_diagonal_mean_without(G: Tensor, block: int = 1) -> Tensor:
-    """Return :func:`off_diagonal_mean` with each column, or block of them, left out in turn, ``(m / block,)``.
-
-    Args:
-        G: the statistic of each pair, ``(m, m)``.
-        block: how many columns in a row depend on each other.
-
-    Raises:
-        TypeError: if G is no real tensor.
-        ValueError: if G is not a finite square matrix of at least three columns.
-
-    Example:
-        >>> import torch
-        >>> from alignreg import estimators
-        >>> estimators.off_diagonal_mean_without(torch.tensor([[9.0, 1.0, 2.0], [1.0, 9.0, 3.0], [2.0, 3.0, 9.0]]))
-        tensor([3., 2., 1.])
-    """
-    G, _ = _columns(G, at_least=3, block=block)
-    return _mean_of_pairs_without(_of_blocks(G, block))
-
-
 def trace2(G: Tensor, block: int = 1) -> Tensor:
     """Estimate (tr K)² by Σ_{a≠b} G_aa G_bb / (m(m−1)), unbiased; the square of :func:`trace` is not.
 
@@ -237,102 +216,6 @@ def alignment(projection: Tensor, frobenius2: Tensor) -> Tensor:
     return projection / torch.maximum(frobenius2, projection.square()).sqrt()
 
 
-def frobenius2_without(G: Tensor, block: int = 1) -> Tensor:
-    """Return :func:`frobenius2` with each column, or block of them, left out in turn, for the jackknife.
-
-    Args:
-        G: Gram matrix of m i.i.d. columns, ``(m, m)``.
-        block: how many columns in a row depend on each other.
-
-    Returns:
-        ``(m,)``; entry j is the estimate without column j.
-
-    Raises:
-        TypeError: if G is no real tensor.
-        ValueError: if G is not a finite square matrix of at least three columns.
-
-    Example:
-        >>> import torch
-        >>> from alignreg import estimators
-        >>> G = torch.tensor([[2.0, 1.0, 0.0], [1.0, 4.0, 3.0], [0.0, 3.0, 5.0]])
-        >>> estimators.frobenius2_without(G)
-        tensor([9., 0., 1.])
-    """
-    G, _ = _columns(G, at_least=3, block=block)
-    return _mean_of_pairs_without(_of_blocks(G.square(), block))
-
-
-def trace_without(G: Tensor, block: int = 1) -> Tensor:
-    """Return :func:`trace` with each column, or block of them, left out in turn, ``(m / block,)``.
-
-    Args:
-        G: Gram matrix of m i.i.d. columns, ``(m, m)``.
-        block: how many columns in a row depend on each other.
-
-    Raises:
-        TypeError: if G is no real tensor.
-        ValueError: if G is not a finite square matrix of at least two columns.
-
-    Example:
-        >>> import torch
-        >>> from alignreg import estimators
-        >>> estimators.trace_without(torch.tensor([[2.0, 1.0], [1.0, 4.0]]))
-        tensor([4., 2.])
-    """
-    G, _ = _columns(G, at_least=2, block=block)
-    return mean_without(G.diagonal(), block)
-
-
-def trace2_without(G: Tensor, block: int = 1) -> Tensor:
-    """Return :func:`trace2` with each column, or block of them, left out in turn, ``(m / block,)``.
-
-    Args:
-        G: Gram matrix of m i.i.d. columns, ``(m, m)``.
-        block: how many columns in a row depend on each other.
-
-    Raises:
-        TypeError: if G is no real tensor.
-        ValueError: if G is not a finite square matrix of at least three columns.
-
-    Example:
-        >>> import torch
-        >>> from alignreg import estimators
-        >>> estimators.trace2_without(torch.diag(torch.tensor([1.0, 2.0, 3.0])))
-        tensor([6., 3., 2.])
-    """
-    t = _traces(G, block, at_least=3)
-    m = len(t)
-    total, squares = t.sum() - t, t.square().sum() - t.square()
-    return (total.square() - squares) / ((m - 1) * (m - 2))
-
-
-def mean_without(values: Tensor, block: int = 1) -> Tensor:
-    """Return the mean of a statistic of single columns with each, or block of them, left out in turn, ``(m / block,)``.
-
-    Args:
-        values: the statistic of each column, ``(m,)``.
-        block: how many columns in a row depend on each other.
-
-    Raises:
-        TypeError: if they are no real tensor.
-        ValueError: if they are not finite, or there are not at least two blocks.
-
-    Example:
-        >>> import torch
-        >>> from alignreg import estimators
-        >>> estimators.mean_without(torch.tensor([1.0, 2.0, 4.0, 6.0]), block=2)
-        tensor([5.0000, 1.5000])
-    """
-    values = checks.real("values", values)
-    if values.ndim != 1:
-        raise ValueError(f"values: expected (m,), got shape {tuple(values.shape)}.")
-    count = _count_blocks(len(checks.finite("values", values)), block)
-    if count < 2:
-        raise ValueError(f"values: expected those of at least two blocks of columns, got {count}.")
-    each = values.reshape(count, block).mean(1)
-    return (each.sum() - each) / (count - 1)
-
-
 def jackknife(leave_one_out: Tensor) -> Tensor:
     """Return the delete-one jackknife standard error √((m−1)/m · Σ_j (θ_j − mean θ)²).
 
@@ -357,15 +240,51 @@ def jackknife(leave_one_out: Tensor) -> Tensor:
     return ((leave_one_out - leave_one_out.mean()).square().sum() * (m - 1) / m).sqrt()
 
 
+def standard_error(statistic: Callable[..., Tensor], *tables: Tensor, block: int = 1) -> Tensor:
+    """Return the :func:`jackknife` standard error of a statistic of m columns, each block of them left out in turn.
+
+    Args:
+        statistic: a function of the tables that returns a scalar.
+        tables: numbers of each column ``(m,)``, or of each pair of columns ``(m, m)``.
+        block: how many columns in a row depend on each other, and are left out together.
+
+    Returns:
+        A scalar, NaN where the statistic is NaN without some block.
+
+    Raises:
+        TypeError: if the tables are no real tensors, or the statistic no function that returns a tensor.
+        ValueError: if the tables are not finite, or not of the same columns in at least two blocks; or if the
+            statistic returns no scalar.
+
+    Example:
+        >>> import torch
+        >>> from alignreg import estimators
+        >>> G = torch.diag(torch.tensor([1.0, 2.0, 4.0]))
+        >>> estimators.standard_error(estimators.trace, G), G.diagonal().std() / 3**0.5
+        (tensor(0.8819), tensor(0.8819))
+    """
+    checks.function("statistic", statistic, "of the tables")
+    some = [checks.values("tables", table, integers=False) for table in tables]
+    shapes = [tuple(table.shape) for table in some]
+    m = shapes[0][0] if shapes and shapes[0] else 0
+    if not shapes or any(shape not in ((m,), (m, m)) for shape in shapes):
+        raise ValueError(f"tables: expected (m,) or (m, m) of the same m columns, got shapes {checks.shown(shapes)}.")
+    if (count := _count_blocks(m, block)) < 2:
+        raise ValueError(f"tables: expected those of at least two blocks of columns, got {count}.")
+    columns = torch.arange(m, device=some[0].device)
+    without = []
+    for start in range(0, m, block):
+        kept = torch.cat([columns[:start], columns[start + block :]])
+        value = statistic(*(table[kept] if table.ndim == 1 else table[kept][:, kept] for table in some))
+        if checks.real("statistic", value).ndim:
+            raise ValueError(f"statistic: expected a scalar, got shape {tuple(value.shape)}.")
+        without.append(value)
+    return jackknife(torch.stack(without))
+
+
 def _mean_of_pairs(G: Tensor) -> Tensor:
     m = len(G)
     return (G.sum() - G.diagonal().sum()) / (m * (m - 1))
-
-
-def _mean_of_pairs_without(G: Tensor) -> Tensor:
-    m = len(G)
-    off = G - G.diagonal().diag()
-    return (off.sum() - 2 * off.sum(0)) / ((m - 1) * (m - 2))
 
 
 def _of_blocks(G: Tensor, block: int) -> Tensor:

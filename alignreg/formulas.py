@@ -51,6 +51,13 @@ def ratio(trace: Tensor, squares: Tensor) -> Tensor:
     return trace.square() / torch.where(squares > 0, squares, torch.ones_like(squares))
 
 
+def ratio_of_estimates(trace2: Tensor, frobenius2: Tensor, rows: Tensor) -> Tensor:
+    """Return (tr K)² / ‖K‖_F² of estimates, in [1, n·c] with ``rows`` = n·c; 0 for K = 0."""
+    # (tr K)²/(n·c) ≤ ‖K‖_F² ≤ (tr K)² for any kernel, also where the noise of the estimates says otherwise.
+    norm2 = torch.minimum(torch.maximum(frobenius2, trace2 / rows), trace2)
+    return torch.where(trace2 > 0, trace2 / norm2, torch.zeros_like(trace2))
+
+
 def unbiased_alignment(K: Tensor, y: Tensor) -> Tensor:
     """Return :func:`.population.alignment` from the exact kernel ``(n, c, n, c)`` and targets as values ``(n, c)``.
 

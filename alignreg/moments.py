@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from alignreg import checks, estimators
+from alignreg.formulas import ratio_of_estimates
 from alignreg.targets import ConstantTargetError
 
 
@@ -159,19 +160,8 @@ def frobenius2(moments: Moments, *, centered: bool = True, block: int = 1) -> Te
 def participation_ratio(moments: Moments, *, centered: bool = True, block: int = 1) -> Tensor:
     """Estimate (tr K)² / ‖K‖_F² as the ratio of two unbiased estimates, in [1, n·c]; 0 for K = 0."""
     gram = _gram(moments, centered=centered)
-    return _participation(estimators.trace2(gram, block), estimators.frobenius2(gram, block), _rows(moments))
-
-
-def participation_ratio_std_error(moments: Moments, *, centered: bool = True, block: int = 1) -> Tensor:
-    """Return the jackknife standard error of :func:`participation_ratio` over the directions, m ≥ 3 blocks of them."""
-    gram = _gram(moments, centered=centered)
-    trace2, norm2 = estimators.trace2_without(gram, block), estimators.frobenius2_without(gram, block)
-    return estimators.jackknife(_participation(trace2, norm2, _rows(moments)))
-
-
-def trace_std_error(moments: Moments, *, centered: bool = True, block: int = 1) -> Tensor:
-    """Return the jackknife standard error of :func:`trace` over the directions."""
-    return estimators.jackknife(estimators.trace_without(_gram(moments, centered=centered), block))
+    rows = moments.n * len(moments.targets)
+    return ratio_of_estimates(estimators.trace2(gram, block), estimators.frobenius2(gram, block), rows)
 
 
 def numerators(moments: Moments) -> Tensor:
@@ -197,21 +187,6 @@ def alignment(moments: Moments, *, centered: bool = True, block: int = 1) -> Ten
     """
     variance = require_different_targets(moments)
     return estimators.alignment(numerator(moments) / variance, frobenius2(moments, centered=centered, block=block))
-
-
-def alignment_std_error(moments: Moments, *, centered: bool = True, block: int = 1) -> Tensor:
-    """Return the jackknife standard error of :func:`alignment` over the directions, m ≥ 3 blocks of them.
-
-    It holds the error of the sketch alone: the examples count as given.
-
-    Raises:
-        ConstantTargetError: as :func:`alignment`.
-        ValueError: as :func:`alignment`.
-    """
-    variance = require_different_targets(moments)
-    without = estimators.mean_without(numerators(moments), block).clamp(min=0)
-    norms = estimators.frobenius2_without(_gram(moments, centered=centered), block)
-    return estimators.jackknife(estimators.alignment(without / variance, norms))
 
 
 def check(moments: Moments, name: str = "moments") -> Moments:
@@ -261,13 +236,3 @@ def require_different_targets(moments: Moments) -> Tensor:
     if float(variance) <= 1e-12 * float(moments.targets2):
         raise ConstantTargetError
     return variance
-
-
-def _rows(moments: Moments) -> Tensor:
-    return moments.n * len(moments.targets)
-
-
-def _participation(trace2: Tensor, frobenius2: Tensor, rows: Tensor) -> Tensor:
-    # (tr K)²/(n·c) ≤ ‖K‖_F² ≤ (tr K)² for any kernel, also where the noise of the estimates says otherwise.
-    norm2 = torch.minimum(torch.maximum(frobenius2, trace2 / rows), trace2)
-    return torch.where(trace2 > 0, trace2 / norm2, torch.zeros_like(trace2))

@@ -57,6 +57,21 @@ class PairSums(NamedTuple):
     """Σ_i ‖y_i‖⁴, ()."""
 
 
+class Columns(NamedTuple):
+    """h by columns of a sketch; zero, of which no alignment is made, for fewer than four examples."""
+
+    products: Tensor
+    """Of the kernel of each column with that of the targets, (m,)."""
+    squares: Tensor
+    """Of the kernels of two columns, (m, m)."""
+    targets: Tensor
+    """Of the kernel of the targets with itself, ()."""
+
+    def alignment(self, block: int = 1) -> Tensor:
+        """Return :func:`.population.alignment`."""
+        return quotient(self.products.mean(), estimators.off_diagonal_mean(self.squares, block), self.targets)
+
+
 def of(z: Tensor, y: Tensor) -> PairSums:
     """Return the sums of a batch.
 
@@ -107,38 +122,24 @@ def alignment(sums: Moments, pairs: PairSums, *, block: int = 1) -> Tensor:
         TypeError: if the sums are no :class:`.Moments`, or the pairs no :class:`PairSums`.
         ValueError: if there are no examples, or a sum is not finite.
     """
-    if _too_few(sums, pairs):
-        return sums.n.new_full((), torch.nan)
-    products, squares = _products(sums, pairs), _squares(sums, pairs)
-    return quotient(products.mean(), estimators.off_diagonal_mean(squares, block), _norm2_of_targets(sums, pairs))
+    return columns(sums, pairs).alignment(block)
 
 
-def alignment_std_error(sums: Moments, pairs: PairSums, *, block: int = 1) -> Tensor:
-    """Return the jackknife standard error of :func:`alignment` over the directions, m ≥ 3 blocks of them.
-
-    It holds the error of the sketch alone: the examples count as given.
+def columns(sums: Moments, pairs: PairSums) -> Columns:
+    """Return h by columns, of which the jackknife of :func:`alignment` leaves some out.
 
     Raises:
         ConstantTargetError: as :func:`alignment`.
         TypeError: as :func:`alignment`.
         ValueError: as :func:`alignment`.
     """
-    if _too_few(sums, pairs):
-        return sums.n.new_full((), torch.nan)
-    products, squares = _products(sums, pairs), _squares(sums, pairs)
-    without = estimators.mean_without(products, block)
-    norms2 = estimators.off_diagonal_mean_without(squares, block)
-    return estimators.jackknife(quotient(without, norms2, _norm2_of_targets(sums, pairs)))
-
-
-def _too_few(sums: Moments, pairs: PairSums) -> bool:
-    """Check the sums, and say whether there are too few examples for four different ones."""
     moments.require_different_targets(sums)
     if not isinstance(pairs, PairSums):
         raise TypeError(f"pairs: expected PairSums, got {type(pairs).__name__}. Make them with population.of.")
     each = [checks.real(f"pairs.{field}", value).sum() for field, value in pairs._asdict().items()]
     checks.finite("pairs", torch.stack(each))
-    return float(sums.n) < 4
+    found = _products(sums, pairs), _squares(sums, pairs), _norm2_of_targets(sums, pairs)
+    return Columns(*(found if float(sums.n) >= 4 else map(torch.zeros_like, found)))
 
 
 def _products(sums: Moments, pairs: PairSums) -> Tensor:

@@ -32,7 +32,7 @@ from alignreg import TangentFeatures, moments, sketches
 from alignreg.metrics import LayerwiseAlignment, TangentAlignment, TangentParticipationRatio, TangentTrace
 
 SIZES = (16, 32, 64, 128)
-STATISTICS = ("alignment", "trace", "participation_ratio")
+STATISTICS = {"alignment": TangentAlignment, "trace": TangentTrace, "participation_ratio": TangentParticipationRatio}
 
 
 def digits(balanced=True):
@@ -118,10 +118,11 @@ def error(args):
                 for d, before in enumerate(sums):
                     new = moments.of(z[:, :, d * m : d * m + m], values, pullback=flat, guess=mean)
                     sums[d] = new if before is None else before.merge(new)
-        for statistic in STATISTICS:
+        for statistic, kind in STATISTICS.items():
             for m, sums in draws.items():
                 value = torch.stack([getattr(moments, statistic)(some) for some in sums]) / truth[statistic] - 1
-                bars = torch.stack([getattr(moments, f"{statistic}_std_error")(some) for some in sums])
+                error = kind(net, 10)._error  # noqa: SLF001 - of sums that are made here
+                bars = torch.stack([error(some) for some in sums])
                 bars = bars / truth[statistic]
                 row = {
                     "network": name,

@@ -20,8 +20,6 @@ MODULES = (
     "alignreg.callbacks",  # where there are any
 )
 BASES = {  # not imported by their packages, but what their classes have in common is said there
-    "alignreg.metrics": "alignreg.metrics.base.TangentMetric",
-    "alignreg.losses": "alignreg.losses.base.TangentLoss",
     "alignreg.linear": "alignreg.linear.models.LinearModel",
 }
 PAGE = """\

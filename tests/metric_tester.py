@@ -1,6 +1,7 @@
 """What torchmetrics promises of a metric, checked for every metric of ours: a new metric is a row in METRICS.
 
-As `python metric_tester.py RANK STORE OUT` it is one of two gloo processes, each of which is shown its own share.
+As `python metric_tester.py RANK STORE OUT ROWS` it is one of two gloo processes, each of which is shown its own share:
+of the rows that ROWS names, in json.
 """
 
 import io
@@ -22,6 +23,7 @@ from torchmetrics import BootStrapper, MetricCollection, MetricTracker
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.wrappers.bootstrapping import _bootstrap_sampler
 
+from alignreg import functional
 from alignreg.metrics import (
     Estimate,
     LayerwiseAlignment,
@@ -41,6 +43,7 @@ class Row(NamedTuple):
     different: dict  # an option that must keep a collection from sharing
     scalar: bool = True  # else BootStrapper cannot stack its values
     moments: int = 1  # at how many weights it is updated
+    drawn: str = "points"  # how `plot` is checked: a method `plot_of_...`
 
     def make(self, model, num_outputs=3, **options):
         if self.kind is PathComplexity:
@@ -51,6 +54,7 @@ class Row(NamedTuple):
 SKETCH = {"sketch_dim": 8}
 GROUPS = {"groups": ("even", "odd")}
 EXACT = {"method": "exact"}
+MORE = {"max_examples": 99}
 OTHER_SEED, OTHER_LAYER = {"seed": 1}, {"params": "0.*"}
 METRICS = {
     "alignment": Row(TangentAlignment, SKETCH, OTHER_SEED),
@@ -67,14 +71,18 @@ METRICS = {
     "trace, exact": Row(TangentTrace, EXACT, OTHER_LAYER),
     "participation ratio": Row(TangentParticipationRatio, SKETCH, OTHER_SEED),
     "participation ratio, exact": Row(TangentParticipationRatio, EXACT, OTHER_LAYER),
-    "spectrum": Row(TangentSpectrum, {"per_layer": True, "k": 5}, {"max_examples": 99}, scalar=False),
-    "layers": Row(LayerwiseAlignment, {}, {"max_examples": 99}, scalar=False),
-    "layers, sketch": Row(LayerwiseAlignment, {"method": "sketch", "probes": 6}, {"max_examples": 99}, scalar=False),
+    "spectrum": Row(TangentSpectrum, {"per_layer": True, "k": 5}, MORE, scalar=False, drawn="spectrum"),
+    "layers": Row(LayerwiseAlignment, {}, MORE, scalar=False, drawn="layers"),
+    "layers, sketch": Row(LayerwiseAlignment, {"method": "sketch", "probes": 6}, MORE, scalar=False, drawn="layers"),
     "layers, sketch, error": Row(
-        LayerwiseAlignment, {"method": "sketch", "return_std_error": True}, {"max_examples": 99}, scalar=False
+        LayerwiseAlignment,
+        {"method": "sketch", "return_std_error": True},
+        {"max_examples": 99},
+        scalar=False,
+        drawn="layers",
     ),
-    "path": Row(PathComplexity, {}, {"convention": "official"}, moments=3),
-    "path, official": Row(PathComplexity, {"convention": "official"}, {"convention": "paper"}, moments=3),
+    "path": Row(PathComplexity, {}, {"convention": "official"}, moments=3, drawn="path"),
+    "path, official": Row(PathComplexity, {"convention": "official"}, {"convention": "paper"}, moments=3, drawn="path"),
 }
 
 
@@ -325,34 +333,46 @@ class MetricTester:
         metric, expected = self.fed()
         figure, axes = metric.plot()
         assert figure is not None
-        if self.row.kind is PathComplexity:
-            assert axes.lines[0].get_ydata()[-1] == pytest.approx(float(expected), rel=1e-6)
-        elif self.row.kind in (TangentAlignment, TangentTrace, TangentParticipationRatio):
-            names = expected if isinstance(expected, dict) else {"": expected}
-            drawn = [float(container.lines[0].get_ydata()[0]) for container in axes.containers]
-            values = [value.value if isinstance(value, Estimate) else value for value in names.values()]
-            assert drawn == pytest.approx([float(value) for value in values], rel=1e-6)
-            errors = metric.standard_error()
-            bars = [container.lines[2][0].get_segments()[0][:, 1] for container in axes.containers]
-            want = errors.values() if isinstance(errors, dict) else [errors]
-            assert [bar[1] - bar[0] for bar in bars] == pytest.approx([4 * float(e) for e in want], rel=1e-6)
-        elif self.row.kind is LayerwiseAlignment:
-            bars = axes.containers[0].lines[2][0].get_segments()
-            want = [4 * float(error) for error in metric.standard_error().values()]
-            assert [bar[1, 0] - bar[0, 0] for bar in bars] == pytest.approx(want, rel=1e-6)
-        if self.row.kind is not TangentSpectrum:
-            metric.plot(expected)
-        if self.row.kind not in (TangentSpectrum, LayerwiseAlignment):
-            _, axes = metric.plot([expected, expected])
-            assert axes.lines[0].get_xdata().tolist() == [0, 1]
-            one = next(iter(expected.values())) if isinstance(expected, dict) else expected
-            if isinstance(one, Estimate):
-                edges = sorted({float(y) for _, y in axes.collections[0].get_paths()[0].vertices})
-                want = [float(one.value + sign * 2 * one.standard_error) for sign in (-1, 1)]
-                assert [edges[0], edges[-1]] == pytest.approx(want, rel=1e-6)
-            given = mpl.pyplot.subplots()[1]
-            assert metric.plot(ax=given)[1] is given
+        getattr(self, f"plot_of_{self.row.drawn}")(metric, expected, axes)
         mpl.pyplot.close("all")
+
+    def plot_of_points(self, metric, expected, axes):
+        names = expected if isinstance(expected, dict) else {"": expected}
+        drawn = [float(container.lines[0].get_ydata()[0]) for container in axes.containers]
+        values = [value.value if isinstance(value, Estimate) else value for value in names.values()]
+        assert drawn == pytest.approx([float(value) for value in values], rel=1e-6)
+        errors = metric.standard_error()
+        bars = [container.lines[2][0].get_segments()[0][:, 1] for container in axes.containers]
+        want = errors.values() if isinstance(errors, dict) else [errors]
+        assert [bar[1] - bar[0] for bar in bars] == pytest.approx([4 * float(e) for e in want], rel=1e-6)
+        self.plot_of_a_curve(metric, expected)
+
+    def plot_of_path(self, metric, expected, axes):
+        assert axes.lines[0].get_ydata()[-1] == pytest.approx(float(expected), rel=1e-6)
+        self.plot_of_a_curve(metric, expected)
+
+    def plot_of_layers(self, metric, expected, axes):
+        bars = axes.containers[0].lines[2][0].get_segments()
+        want = [4 * float(error) for error in metric.standard_error().values()]
+        assert [bar[1, 0] - bar[0, 0] for bar in bars] == pytest.approx(want, rel=1e-6)
+        metric.plot(expected)
+
+    def plot_of_spectrum(self, metric, expected, axes):
+        kernel = metric._features.kernel(torch.cat([batch["inputs"] for batch in self.batches]))
+        largest = torch.linalg.eigvalsh(functional.center(kernel).reshape(72, 72))[-1]
+        assert axes[0].lines[0].get_ydata()[0] == pytest.approx(float(largest), rel=1e-6)
+
+    def plot_of_a_curve(self, metric, expected):
+        metric.plot(expected)
+        _, axes = metric.plot([expected, expected])
+        assert axes.lines[0].get_xdata().tolist() == [0, 1]
+        one = next(iter(expected.values())) if isinstance(expected, dict) else expected
+        if isinstance(one, Estimate):
+            edges = sorted({float(y) for _, y in axes.collections[0].get_paths()[0].vertices})
+            want = [float(one.value + sign * 2 * one.standard_error) for sign in (-1, 1)]
+            assert [edges[0], edges[-1]] == pytest.approx(want, rel=1e-6)
+        given = mpl.pyplot.subplots()[1]
+        assert metric.plot(ax=given)[1] is given
 
     def check_hash(self):
         metric, _ = self.fed()
@@ -441,10 +461,11 @@ def digits(row, batches):
 SHARES = {"1000 and 797": [range(10), range(10, 18)], "1797 and none": [range(18), []]}
 
 
-def main(rank, store, out):
+def main(rank, store, out, rows):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     found = {}
-    for name, row in METRICS.items():
+    for name in rows:
+        row = METRICS[name]
         for wanted in PROPERTIES:
             try:
                 getattr(MetricTester(row, rank, 2), f"check_{wanted}")()
@@ -458,5 +479,5 @@ def main(rank, store, out):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3], json.loads(sys.argv[4]))
     os._exit(0)  # gloo's threads outlive its group, and abort a process that they see exit

@@ -10,8 +10,8 @@ PATIENCE = 600
 """Seconds that any process of a test may take: for machines many times slower, and still an end."""
 
 
-def run_two(script, folder):
-    """Run `script RANK STORE OUT` twice and return what each wrote as json to OUT.RANK."""
+def run_two(script, folder, *arguments):
+    """Run `script RANK STORE OUT`, and arguments, twice and return what each wrote as json to OUT.RANK."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     workers = [
         subprocess.Popen(
@@ -21,6 +21,7 @@ def run_two(script, folder):
                 str(rank),
                 str(folder / "store"),
                 str(folder / "out"),
+                *arguments,
             ],
             env=environment,
             stdout=subprocess.PIPE,

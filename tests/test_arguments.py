@@ -124,6 +124,7 @@ OWN = {
     "params": lambda _: [5, [], [1], b"a", "head.*", X, [None], Unprintable()],
     "forward_fn": lambda _: [5, "a", [], torch.ones(2)],
     "unpack": lambda _: [5, "a", []],
+    "statistic": lambda _: [None, 5, "a", lambda _: 1.0, torch.square],
     "k": lambda _: [*NO_COUNTS[1:5], 0, [0], [2.5], [True], HUGE],
     "groups": lambda _: [2.0, 0, True, "a", [1], ["a", "a"], ["total"], torch.ones(2), 1j, Unprintable()],
     "target_mean": lambda _: [5.0, "a", [0.1], [NAN, 0, 0], ["a", "b", "c"], torch.ones(2), 1j, torch.ones(3) * 1j],
@@ -166,6 +167,10 @@ class Spectral(nn.Module):
 
 def batch_of(inputs):
     return as_batch(inputs)
+
+
+def error_of_one_table(statistic, tables, block):
+    return estimators.standard_error(statistic, tables, block=block)
 
 
 class Call(NamedTuple):
@@ -226,33 +231,26 @@ CALLS = {
     "estimators.trace": Call(estimators.trace, {"G": GRAM}),
     **{
         f"estimators.{function.__name__}": Call(function, BLOCKS)
-        for function in (
-            *(estimators.frobenius2, estimators.off_diagonal_mean, estimators.off_diagonal_mean_without),
-            *(estimators.trace2, estimators.frobenius2_without, estimators.trace_without, estimators.trace2_without),
-        )
+        for function in (*(estimators.frobenius2, estimators.off_diagonal_mean, estimators.trace2),)
     },
     "estimators.cross_frobenius2": Call(estimators.cross_frobenius2, {"G12": GRAM}),
     "estimators.alignment": Call(estimators.alignment, {"projection": VECTOR, "frobenius2": VECTOR}),
+    "estimators.standard_error": Call(error_of_one_table, {"statistic": torch.mean, "tables": VECTOR, "block": 1}),
     "estimators.jackknife": Call(estimators.jackknife, {"leave_one_out": VECTOR}),
-    "estimators.mean_without": Call(estimators.mean_without, {"values": VECTOR, "block": 1}),
     "moments.of": Call(moments.of, {"z": Z, "y": VALUES, "pullback": torch.ones(9), "guess": torch.ones(3)}),
     "moments.zeros": Call(moments.zeros, {"c": 2, "m": 3, "p": 4}),
     "moments.Moments.merge": Call(SUMS.merge, {"other": SUMS}),
     **{
         f"moments.{function.__name__}": Call(function, MOMENTS)
-        for function in (moments.trace, moments.trace_std_error, moments.frobenius2, moments.alignment)
+        for function in (moments.trace, moments.frobenius2, moments.alignment)
     },
     "moments.participation_ratio": Call(moments.participation_ratio, MOMENTS),
-    "moments.participation_ratio_std_error": Call(moments.participation_ratio_std_error, MOMENTS),
-    "moments.alignment_std_error": Call(moments.alignment_std_error, MOMENTS),
     "moments.numerators": Call(moments.numerators, {"moments": SUMS}),
     "moments.numerator": Call(moments.numerator, {"moments": SUMS}),
     "population.of": Call(population.of, {"z": Z, "y": VALUES}),
     "population.zeros": Call(population.zeros, {"c": 2, "m": 3}),
     "population.alignment": Call(population.alignment, {"pairs": PAIRS, "block": 1}, {"sums": SUMS}),
-    "population.alignment_std_error": Call(
-        population.alignment_std_error, {"pairs": PAIRS, "block": 1}, {"sums": SUMS}
-    ),
+    "population.columns": Call(population.columns, {"pairs": PAIRS}, {"sums": SUMS}),
     "sketches.gaussian": Call(sketches.gaussian, {"m": 3, "seed": 0}),
     "sketches.rademacher": Call(sketches.rademacher, {"m": 3, "seed": 0}),
     "sketches.factored": Call(sketches.factored, {"copies": 3, "rank": 2, "seed": 0}),
@@ -303,7 +301,7 @@ CALLS = {
     "plotting.plane": Call(plotting.plane, {**GRID, "ax": None, "names": None, "signed": True}),
 }
 # Not called by name: classes that only hold numbers, and those of methods.
-NO_ROWS = {"Estimate", "PathHistory", "Moments", "PairSums"}
+NO_ROWS = {"Estimate", "PathHistory", "Moments", "PairSums", "Columns", "Sketched", "Kept"}
 CASES = [(name, argument) for name, call in CALLS.items() for argument in call.good]
 
 
@@ -323,6 +321,7 @@ INTERNAL = {
     *("moments.check", "moments.sample", "moments.require_different_targets"),
     *("plotting.Path", "plotting.Real", "estimators.inner_products"),
     *("sketches.Directions", "sketches.GivenDirections"),
+    *("TangentMetric", "SketchMetric", "ProbeSetMetric", "TangentLoss", "ProbeLoss"),
 }
 
 

@@ -1,5 +1,7 @@
 """Unbiasedness over a fixed number of draws, |z| < 3.5, from one large pushforward or pullback cut into sketches."""
 
+import re
+
 import oracles
 import pytest
 import torch
@@ -120,20 +122,28 @@ def test_cross_estimate_holds_for_structured_sketches():
     assert abs(z_score([estimators.frobenius2(a.T @ a) for a, _ in draws], truth)) > 5
 
 
+def jackknife(without):
+    """The error from the values without each column, written out."""
+    return (sum((v - without.mean()) ** 2 for v in without) * (len(without) - 1) / len(without)) ** 0.5
+
+
 @pytest.mark.parametrize(
-    ("whole", "without"),
-    [
-        (estimators.trace, estimators.trace_without),
-        (estimators.frobenius2, estimators.frobenius2_without),
-        (estimators.trace2, estimators.trace2_without),
-    ],
+    "statistic", [estimators.trace, estimators.frobenius2, estimators.trace2, estimators.off_diagonal_mean]
 )
-def test_leaving_columns_out(whole, without):
-    Z = torch.randn(9, 5, dtype=torch.float64)
+def test_leaving_columns_out(statistic):
+    """Each column of all tables at once, against the columns that are left."""
+    Z, each = torch.randn(9, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
     G = Z.T @ Z
+    seen = []
+
+    def quotient(G, each):
+        seen.append(each)
+        return statistic(G) / each.square().mean()
+
     keep = [[b for b in range(5) if b != a] for a in range(5)]
-    expected = torch.stack([whole(G[k][:, k]) for k in keep])
-    torch.testing.assert_close(without(G), expected, rtol=1e-10, atol=0)
+    expected = torch.stack([statistic(G[k][:, k]) / each[k].square().mean() for k in keep])
+    torch.testing.assert_close(estimators.standard_error(quotient, G, each), jackknife(expected), rtol=1e-10, atol=0)
+    assert [rest.tolist() for rest in seen] == [each[k].tolist() for k in keep]
 
 
 def test_gram_of_lower_precision():
@@ -147,11 +157,8 @@ def test_gram_of_lower_precision():
     ("fn", "least"),
     [
         (estimators.trace, 1),
-        (estimators.trace_without, 2),
         (estimators.frobenius2, 2),
         (estimators.trace2, 2),
-        (estimators.frobenius2_without, 3),
-        (estimators.trace2_without, 3),
     ],
 )
 def test_too_few_columns(fn, least):
@@ -164,7 +171,21 @@ def test_too_few_columns(fn, least):
 @pytest.mark.parametrize(("count", "block"), [(0, 1), (1, 1), (3, 3)])
 def test_one_block_cannot_be_left_out(count, block):
     with pytest.raises(ValueError, match=f"at least two blocks of columns, got {count // block}"):
-        estimators.mean_without(torch.ones(count), block)
+        estimators.standard_error(torch.mean, torch.ones(count), block=block)
+
+
+@pytest.mark.parametrize("tables", [(), (torch.eye(3), torch.ones(4)), (torch.ones(3, 4),), (torch.tensor(1.0),)])
+def test_tables_that_are_not_of_the_same_columns(tables):
+    shapes = re.escape(str([tuple(table.shape) for table in tables]))
+    with pytest.raises(ValueError, match=rf"tables: expected \(m,\) or \(m, m\) of the same m columns, got .*{shapes}"):
+        estimators.standard_error(torch.mean, *tables)
+
+
+def test_a_statistic_is_a_scalar():
+    with pytest.raises(ValueError, match=r"statistic: expected a scalar, got shape \(2,\)"):
+        estimators.standard_error(torch.square, torch.ones(3))
+    with pytest.raises(TypeError, match="statistic: expected a tensor, got float"):
+        estimators.standard_error(lambda values: float(values.sum()), torch.ones(3))
 
 
 def test_jackknife():
@@ -198,14 +219,14 @@ def test_blocks_of_columns_that_depend_on_each_other():
     def trace(kept):
         return torch.stack([G[a, a].diagonal().mean() for a in kept]).mean()
 
-    for of_all, without, expected in (
-        (estimators.frobenius2, estimators.frobenius2_without, norm),
-        (estimators.trace2, estimators.trace2_without, squared_trace),
-        (lambda G, _: estimators.trace(G), estimators.trace_without, trace),
+    for statistic, expected in (
+        (lambda G: estimators.frobenius2(G, block), norm),
+        (lambda G: estimators.trace2(G, block), squared_trace),
+        (estimators.trace, trace),
     ):
-        torch.testing.assert_close(of_all(G, block), expected(inside))
-        rest = [[a for a in inside if a is not left_out] for left_out in inside]
-        torch.testing.assert_close(without(G, block), torch.stack([expected(kept) for kept in rest]))
+        torch.testing.assert_close(statistic(G), expected(inside))
+        rest = torch.stack([expected([a for a in inside if a is not left_out]) for left_out in inside])
+        torch.testing.assert_close(estimators.standard_error(statistic, G, block=block), jackknife(rest))
     with pytest.raises(ValueError, match="expected a number that divides the 12 columns"):
         estimators.frobenius2(G, 5)
     with pytest.raises(ValueError, match="block: expected a positive integer"):

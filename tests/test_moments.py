@@ -6,6 +6,9 @@ import torch
 from cases import build
 
 from alignreg import TangentFeatures, moments, sketches
+from alignreg.metrics import TangentAlignment, TangentParticipationRatio, TangentTrace
+
+METRICS = {"alignment": TangentAlignment, "trace": TangentTrace, "participation_ratio": TangentParticipationRatio}
 
 
 def problem():
@@ -21,6 +24,11 @@ def batch_moments(features, x, y, directions, guess=None):
     back = features.pullback(x, (y - guess)[None])
     flat = torch.cat([value.flatten() for value in back.values()])
     return moments.of(features.pushforward(x, directions), y, pullback=flat, guess=guess)
+
+
+def standard_error(statistic, *, centered=True):
+    """A function of moments: the jackknife error of the metric that makes the statistic of them."""
+    return METRICS[statistic](torch.nn.Linear(4, 3), 3, centered=centered)._error
 
 
 def test_moments_are_the_sums_they_say():
@@ -122,12 +130,12 @@ def test_error_bars_cover(m, centered):
     back = features.pullback(x, (y - y.mean(0))[None])
     flat = torch.cat([value.flatten() for value in back.values()])
     hits = dict.fromkeys(truth, 0)
+    errors = {name: standard_error(name, centered=centered) for name in truth}
     for d in range(draws):
         batch = moments.of(z[:, :, d], y, pullback=flat, guess=y.mean(0))
         for name, exact in truth.items():
             value = getattr(moments, name)(batch, centered=centered)
-            error = getattr(moments, f"{name}_std_error")(batch, centered=centered)
-            hits[name] += int(abs(value - exact) <= 2 * error)
+            hits[name] += int(abs(value - exact) <= 2 * errors[name](batch))
     print(f"m={m}, centered={centered}: { ({name: count / draws for name, count in hits.items()}) }")
     most = {"alignment": 0.98, "trace": 0.98, "participation_ratio": 0.99}
     assert all(0.91 <= count / draws <= most[name] for name, count in hits.items()), hits
@@ -151,20 +159,21 @@ def test_std_error_is_the_jackknife(statistic, cut, size):
     fn = getattr(moments, statistic)
     left = torch.stack([fn(of([b for b in range(m) if b != a])) for a in range(m)])
     expected = (((left - left.mean()) ** 2).sum() * (m - 1) / m) ** 0.5
-    torch.testing.assert_close(
-        getattr(moments, f"{statistic}_std_error")(of(list(range(m)))), expected, rtol=1e-9, atol=0
-    )
+    torch.testing.assert_close(standard_error(statistic)(of(list(range(m)))), expected, rtol=1e-9, atol=0)
 
 
 def test_participation_ratio_converges():
     features, x, y, jac = problem()
-    batch = moments.of(features.pushforward(x, sketches.gaussian(4000, seed=0)), y)
+    m = 4000
+    z = features.pushforward(x, sketches.gaussian(m, seed=0))
+    batch = moments.of(z, y)
     for centered in (True, False):
         lam = torch.from_numpy(oracles.eigenvalues(oracles.kernel(oracles.centred_features(jac) if centered else jac)))
         expected = lam.sum() ** 2 / (lam**2).sum()
         got = moments.participation_ratio(batch, centered=centered)
         assert abs(got / expected - 1) < 0.1
-        assert abs(got - expected) < 3.5 * moments.participation_ratio_std_error(batch, centered=centered)
+        few = moments.of(z[:, :, :400], y)  # the error falls as 1/√m
+        assert abs(got - expected) < 3.5 * standard_error("participation_ratio", centered=centered)(few) / 10**0.5
 
 
 def test_bounds_hold_however_bad_the_sketch():

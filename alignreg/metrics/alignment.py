@@ -7,10 +7,9 @@ from typing import Any, ClassVar, Literal, final
 
 from torch import Tensor, nn
 
-from alignreg import checks, functional, moments, population
+from alignreg import checks, estimators, functional
+from alignreg.metrics.seen import Kept, Sketched
 from alignreg.metrics.sketch import SketchMetric
-from alignreg.moments import Moments
-from alignreg.population import PairSums
 from alignreg.tangents.linearization import ForwardFn
 
 
@@ -138,17 +137,10 @@ class TangentAlignment(SketchMetric):
     def _bounds(self) -> tuple[float | None, float | None]:
         return (None, None) if self.unbiased else super()._bounds
 
-    def _of_moments(self, sums: Moments, *pairs: PairSums) -> Tensor:
-        block = self._directions.block_size
-        if pairs:
-            return population.alignment(sums, pairs[0], block=block)
-        return moments.alignment(sums, centered=self.centered, block=block)
+    def _of_sketch(self, seen: Sketched) -> Tensor:
+        if seen.pairs is not None:
+            return seen.pairs.alignment(seen.block)
+        return estimators.alignment(seen.projection, estimators.frobenius2(seen.gram, seen.block))
 
-    def _error_of_moments(self, sums: Moments, *pairs: PairSums) -> Tensor:
-        block = self._directions.block_size
-        if pairs:
-            return population.alignment_std_error(sums, pairs[0], block=block)
-        return moments.alignment_std_error(sums, centered=self.centered, block=block)
-
-    def _of_kernel(self, K: Tensor, y: Tensor) -> Tensor:
-        return functional.alignment(K, y, self.centered, unbiased=self.unbiased)
+    def _of_kernel(self, seen: Kept) -> Tensor:
+        return functional.alignment(seen.K, seen.y, seen.centered, unbiased=self.unbiased)

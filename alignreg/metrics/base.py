@@ -67,7 +67,7 @@ class TangentMetric(Metric, ABC):
         self._require_whole(model)
         self._features.bind(model)
         self._defaults[self._name("binding")] = self._binding().to(self.device)
-        setattr(self, self._name("binding"), self._binding().to(self.device))
+        self._put("binding", self._binding().to(self.device))
 
     @eager
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -111,6 +111,14 @@ class TangentMetric(Metric, ABC):
 
     def _name(self, field: str) -> str:
         return f"{field}_{self._fingerprint}"
+
+    def _get(self, field: str) -> Any:
+        """Return a state."""
+        return getattr(self, self._name(field))
+
+    def _put(self, field: str, value: Any) -> None:
+        """Replace a state."""
+        setattr(self, self._name(field), value)
 
     def _binding(self) -> Tensor:
         # Four 16-bit words: exact also under the tolerance with which torchmetrics compares states.

@@ -126,8 +126,8 @@ class PathComplexity(TangentMetric):
             batch = as_inputs(inputs)
             trace = self._features.trace(batch).to(self.device, torch.float64)
             self._follow()
-            rows: list[Tensor] = getattr(self, self._name("moments"))
-            length = getattr(self, self._name("open")) if rows else trace.new_zeros(())
+            rows: list[Tensor] = self._get("moments")
+            length = self._get("open") if rows else trace.new_zeros(())
             added = torch.stack([trace, trace.new_tensor(float(size(batch)))])
             if rows and not float(length) > 0:
                 rows[-1] = torch.cat([rows[-1][:, :3].to(added), rows[-1][:, 3:].to(added) + added], dim=1)
@@ -136,9 +136,9 @@ class PathComplexity(TangentMetric):
             key = int(digest(self._features.parameters)[:12], 16)
             start = trace.new_tensor([float(len(rows)), float(key), float(length)])
             rows.append(torch.cat([start, added])[None])
-            setattr(self, self._name("open"), torch.zeros_like(length))
-            if not getattr(self, self._name("weights")).numel():
-                setattr(self, self._name("weights"), self._flat_weights())
+            self._put("open", torch.zeros_like(length))
+            if not self._get("weights").numel():
+                self._put("weights", self._flat_weights())
 
     @torch.no_grad()
     @eager
@@ -150,7 +150,7 @@ class PathComplexity(TangentMetric):
         """
         if self._is_synced:
             raise RuntimeError("step: the metric is synced over ranks. Call unsync() first.")
-        if not getattr(self, self._name("weights")).numel():
+        if not self._get("weights").numel():
             rank_zero_warn("step: the path begins with the first update(), which has not come: this step is lost.")
         self._follow()
         self._computed = None
@@ -203,7 +203,7 @@ class PathComplexity(TangentMetric):
         return lengths[:-1] * features[1:] if self.convention == "official" else lengths * features
 
     def _history(self) -> PathHistory:
-        rows = getattr(self, self._name("moments"))
+        rows = self._get("moments")
         table = dim_zero_cat(rows) if len(rows) else torch.zeros(0, 5)
         if not len(table):
             raise ValueError("path complexity: no examples have been added.")
@@ -214,20 +214,20 @@ class PathComplexity(TangentMetric):
         whole[:, 3:] = 0
         for other in ranks:
             _add(whole, other)
-        open_length = getattr(self, self._name("open")).to(whole)
+        open_length = self._get("open").to(whole)
         lengths = torch.cat([whole[1:, 2], open_length[None]])
         return PathHistory(lengths, whole[:, 3], whole[:, 4])
 
     def _follow(self) -> None:
-        last: Tensor = getattr(self, self._name("weights"))
+        last: Tensor = self._get("weights")
         if not last.numel():
             return
         now = self._flat_weights()
         way = torch.linalg.vector_norm(now.double() - last.to(now.device).double())
         if float(way) > 0:
-            length = getattr(self, self._name("open"))
-            setattr(self, self._name("open"), length + way.to(length))
-            setattr(self, self._name("weights"), now)
+            length = self._get("open")
+            self._put("open", length + way.to(length))
+            self._put("weights", now)
 
     def _flat_weights(self) -> Tensor:
         parts = [p.detach().flatten() for p in self._features.parameters.values()]

@@ -131,8 +131,7 @@ class LayerwiseAlignment(ProbeSetMetric):
             RuntimeError: if the weights changed since the first update.
         """
         with self._restored_on_error():
-            found = self._estimates()
-            return found if self.return_std_error else {layer: estimate.value for layer, estimate in found.items()}
+            return self._estimates() if self.return_std_error else self._values()
 
     @eager
     def standard_error(self) -> dict[str, Tensor]:
@@ -148,7 +147,10 @@ class LayerwiseAlignment(ProbeSetMetric):
         with self._synced():
             return {layer: estimate.standard_error for layer, estimate in self._estimates().items()}
 
-    def _estimates(self) -> dict[str, Estimate]:
+    def _values(self) -> dict[str, Tensor]:
+        return {layer: value for layer, (value, _) in self._estimates(errors=False).items()}
+
+    def _estimates(self, *, errors: bool = True) -> dict[str, Estimate]:
         kept = self._examples()
         y = kept.targets
         if bool((y == y[0]).all()):
@@ -156,7 +158,7 @@ class LayerwiseAlignment(ProbeSetMetric):
                 raise ConstantTargetError
             nan = torch.full((), torch.nan, dtype=torch.float64, device=self.device)
             return dict.fromkeys(self._features.layers, Estimate(nan, nan))
-        found = self._sketched(kept) if self.method == "sketch" else self._exactly(kept)
+        found = self._sketched(kept, errors=errors) if self.method == "sketch" else self._exactly(kept)
         return {layer: Estimate(*(part.to(self.device) for part in estimate)) for layer, estimate in found.items()}
 
     def _exactly(self, kept: Examples) -> dict[str, Estimate]:
@@ -167,7 +169,7 @@ class LayerwiseAlignment(ProbeSetMetric):
         }
         return {layer: Estimate(value, torch.zeros_like(value)) for layer, value in values.items()}
 
-    def _sketched(self, kept: Examples) -> dict[str, Estimate]:
+    def _sketched(self, kept: Examples, *, errors: bool) -> dict[str, Estimate]:
         y = kept.targets - kept.targets.mean(0)
         # Each example has its own probes, however the examples were dealt to batches and ranks.
         probes = y.new_empty(self.probes, *y.shape)
@@ -178,11 +180,7 @@ class LayerwiseAlignment(ProbeSetMetric):
         found = {}
         for layer, names in self._features.layers.items():
             gram = estimators.gram({name: columns[name] for name in names}).to(torch.float64)
-            projection, probed = gram[0, 0], gram[1:, 1:]
-            found[layer] = Estimate(
-                estimators.alignment(projection, estimators.frobenius2(probed)),
-                estimators.jackknife(estimators.alignment(projection, estimators.frobenius2_without(probed))),
-            )
+            found[layer] = _alignment(gram[0, 0], gram[1:, 1:], errors=errors)
         return found
 
     def _pullback(self, kept: Examples, cotangents: Tensor) -> dict[str, Tensor]:
@@ -213,3 +211,11 @@ class LayerwiseAlignment(ProbeSetMetric):
             with self._synced():
                 val = self._estimates()
         return plotting.bars(val, ax) if isinstance(val, Mapping) else plotting.heat_map(val, ax)
+
+
+def _alignment(projection: Tensor, gram: Tensor, *, errors: bool) -> Estimate:
+    def alignment(gram: Tensor) -> Tensor:
+        return estimators.alignment(projection, estimators.frobenius2(gram))
+
+    value = alignment(gram)
+    return Estimate(value, estimators.standard_error(alignment, gram) if errors else torch.zeros_like(value))

@@ -6,10 +6,10 @@ from typing import final
 
 from torch import Tensor
 
-from alignreg import formulas, functional, moments
+from alignreg import formulas
+from alignreg.estimators import frobenius2, trace2
+from alignreg.metrics.seen import Kept, Sketched
 from alignreg.metrics.sketch import SketchMetric
-from alignreg.moments import Moments
-from alignreg.population import PairSums
 
 
 @final
@@ -68,11 +68,8 @@ class TangentParticipationRatio(SketchMetric):
     higher_is_better: bool | None = None
     plot_lower_bound: float = 1.0
 
-    def _of_moments(self, sums: Moments, *pairs: PairSums) -> Tensor:  # noqa: ARG002
-        return moments.participation_ratio(sums, centered=self.centered, block=self._directions.block_size)
+    def _of_sketch(self, seen: Sketched) -> Tensor:
+        return formulas.ratio_of_estimates(trace2(seen.gram, seen.block), frobenius2(seen.gram, seen.block), seen.rows)
 
-    def _error_of_moments(self, sums: Moments, *pairs: PairSums) -> Tensor:  # noqa: ARG002
-        return moments.participation_ratio_std_error(sums, centered=self.centered, block=self._directions.block_size)
-
-    def _of_kernel(self, K: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002
-        return formulas.participation_ratio(functional.center(K) if self.centered else K)
+    def _of_kernel(self, seen: Kept) -> Tensor:
+        return formulas.participation_ratio(seen.kernel)

@@ -50,7 +50,7 @@ class ProbeSetMetric(TangentMetric, ABC):
         """Keep a batch and return the value of that batch alone."""
         value = super().forward(*args, **kwargs)
         if self.max_examples is not None:
-            rows: list[Tensor] = getattr(self, self._name("records"))
+            rows: list[Tensor] = self._get("records")
             room = self.max_examples
             for index, row in enumerate(rows):
                 if room <= 0:  # torchmetrics has joined what was kept before with this batch
@@ -73,7 +73,7 @@ class ProbeSetMetric(TangentMetric, ABC):
         """Add examples to the state."""
         unknown = torch.full((size(batch), self.num_outputs), torch.nan, dtype=torch.float64, device="cpu")
         y = unknown if target is None else encode(target, self.num_outputs, size(batch))
-        rows: list[Tensor] = getattr(self, self._name("records"))
+        rows: list[Tensor] = self._get("records")
         known = [record for row in rows for record in unpack(row)]
         weights = self._same_weights(self._weights)
         if known and shapes(known[0].inputs) != shapes(batch):
@@ -95,7 +95,7 @@ class ProbeSetMetric(TangentMetric, ABC):
 
         If there are too many, ranks take turns, as a distributed sampler hands examples out.
         """
-        rows = getattr(self, self._name("records"))
+        rows = self._get("records")
         records = unpack(dim_zero_cat(rows)) if len(rows) else []
         if not records:
             raise ValueError(f"{type(self).__name__}: no examples have been added. Call update() first.")

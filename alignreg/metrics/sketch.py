@@ -16,11 +16,14 @@ from alignreg.checks import deferred
 from alignreg.checks.deferred import Deferred
 from alignreg.distributed.sharding import reshard
 from alignreg.estimators import Estimate
+from alignreg.metrics import groups as group_sets
+from alignreg.metrics import pulled
 from alignreg.metrics.probe_set import ProbeSetMetric
 from alignreg.metrics.records import fingerprint
+from alignreg.metrics.seen import Kept, Sketched
 from alignreg.moments import Moments
 from alignreg.population import PairSums
-from alignreg.tangents.batch import Batch, as_inputs, flat, on, size
+from alignreg.tangents.batch import Batch, as_inputs, on, size
 from alignreg.tangents.linearization import ForwardFn
 from alignreg.tangents.switches import eager
 from alignreg.targets import ConstantTargetError, encode
@@ -31,8 +34,6 @@ vectors for each side (``benchmarks/scale.py``, part ``factored``)."""
 SKETCH_DIM_PER_OUTPUT = 64
 """From how large a ``sketch_dim`` for each output a factored sketch is several times cheaper than directions of equal
 error (``benchmarks/scale.py``, part ``factored``): it takes a pass for each output, they one for each direction."""
-HASH_SIZE = 2**22
-"""The most numbers that are kept of Φᵀy; more parameters are hashed to as many (:func:`.sketches.count_sketch`)."""
 Value = Tensor | Estimate | dict[str, Tensor] | dict[str, Estimate]
 
 
@@ -95,8 +96,8 @@ class SketchMetric(ProbeSetMetric, ABC):
         return_std_error = checks.flag("return_std_error", return_std_error)
         if sketch == "auto":
             sketch = "factored" if num_outputs * SKETCH_DIM_PER_OUTPUT <= sketch_dim else "gaussian"
-        guess = None if target_mean is None else _mean_of_targets(target_mean, num_outputs)
-        names = _group_names(groups)
+        guess = pulled.mean_of_targets(target_mean, num_outputs)
+        names = group_sets.names(groups)
         # `centered` is left out: the raw sums are the same, so both kinds do share.
         options = (sketch, sketch_dim, seed, None if guess is None else guess.tolist(), pairs)
         configuration = ("stream", method, num_outputs, len(names), options if method == "sketch" else ())
@@ -119,21 +120,8 @@ class SketchMetric(ProbeSetMetric, ABC):
         self._target_mean = guess
         if method == "exact":
             self._hold_examples()
-            return
-        self._directions = (
-            sketches.factored(max(3, math.ceil(2 * sketch_dim / RANK)), RANK, seed)
-            if sketch == "factored"
-            else sketches.gaussian(sketch_dim, seed)
-        )
-        self._fields: tuple[type[Moments] | type[PairSums], ...] = (Moments, PairSums) if pairs else (Moments,)
-        start = moments.zeros(num_outputs, self._directions.m, self._pulled)._asdict()
-        if pairs:
-            start |= population.zeros(num_outputs, self._directions.m)._asdict()
-            self._exact = (*self._exact, *start)  # differences of far larger sums
-        for field, value in start.items():
-            rows = value.new_zeros(1 + len(names), *value.shape)
-            self.add_state(self._name(field), rows, dist_reduce_fx="sum")
-        self.add_state(self._name("unlabelled"), torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        else:
+            self._hold_sums(pairs=pairs)
 
     @eager
     def update(self, inputs: Any, target: Tensor | None = None, group: Tensor | None = None) -> None:
@@ -153,7 +141,7 @@ class SketchMetric(ProbeSetMetric, ABC):
         """
         with self._unchanged_on_error():
             batch = as_inputs(inputs)
-            members = self._encode_groups(group, size(batch))
+            members = group_sets.encode(group, len(self.groups), size(batch))
             if self.method == "exact":
                 self._keep(batch, target, members)
                 return
@@ -168,9 +156,9 @@ class SketchMetric(ProbeSetMetric, ABC):
                 sums["unlabelled"] = torch.full((), float(size(batch)), dtype=torch.float64, device=self.device)
             holds = doubts.held(self.device) if doubts else None
             for field, value in sums.items():
-                state = getattr(self, self._name(field))
+                state = self._get(field)
                 added = state + value.to(state)
-                setattr(self, self._name(field), added if holds is None else torch.where(holds, added, state))
+                self._put(field, added if holds is None else torch.where(holds, added, state))
             self._at_weights = now
             if doubts:
                 self._doubts = [*self._doubts, doubts]
@@ -213,7 +201,7 @@ class SketchMetric(ProbeSetMetric, ABC):
             RuntimeError: with ``method="exact"``, if the weights changed since the first update.
         """
         with self._restored_on_error():
-            found: Value = self._named(self._estimates() if self.return_std_error else self._values())
+            found: Value = group_sets.named(self._estimates() if self.return_std_error else self._values(), self.groups)
             return found
 
     @eager
@@ -228,7 +216,7 @@ class SketchMetric(ProbeSetMetric, ABC):
             ValueError: as :meth:`compute`.
         """
         with self._synced():
-            found: Tensor | dict[str, Tensor] = self._named(self._errors())
+            found: Tensor | dict[str, Tensor] = group_sets.named(self._errors(), self.groups)
             return found
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
@@ -247,7 +235,7 @@ class SketchMetric(ProbeSetMetric, ABC):
         """
         if val is None:
             with self._synced():
-                val = self._named(self._estimates())
+                val = group_sets.named(self._estimates(), self.groups)
         return plotting.estimates(val, ax, label=type(self).__name__, bounds=self._bounds)
 
     @property
@@ -255,41 +243,64 @@ class SketchMetric(ProbeSetMetric, ABC):
         """Between which numbers to draw."""
         return self.plot_lower_bound, self.plot_upper_bound
 
-    @property
-    def _pulled(self) -> int:
-        """How many numbers are kept of Φᵀy."""
-        return min(self._features.num_parameters, HASH_SIZE)
+    def _hold_sums(self, *, pairs: bool) -> None:
+        """Add the states of a sketch; to be called by the constructor."""
+        self._directions = (
+            sketches.factored(max(3, math.ceil(2 * self.sketch_dim / RANK)), RANK, self.seed)
+            if self.sketch == "factored"
+            else sketches.gaussian(self.sketch_dim, self.seed)
+        )
+        self._fields: tuple[type[Moments] | type[PairSums], ...] = (Moments, PairSums) if pairs else (Moments,)
+        start = moments.zeros(self.num_outputs, self._directions.m, pulled.length(self._features))._asdict()
+        if pairs:
+            start |= population.zeros(self.num_outputs, self._directions.m)._asdict()
+            self._exact = (*self._exact, *start)  # differences of far larger sums
+        for field, value in start.items():
+            rows = value.new_zeros(1 + len(self.groups), *value.shape)
+            self.add_state(self._name(field), rows, dist_reduce_fx="sum")
+        self.add_state(self._name("unlabelled"), torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     @abstractmethod
-    def _of_moments(self, sums: Moments, *pairs: PairSums) -> Tensor:
-        """Return the number, from the sums of a sketch."""
+    def _of_sketch(self, seen: Sketched) -> Tensor:
+        """Return the number from a sketch, whose standard error follows by leaving columns out."""
 
     @abstractmethod
-    def _error_of_moments(self, sums: Moments, *pairs: PairSums) -> Tensor:
-        """Return its standard error."""
-
-    @abstractmethod
-    def _of_kernel(self, K: Tensor, y: Tensor) -> Tensor:
-        """Return the number, from the exact kernel and the targets as values."""
+    def _of_kernel(self, seen: Kept) -> Tensor:
+        """Return the number from the exact kernel."""
 
     def _estimates(self) -> list[Estimate]:
         return [Estimate(*pair) for pair in zip(self._values(), self._errors(), strict=True)]
 
     def _values(self) -> list[Tensor]:
         if self.method == "sketch":
-            return self._each(self._of_moments, self._moments())
+            return self._each(lambda *sums: self._of_sketch(self._sketched(*sums)), self._moments())
         kept = self._examples()
         if self._needs_targets:
             _require_targets(int(kept.targets.isnan().any(1).sum()), len(kept.targets))
         K = self._features.kernel(kept.inputs).to(torch.float64)
         y = kept.targets.to(K)
-        sets = [rows.to(K.device) for rows in self._sets(kept.groups)]
-        return self._each(self._of_kernel, [(K[rows][:, :, rows], y[rows]) if len(rows) else None for rows in sets])
+        sets = [rows.to(K.device) for rows in group_sets.sets(kept.groups, len(self.groups))]
+        seen = [Kept(K[rows][:, :, rows], y[rows], self.centered) if len(rows) else None for rows in sets]
+        return self._each(self._of_kernel, [one and (one,) for one in seen])
 
     def _errors(self) -> list[Tensor]:
         if self.method == "sketch":
-            return self._each(self._error_of_moments, self._moments())
+            return self._each(self._error, self._moments())
         return [torch.zeros((), dtype=torch.float64, device=self.device)] * (1 + len(self.groups))
+
+    def _error(self, *sums: Any) -> Tensor:
+        return self._sketched(*sums).standard_error(self._of_sketch)
+
+    def _sketched(self, sums: Moments, pairs: PairSums | None = None) -> Sketched:
+        unknown = torch.full_like(sums.n, torch.nan)
+        return Sketched(
+            gram=sums.centred() if self.centered else sums.gram,
+            numerators=moments.numerators(sums),
+            pairs=None if pairs is None else population.columns(sums, pairs),
+            rows=sums.n * self.num_outputs,
+            variance=moments.require_different_targets(sums) if self._needs_targets else unknown,
+            block=self._directions.block_size,
+        )
 
     def _each(self, number: Callable[..., Tensor], samples: Sequence[tuple[Any, ...] | None]) -> list[Tensor]:
         """Return the number of all examples and of each group, NaN where a group has none."""
@@ -305,34 +316,31 @@ class SketchMetric(ProbeSetMetric, ABC):
             found.append(value.to(self.device))
         return found
 
-    def _named(self, values: list[Any]) -> Any:
-        return dict(zip((*self.groups, "total"), (*values[1:], values[0]), strict=True)) if self.groups else values[0]
-
     def _moments(self) -> list[tuple[Any, ...] | None]:
         self._look()
         kinds = []
         for kind in self._fields:
-            columns = [getattr(self, self._name(field)).to(torch.float64) for field in kind._fields]
+            columns = [self._get(field).to(torch.float64) for field in kind._fields]
             kinds.append([kind(*row) for row in zip(*columns, strict=True)])
-        counts = getattr(self, self._name("n")).long().tolist()
+        counts = self._get("n").long().tolist()
         if not counts[0]:
             raise ValueError(f"{type(self).__name__}: no examples have been added. Call update() first.")
         if self._needs_targets:
-            _require_targets(int(getattr(self, self._name("unlabelled"))), counts[0])
+            _require_targets(int(self._get("unlabelled")), counts[0])
         return [sample if count else None for count, sample in zip(counts, zip(*kinds, strict=True), strict=True)]
 
     def _sums(self, batch: Batch, y: Tensor | None, members: Tensor) -> dict[str, Tensor]:
         z = self._features.pushforward(batch, self._directions)
         self._check_width(z)
-        z, sets = z.to(self.device), [on(rows, self.device) for rows in self._sets(members)]
+        z, sets = z.to(self.device), [on(rows, self.device) for rows in group_sets.sets(members, len(self.groups))]
         if y is None:
-            back = z.new_zeros(len(sets), self._pulled)
+            back = z.new_zeros(len(sets), pulled.length(self._features))
             guesses = z.new_zeros(len(sets), self.num_outputs)
             y = z.new_zeros(z.shape[:2])
         else:
             y = on(y, self.device)
-            guesses = torch.stack([self._guess(y[rows]) for rows in sets])
-            back = self._pullbacks(batch, y, sets, guesses)
+            guesses = pulled.guesses(y, sets, self._target_mean)
+            back = pulled.pullbacks(self._features, batch, y, sets, guesses, seed=self.seed)
         parts = [
             moments.of(z[rows], y[rows], pullback=a, guess=guess)._asdict()
             for rows, a, guess in zip(sets, back, guesses, strict=True)
@@ -340,80 +348,6 @@ class SketchMetric(ProbeSetMetric, ABC):
         if PairSums in self._fields:
             parts = [part | population.of(z[rows], y[rows])._asdict() for part, rows in zip(parts, sets, strict=True)]
         return {field: torch.stack([part[field] for part in parts]) for field in parts[0]}
-
-    def _pullbacks(self, batch: Batch, y: Tensor, sets: Sequence[Tensor], guesses: Tensor) -> Tensor:
-        """Return Φᵀ(y − 1πᵀ) of each set of examples ``(sets, P)``, hashed if it is long: one backward pass each."""
-        cotangents = y.new_zeros(len(sets), *y.shape)
-        for cotangent, rows, guess in zip(cotangents, sets, guesses, strict=True):
-            cotangent[rows] = y[rows] - guess
-        # A group that is the whole batch has the same product, an empty one none.
-        needed = [0, *(s for s, rows in enumerate(sets) if s and 0 < len(rows) < len(y))]
-        back = self._features.pullback(batch, torch.stack([cotangents[s] for s in needed]))
-        if self._pulled < self._features.num_parameters:
-            rows = sketches.count_sketch(back, self._pulled, seed=self.seed).to(self.device)
-        else:
-            rows = torch.cat([flat(value).to(self.device, torch.float64) for value in back.values()], dim=1)
-        result = rows.new_zeros(len(sets), rows.shape[1])
-        for s, members in enumerate(sets):
-            if len(members) == len(y):
-                result[s] = rows[0]
-        for s, row in zip(needed, rows, strict=True):
-            result[s] = row
-        return result
-
-    def _guess(self, y: Tensor) -> Tensor:
-        if self._target_mean is not None:
-            return on(self._target_mean.to(y.dtype), y.device)
-        return y.mean(0) if len(y) else y.new_zeros(self.num_outputs)
-
-    def _sets(self, members: Tensor) -> list[Tensor]:
-        """Return the examples of all groups together, and of each, as indices."""
-        groups = (members == index for index in range(len(self.groups)))
-        return [torch.arange(len(members), device=members.device), *(member.nonzero().flatten() for member in groups)]
-
-    def _encode_groups(self, group: Tensor | None, n: int) -> Tensor:
-        count = len(self.groups)
-        if group is None:
-            if count:
-                raise ValueError(f"group: expected indices (n,) of the {count} groups, got none.")
-            return torch.zeros(n, dtype=torch.long, device="cpu")
-        if not count:
-            raise ValueError("group: the metric has no groups. Make it with groups=..., or leave group out.")
-        group = checks.dense("group", group)
-        if group.shape != (n,) or group.is_floating_point() or group.is_complex():
-            raise ValueError(f"group: expected indices ({n},), got {group.dtype} of shape {tuple(group.shape)}.")
-        members = group.detach().cpu().long()
-        outside = members[(members < 0) | (members >= count)]
-        if len(outside):
-            raise ValueError(f"group: expected indices in [0, {count}), got {outside[0].item()}.")
-        return members
-
-
-def _group_names(groups: int | Sequence[str] | None) -> tuple[str, ...]:
-    if groups is None:
-        return ()
-    expected = "a positive integer or different names other than 'total'"
-    names = checks.each(groups)
-    if len(names) == 1 and names[0] is groups:
-        number = checks.integer("groups", groups, expected)
-        return tuple(f"group_{index}" for index in range(checks.count("groups", number)))
-    if not names or not all(isinstance(name, str) for name in names) or len({*names, "total"}) <= len(names):
-        raise ValueError(f"groups: expected {expected}, got {checks.shown(groups)}.")
-    return names
-
-
-def _mean_of_targets(target_mean: Tensor | Sequence[float], c: int) -> Tensor:
-    values = target_mean
-    if not isinstance(values, Tensor):
-        try:
-            values = torch.as_tensor(values)
-        except Exception as error:
-            got = checks.shown(target_mean)
-            raise ValueError(f"target_mean: expected {c} finite values, got {got}.") from error
-    values = checks.values("target_mean", values).detach()
-    if values.shape != (c,):
-        raise ValueError(f"target_mean: expected {c} finite values, got {checks.shown(target_mean)}.")
-    return values.to("cpu", torch.float64)
 
 
 def _require_targets(missing: int, n: int) -> None:

@@ -7,10 +7,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from alignreg import functional, moments
+from alignreg import estimators
+from alignreg.metrics.seen import Kept, Sketched
 from alignreg.metrics.sketch import SketchMetric
-from alignreg.moments import Moments
-from alignreg.population import PairSums
 
 
 @final
@@ -70,12 +69,8 @@ class TangentTrace(SketchMetric):
 
     higher_is_better: bool | None = None
 
-    def _of_moments(self, sums: Moments, *pairs: PairSums) -> Tensor:  # noqa: ARG002
-        return moments.trace(sums, centered=self.centered)
+    def _of_sketch(self, seen: Sketched) -> Tensor:
+        return estimators.trace(seen.gram)
 
-    def _error_of_moments(self, sums: Moments, *pairs: PairSums) -> Tensor:  # noqa: ARG002
-        return moments.trace_std_error(sums, centered=self.centered, block=self._directions.block_size)
-
-    def _of_kernel(self, K: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002
-        K = functional.center(K) if self.centered else K
-        return torch.einsum("ikik->", K)
+    def _of_kernel(self, seen: Kept) -> Tensor:
+        return torch.einsum("ikik->", seen.kernel)

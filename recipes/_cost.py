@@ -11,19 +11,18 @@ from typing import Any, NamedTuple
 import _jobs
 import _loop
 import torch
-import train
+from _config import Config
 
 STEPS, ROUNDS = 30, 5
 
 
 class _Timed(NamedTuple):
-    recipe: train.Train
-    setup: _loop.Setup
+    run: _loop.Run
     batches: Iterator[Any]
     start: float
 
 
-def of(configs: Mapping[str, train.Config], jobs: int) -> dict[str, dict[str, float]]:
+def of(configs: Mapping[str, Config], jobs: int) -> dict[str, dict[str, float]]:
     """Return seconds of an optimizer step, of a measurement, and of the start, of each configuration.
 
     Rounds of steps of all configurations take turns; a step is the median over rounds. Nothing is written.
@@ -35,7 +34,7 @@ def of(configs: Mapping[str, train.Config], jobs: int) -> dict[str, dict[str, fl
     before = torch.get_num_threads()
     torch.set_num_threads(_jobs.threads(jobs))
     timed = {name: _prepared(config) for name, config in configs.items()}
-    measures = {name: _seconds(lambda one=one: one.recipe.measure(Path(), 0)) for name, one in timed.items()}
+    measures = {name: _seconds(lambda one=one: one.run.measurements(Path(), 0)) for name, one in timed.items()}
     rounds: dict[str, list[float]] = {name: [] for name in timed}
     for _ in range(ROUNDS + 1):
         for name, one in timed.items():
@@ -47,11 +46,10 @@ def of(configs: Mapping[str, train.Config], jobs: int) -> dict[str, dict[str, fl
     }
 
 
-def _prepared(config: train.Config) -> _Timed:
-    recipe = train.Train(config)
+def _prepared(config: Config) -> _Timed:
     start = time.perf_counter()
-    setup = _loop.prepare(recipe)
-    return _Timed(recipe, setup, _forever(setup.loader), time.perf_counter() - start)
+    run = _loop.prepare(config)
+    return _Timed(run, _forever(run.loader), time.perf_counter() - start)
 
 
 def _forever(loader: Any) -> Iterator[Any]:
@@ -60,10 +58,10 @@ def _forever(loader: Any) -> Iterator[Any]:
 
 
 def _advance(one: _Timed) -> None:
-    one.setup.model.train()
+    one.run.model.train()
     for step in range(STEPS):
         x, y = next(one.batches)
-        _loop.advance(one.setup, one.recipe, step, x, y)
+        _loop.advance(one.run, step, x, y)
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -23,7 +23,7 @@ import _lock
 import _loop
 import _words
 import torch
-import train
+from _config import Config
 from rich.progress import track
 
 Job = tuple[Path, list[str]]
@@ -146,8 +146,8 @@ def _train(folder: Path, flags: list[str], may_break_off: bool = False) -> str |
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             if arguments[0] != _checkpoint.FLAG:
                 _clear(folder)
-            config, resume = _flags.parse(train.Config, None, arguments)
-            _loop.run(train.Train(config), resume)
+            config, resume = _flags.parse(Config, None, arguments)
+            _loop.train(config, resume)
         (folder / DONE).touch()
     except SystemExit as stop:
         if stop.code == 128 + signal.SIGTERM:

@@ -11,7 +11,7 @@ from typing import NamedTuple, final
 
 import _files
 import _flags
-import train
+from _config import Config
 from _jobs import Job
 from _methods import BUNDLED, DECAY, FINAL, FIRST_SEED, KNOWN, NETWORKS, NONE, TASKS, TUNING
 
@@ -94,7 +94,7 @@ class Plan:
         """Return the weights that a row's is chosen from."""
         return self.grids[row.method]
 
-    def config(self, setting: str, row: Row) -> train.Config:
+    def config(self, setting: str, row: Row) -> Config:
         """Return a run's configuration with a weight from the middle of the grid: what a step costs shows there.
 
         Raises:
@@ -102,7 +102,7 @@ class Plan:
         """
         grid = self.grid(row)
         flags = self._flags(setting, row, {row: grid[len(grid) // 2]} if grid else {}, FINAL)
-        config = _flags.parse(train.Config, None, flags)[0]
+        config = _flags.parse(Config, None, flags)[0]
         if not config.val_size:
             raise ValueError("--val_size: expected a number of examples to hold out, to choose weights by, got 0.")
         return config
@@ -129,7 +129,7 @@ class Plan:
         seconds = 0.0
         for setting, costs in self.costs.items():
             config = self.config(setting, Row(NONE))
-            measured = len(train.Train(config).logged()) * self.seeds
+            measured = len(config.logged) * self.seeds
             for row in self.rows:
                 cost = costs[row.method]
                 seconds += self._runs(row) * (config.steps * cost["step"] + cost["start"]) + measured * cost["measure"]

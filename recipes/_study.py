@@ -19,7 +19,7 @@ import _flags
 import _jobs
 import _run
 import _words
-import train
+from _config import Config
 from _figure import Log
 
 Runs = dict[str, list[Path]]
@@ -132,7 +132,7 @@ def _runs(plan: dict[str, Any]) -> list[tuple[str, list[str]]]:
     jobs = []
     for label, flags in plan["settings"].items():
         own = [*shlex.split(flags), *plan["further"]]
-        _flags.parse(train.Config, None, own)
+        _flags.parse(Config, None, own)
         jobs += [(f"{_jobs.slug(label)}/seed-{seed}", [*own, "--seed", str(seed)]) for seed in range(plan["seeds"])]
     return jobs
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
 
-import _flags
 import _processes
 import _run
 from accelerate import Accelerator
@@ -16,17 +14,15 @@ BEST = {"accuracy": "max", "alignment": "max", "loss": "min"}
 """Of which quantities the summary holds the best value too, by the last part of their key."""
 
 
-def start(accelerator: Accelerator, config: _flags.Common, folder: Path) -> None:
+def start(accelerator: Accelerator, values: dict[str, Any], folder: Path) -> None:
     """Open the run; one that goes on from a checkpoint keeps its identity.
 
     Raises:
         ValueError: on every process, if wandb does not open it: without a login, for one.
     """
-    if not config.with_tracking:
-        return
     identity = hashlib.blake2b(_run.made(folder).encode(), digest_size=8).hexdigest()
     options = {"dir": str(folder), "name": folder.name, "id": identity, "resume": "allow"}
-    _processes.everywhere(accelerator, lambda: _open(accelerator, dataclasses.asdict(config), options))
+    _processes.everywhere(accelerator, lambda: _open(accelerator, values, options))
     if accelerator.is_main_process:
         run = accelerator.get_tracker("wandb", unwrap=True)
         run.define_metric("step")
@@ -45,10 +41,8 @@ def _open(accelerator: Accelerator, values: dict[str, Any], options: dict[str, s
         ) from None
 
 
-def finish(accelerator: Accelerator, config: _flags.Common, folder: Path, figures: list[Path]) -> None:
+def finish(accelerator: Accelerator, folder: Path, figures: list[Path]) -> None:
     """Add the figures, and the best values of the log; on the main process."""
-    if not config.with_tracking:
-        return
     import wandb  # noqa: PLC0415 - optional
 
     run = accelerator.get_tracker("wandb", unwrap=True)

@@ -37,9 +37,9 @@ def load(name):
     return module
 
 
-def parse(recipe, arguments):
-    """The flags of a recipe, read as from its command line."""
-    return recipe._loop._flags.parse(recipe.Config, recipe.__doc__, arguments)
+def parse(arguments, **options):
+    """The flags of train.py, read as from its command line, and the checkpoint."""
+    return load("_flags").parse(load("_config").Config, None, arguments, **options)
 
 
 def module(name):
@@ -59,9 +59,8 @@ def recipe(name, monkeypatch, *flags):
     """Run a recipe in this process, as its command line would."""
     source = module(name)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
-    kind = source.RECIPE
     try:
-        source._loop.main(kind, source.__doc__)
+        source.main()
     finally:
         forget()
 

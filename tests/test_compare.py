@@ -10,7 +10,7 @@ import types
 
 import pytest
 import torch
-from recipe_runs import RECIPES, module, plan, read, row
+from recipe_runs import RECIPES, module, parse, plan, read, row
 
 pytestmark = pytest.mark.usefixtures("recipes_in_this_process")
 TINY = "--tasks few100 --networks mlp --seeds 2 --tuning_seeds 1 --steps 6 --hidden 8 --kernel_size 10"
@@ -47,7 +47,7 @@ def test_runs_of_a_plan(tmp_path):
     assert len({folder for folder, _ in jobs}) == len(jobs)
     seeds = {"tune": set(), "final": set()}
     for folder, flags in jobs:
-        config = module("_flags").parse(module("train").Config, None, flags)[0]
+        config = parse(flags)[0]
         stage = folder.relative_to(tmp_path).parts[1]
         seeds[stage].add(config.seed)
         assert config.measures == (() if stage == "tune" else ("held_out", "ranks", "path"))
@@ -103,7 +103,7 @@ def test_weights_follow_from_validation_alone(tmp_path):
 def test_costs_are_those_of_steps(monkeypatch):
     monkeypatch.setattr(module("_cost"), "STEPS", 6)
     configs = {
-        name: module("_flags").parse(module("train").Config, None, f"--cpu --measure= {flags}".split())[0]
+        name: parse(f"--cpu --measure= {flags}".split())[0]
         for name, flags in {"none": "", "much": "--regularizer kare --reg_examples 32 --weight 1"}.items()
     }
     threads = torch.get_num_threads()
@@ -112,7 +112,7 @@ def test_costs_are_those_of_steps(monkeypatch):
     assert costs.keys() == configs.keys()
     # Of a clock by which everything takes three seconds: a step is a sixth of a round.
     monkeypatch.setattr(module("_cost"), "_seconds", lambda work: work() or 3.0)
-    monkeypatch.setattr(module("_cost").train.Train, "measure", lambda *_: None)
+    monkeypatch.setattr(module("_loop").Measurements, "__call__", lambda *_: None)
     costs = module("_cost").of(configs, jobs=2)
     assert {(cost["step"], cost["measure"]) for cost in costs.values()} == {(0.5, 3.0)}
 
@@ -245,7 +245,7 @@ def test_configurations_have_what_a_comparison_needs(file):
 
 def test_failures_are_said(tmp_path, monkeypatch):
     jobs = module("_jobs")
-    monkeypatch.setattr(jobs._loop, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("out of luck")))
+    monkeypatch.setattr(jobs._loop, "train", lambda *_: (_ for _ in ()).throw(RuntimeError("out of luck")))
     said = jobs._train(tmp_path / "run", ["--cpu"])
     assert "train.py failed" in said
     assert "out of luck" in said
@@ -271,7 +271,7 @@ def test_runs_that_diverge_end_by_themselves(tmp_path, monkeypatch):
     assert math.isnan(log[-1]["test/kernel_alignment"])
     # Wrong flags, and what is no divergence, still stop a study.
     assert "invalid float value" in jobs._train(tmp_path / "other", [*flags, "--lr", "x"], may_break_off=True)
-    monkeypatch.setattr(jobs._loop, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("out of luck")))
+    monkeypatch.setattr(jobs._loop, "train", lambda *_: (_ for _ in ()).throw(RuntimeError("out of luck")))
     assert "out of luck" in jobs._train(tmp_path / "other", flags, may_break_off=True)
 
 

@@ -137,8 +137,7 @@ LEAST = "--cpu --max_steps 3 --probe_size 10 --sketch_dim 3 --kernel_size 2"
 @pytest.mark.usefixtures("recipes_in_this_process")
 def test_configurations_make_three_steps(path, tmp_path, monkeypatch, capsys):
     """On generated data of the right shape, with all flags of the configuration but the size of the data."""
-    train = load("train")
-    config, _ = parse(train, ["--config", str(RECIPES / "configs" / path)])
+    config, _ = parse(["--config", str(RECIPES / "configs" / path)])
     flags = LEAST.split()
     if path.parent.name != "bundled":
         assert config.steps >= 10_000
@@ -169,24 +168,22 @@ def test_launch_configurations(name, tmp_path):
 
 
 def test_other_files_of_flags(tmp_path, capsys):
-    train = load("train")
     for text, message in (("[1]", "got another file"), ("speed: 3", "flags that this recipe does not know: speed")):
         (tmp_path / "flags.yaml").write_text(text)
         with pytest.raises(SystemExit):
-            parse(train, ["--config", str(tmp_path / "flags.yaml")])
+            parse(["--config", str(tmp_path / "flags.yaml")])
         assert message in " ".join(capsys.readouterr().err.split())
     for text, message in (("lr: fast", "--lr: expected float, got 'fast'"), ("steps: true", "--steps: expected int")):
         (tmp_path / "flags.yaml").write_text(text)
         with pytest.raises(SystemExit):
-            parse(train, ["--config", str(tmp_path / "flags.yaml")])
+            parse(["--config", str(tmp_path / "flags.yaml")])
         assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_yaml_does_not_run_code(tmp_path, capsys):
     (tmp_path / "flags.yaml").write_text("!!python/object/apply:os.system ['touch ran']")
-    train = load("train")
     with pytest.raises(SystemExit):
-        parse(train, ["--config", str(tmp_path / "flags.yaml")])
+        parse(["--config", str(tmp_path / "flags.yaml")])
     assert "got another file" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "ran").exists()
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from recipe_runs import RECIPES, ROOT, TINY, load, module, parse, read, recipe
+from recipe_runs import RECIPES, ROOT, TINY, module, parse, read, recipe
 
 pytestmark = pytest.mark.usefixtures("recipes_in_this_process")
 PLAIN = [*TINY.split(), "--measure=", "--no-figure"]
@@ -52,9 +52,8 @@ def test_half_precision_that_would_be_left_out(tmp_path, monkeypatch):
 def test_the_launchers_precision_is_overruled_aloud(launched, flag, warned, monkeypatch, capsys):
     """``accelerate launch`` always sets the variable, to "no" if nobody chose."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
-    train = module("train")
-    config, _ = parse(train, [*PLAIN, "--mixed_precision", flag, "--steps", "0"])
-    module("_loop").prepare(train.Train(config))
+    config, _ = parse([*PLAIN, "--mixed_precision", flag, "--steps", "0"])
+    module("_loop").prepare(config)
     said = f"--mixed_precision {flag}, the recipe's own flag, counts, and not the launcher's {launched}"
     assert (said in capsys.readouterr().err) == warned
 
@@ -64,7 +63,7 @@ def test_as_a_module(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(ROOT), *(place for place in sys.path if place != str(RECIPES))])
     for name in ("recipes", "recipes.train", "_figure"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    assert importlib.import_module("recipes.train").RECIPE
+    assert importlib.import_module("recipes.train").main
 
 
 def test_make_in_a_folder_with_a_space(tmp_path):
@@ -112,7 +111,7 @@ def test_without_matplotlib(tmp_path, monkeypatch, capsys):
     recipe("train", monkeypatch, *PLAIN, "--output_dir", tmp_path / "run")
     assert len(read(tmp_path / "run")) == 3
     with pytest.raises(SystemExit):
-        parse(module("train"), TINY.split())
+        parse(TINY.split())
     assert "--figure: expected the package matplotlib" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["spectrum.py", "--output_dir", str(tmp_path / "study")])
     for name in ("_study", "spectrum"):
@@ -160,7 +159,7 @@ def test_files_of_flags_that_cannot_be_meant(name, tmp_path, capsys):
     text, message = FILES[name]
     (tmp_path / name).write_text(text)
     with pytest.raises(SystemExit, match="2"):
-        parse(load("train"), ["--config", str(tmp_path / name)])
+        parse(["--config", str(tmp_path / name)])
     (said,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert message in said
     assert len(said) < 700

@@ -205,9 +205,8 @@ BAD = {
 def test_bad_flags_make_nothing(flags, tmp_path, monkeypatch, capsys):
     (tmp_path / "Makefile").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    train = load("train")
     with pytest.raises(SystemExit) as stop:
-        parse(train, flags.split())
+        parse(flags.split())
     assert stop.value.code == 2
     assert BAD[flags] in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["Makefile"]

@@ -6,7 +6,7 @@ import pytest
 from recipe_runs import RECIPES, TINY, read, recipe
 
 FILES = sorted(RECIPES.glob("[a-z]*.py"))
-NAMES = [path.stem for path in FILES if "_loop.main(" in path.read_text()]
+NAMES = [path.stem for path in FILES if "_loop.train(" in path.read_text()]
 STUDIES = [path.stem for path in FILES if "_study.main(" in path.read_text()]  # run those in NAMES
 OTHERS = {"overlay", "supernat", "compare"}  # train no network, or have a test of their own
 pytestmark = pytest.mark.usefixtures("recipes_in_this_process")

@@ -3,7 +3,7 @@
 import oracles
 import pytest
 import torch
-from recipe_runs import module
+from recipe_runs import module, parse
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -18,7 +18,7 @@ def test_fisher_penalty_is_unbiased_and_its_gradient_that_of_its_value():
     jac = oracles.matrix(oracles.jacobian(net, x)).reshape(12, 3, -1)
     scores = jac - (p[:, :, None] * jac).sum(1, keepdim=True)  # ∇ log p_k = ∇ f_k − Σ_j p_j ∇ f_j
     trace = float((p * scores.square().sum(2)).sum(1).mean())
-    kind = module("_fisher").FisherPenalty
+    kind = module("_regularizers").FisherPenalty
     reg = kind(net, weight=1.0, examples=None, every_n_steps=1, seed=3, clip=None)
     with torch.no_grad():
         values = torch.stack([reg(x) for _ in range(600)])
@@ -41,19 +41,16 @@ def test_fisher_penalty_is_unbiased_and_its_gradient_that_of_its_value():
 
 
 def prepared(*flags):
-    train = module("train")
-    config = module("_flags").parse(train.Config, None, ["--cpu", "--measure=", "--hidden", "8", *flags])[0]
-    recipe = train.Train(config)
-    return recipe, module("_loop").prepare(recipe)
+    return module("_loop").prepare(parse(["--cpu", "--measure=", "--hidden", "8", *flags])[0])
 
 
 def test_label_smoothing():
-    recipe, setup = prepared("--label_smoothing", "0.3")
-    x, y = setup.data.train_x[:20], setup.data.train_y[:20]
-    logits = setup.model(x)
+    run = prepared("--label_smoothing", "0.3")
+    x, y = run.data.train_x[:20], run.data.train_y[:20]
+    logits = run.model(x)
     target = 0.7 * oracles.one_hot(y, 10) + 0.03
     expected = -(target * logits.double().log_softmax(1)).sum(1).mean()
-    assert float(recipe.loss(logits, x, y)) == pytest.approx(float(expected), rel=1e-6)
+    assert float(module("_loop").loss(run, logits, x, y)) == pytest.approx(float(expected), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -71,23 +68,27 @@ def test_label_smoothing():
 )
 def test_options_of_a_regularizer(flags, options):
     """The loss of a run beside the library's own."""
-    recipe, setup = prepared("--regularizer", "alignment", "--weight", "0.2", *flags.split())
-    data = setup.data
+    run = prepared("--regularizer", "alignment", "--weight", "0.2", *flags.split())
+    data = run.data
     x, y = data.train_x[100:140], data.train_y[100:140]
-    logits = setup.model(x)
-    own = module("train").AlignmentLoss(setup.model, **{"weight": 0.2, "examples": 32, "every_n_steps": 1, **options})
+    logits = run.model(x)
+    own = module("_regularizers").AlignmentLoss(
+        run.model, **{"weight": 0.2, "examples": 32, "every_n_steps": 1, **options}
+    )
     seen = (data.train_x[:30], data.train_y[:30]) if "pool" in flags else (x, y)
     expected = cross_entropy(logits, y) + own(*seen)
-    assert float(recipe.loss(logits, x, y)) == pytest.approx(float(expected), rel=1e-6)
+    assert float(module("_loop").loss(run, logits, x, y)) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_a_regularizer_for_a_part_of_training():
     flags = "--regularizer complexity --weight 0.2 --steps 10 --reg_from 0.2 --reg_until 0.5"
-    recipe, setup = prepared(*flags.split())
-    x, y = setup.data.train_x[:40], setup.data.train_y[:40]
-    logits = setup.model(x)
+    run = prepared(*flags.split())
+    x, y = run.data.train_x[:40], run.data.train_y[:40]
+    logits = run.model(x)
     task = float(cross_entropy(logits, y))
-    assert [float(recipe.loss(logits, x, y)) > task + 1e-4 for _ in range(10)] == [2 <= step < 5 for step in range(10)]
+    assert [float(module("_loop").loss(run, logits, x, y)) > task + 1e-4 for _ in range(10)] == [
+        2 <= step < 5 for step in range(10)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -150,10 +150,10 @@ def test_latest_begins_and_goes_on(tmp_path, whole, monkeypatch):
     advance = loop.advance
 
     def crash_at(last):
-        def crashing(setup, recipe, step, x, y):
+        def crashing(run, step, x, y):
             if step > last:
                 raise RuntimeError("a cosmic ray")
-            advance(setup, recipe, step, x, y)
+            advance(run, step, x, y)
 
         monkeypatch.setattr(loop, "advance", crashing)
 

@@ -1,15 +1,18 @@
-"""Penalise the trace of the Fisher information: a close relative of the complexity penalty, to compare with."""
+"""What can be added to the task: the losses of alignreg, and a close relative to compare them with."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar, final
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
+from alignreg import TangentFeatures
 from alignreg.distributed.wrappers import rank
+from alignreg.losses import AlignmentLoss, ComplexityPenalty, KARELoss, ParticipationRatioLoss
 from alignreg.losses.base import TangentLoss
 from alignreg.losses.sample import Sample
 
@@ -40,3 +43,34 @@ class FisherPenalty(TangentLoss):
                 cross_entropy(logits, drawn), list(self._features.parameters.values()), create_graph=create_graph
             )
         return len(logits) * torch.stack([gradient.square().sum() for gradient in gradients]).sum()
+
+
+LOSSES = {
+    "alignment": AlignmentLoss,
+    "complexity": ComplexityPenalty,
+    "participation_ratio": ParticipationRatioLoss,
+    "kare": KARELoss,
+    "fisher": FisherPenalty,
+}
+LAYERS = {"all": slice(None), "hidden": slice(-1), "last": slice(-1, None)}
+
+
+def make(config: Any, accelerator: Accelerator, model: nn.Module) -> nn.Module | None:
+    """Return what the flags ``regularizer``, ``weight`` and ``reg_...`` ask for; ``model`` as Accelerate wrapped it."""
+    if config.regularizer == "none":
+        return None
+    first, last = config.reg_from * config.steps, config.reg_until * config.steps
+    layers = list(TangentFeatures(accelerator.unwrap_model(model)).layers.values())
+    options = {"probes": config.reg_probes} if config.reg_probes else {}
+    return LOSSES[config.regularizer](
+        model,
+        weight=lambda step: config.weight if first <= step < last else 0.0,
+        examples=config.reg_examples,
+        every_n_steps=config.reg_every,
+        seed=config.seed,
+        centered=config.reg_centered,
+        per_layer=config.reg_per_layer,
+        clip=config.reg_clip or None,
+        params=[name for names in layers[LAYERS[config.reg_layers]] for name in names],
+        **options,
+    ).to(accelerator.device)

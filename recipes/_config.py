@@ -1,0 +1,144 @@
+"""What a run can be told: every flag, with its default and the values that it may have."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import final
+
+import _data
+import _flags
+import _models
+import _regularizers
+import _sets
+from _flags import flag
+from _measure import QUANTITIES
+
+
+@final
+@dataclass(frozen=True)
+class Config:
+    """Every flag with its default; saved with the run."""
+
+    dataset: str = flag("digits", "what to train on", choices=_data.DATASETS)
+    data_path: str | None = flag(None, "folder of the image data set; the Hub is asked by default")
+    train_size: int = flag(0, "training examples; 0 for all that are not held out", least=0)
+    val_size: int = flag(0, "others of the training split, held out to choose by", least=0)
+    label_noise: float = flag(0.0, "share of the training labels that are redrawn uniformly", least=0, most=1)
+    mix: str | None = flag(None, "data set to add training examples of", choices=_data.DATASETS)
+    mix_size: int = flag(0, "how many", least=0)
+    mix_path: str | None = flag(None, "folder of that data set")
+    augment: bool = flag(False, "cut images out of a margin of 4 pixels, and mirror half of them, at every step")
+    model: str = flag("mlp", "the network", choices=tuple(_models.WIDTHS))
+    hidden: int = flag(
+        0, "units, channels of the first stage, or size of the embedding; 0 for its own", least=0, most=10**9
+    )
+    depth: int = flag(0, "layers (mlp, cnn) or blocks (transformer); 0 for its own", least=0, most=10**4)
+    batch_norm: bool = flag(False, "batch normalisation (vgg, resnet18)")
+    init: str = flag("torch", "weights at the start: torch's, or Kaiming's normal ones", choices=_models.INITS)
+    seed: int = flag(0, "of initialisation, subset, label noise, batches and sketches", least=0, most=2**32 - 1)
+    steps: int = flag(1500, "optimizer steps", least=0)
+    max_steps: int = flag(0, "stop after so many, with a checkpoint to go on from; 0 for no such stop", least=0)
+    stop_loss: float = flag(0.0, "stop where the training loss is measured to be lower", least=0)
+    log_spacing: float = flag(1.3, "ratio of the steps at which is measured: 0, 5, 5·1.3, …", least=1.01)
+    batch_size: int = flag(64, "on each process", least=1)
+    lr: float = flag(0.05, "learning rate of SGD", least=0)
+    momentum: float = flag(0.9, "of SGD", least=0, most=1)
+    weight_decay: float = flag(0.0, "of SGD", least=0)
+    mixed_precision: str = flag("no", "of the task's forward pass", choices=("no", "bf16", "fp16"))
+    cpu: bool = flag(False, "run on the CPU")
+    with_tracking: bool = flag(False, "log to wandb as well")
+    checkpointing_steps: int = flag(0, "steps between checkpoints, 0 for none", least=0)
+    output_dir: str | None = flag(None, "the run's folder; a new one under runs/ by default")
+    label_smoothing: float = flag(0.0, "share of each label that is spread over all classes", least=0, most=1)
+    regularizer: str = flag("none", "what is added to the task", choices=("none", *_regularizers.LOSSES))
+    weight: float = flag(0.0, "strength of the regularizer", least=0)
+    reg_examples: int = flag(32, "of a batch, what the regularizer is evaluated on, or all if fewer", least=2)
+    reg_pool: int = flag(0, "draw them from the first so many training examples in place of the batch", least=0)
+    reg_every: int = flag(1, "steps between their evaluations", least=1)
+    reg_from: float = flag(0.0, "share of training before the regularizer sets in", least=0, most=1)
+    reg_until: float = flag(1.0, "share of training after which it is left out", least=0, most=1)
+    reg_probes: int = flag(0, "its random probes; 0 for its own number", least=0, most=10**5)
+    reg_clip: float = flag(0.25, "how many times as long as the weights its gradient may be; 0 for no limit", least=0)
+    reg_layers: str = flag("all", "whose tangent features count", choices=tuple(_regularizers.LAYERS))
+    reg_centered: bool = flag(True, "centre the kernel")
+    reg_per_layer: bool = flag(False, "the mean over layers of each one's own")
+    sketch_dim: int = flag(64, "random directions of the alignment", least=3, most=10**5)
+    probe_size: int = flag(500, "training, and test, examples that alignment is measured on, or all if fewer", least=10)
+    kernel_size: int = flag(50, "training examples of the exact kernel, or all if fewer", least=2)
+    figure: bool = flag(True, "draw the log and print a table of it")
+    measure: str = flag("alignment,path,ranks", f"what to log beside accuracy, of {', '.join(QUANTITIES)}")
+
+    @property
+    def name(self) -> str:
+        """Of the run's folder, if the user gives none."""
+        return f"{self.dataset}-{self.model}-{self.regularizer}"
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """What to log."""
+        return tuple(name.strip() for name in self.measure.split(",") if name.strip())
+
+    @property
+    def last_step(self) -> int:
+        """The step to stop after."""
+        return min(self.steps, self.max_steps or self.steps)
+
+    @property
+    def logged(self) -> set[int]:
+        """The steps to measure at: 0, 5, 5·1.3, 5·1.3², … and the last."""
+        steps, step = {0, self.steps}, 5.0
+        while step < self.steps:
+            steps.add(int(step))
+            step *= self.log_spacing
+        return steps
+
+    def check(self) -> None:
+        """Refuse flags that cannot be meant, before anything is made.
+
+        Raises:
+            ValueError: with the flag, what was expected and what came.
+        """
+        _flags.check(self)
+        self._check_data()
+        self._check_network()
+        self._check_regularizer()
+        if self.with_tracking and importlib.util.find_spec("wandb") is None:
+            raise ValueError("--with_tracking: expected the package wandb. Install it: pip install wandb")
+        if self.figure and importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("--figure: expected the package matplotlib. pip install matplotlib, or pass --no-figure.")
+        odd = set(self.measures) - QUANTITIES.keys()
+        if odd:
+            raise ValueError(f"--measure: expected some of {', '.join(QUANTITIES)}, got {', '.join(sorted(odd))}.")
+
+    def _check_data(self) -> None:
+        points = [name for name in (self.dataset, self.mix) if name in _sets.POINTS]
+        if points and self.model != "mlp":
+            raise ValueError(
+                f"--model: expected mlp for {points[0]}, whose inputs are points and no images, got {self.model}."
+            )
+        if points and self.augment:
+            raise ValueError(f"--augment: expected images, got {points[0]}, whose inputs are points.")
+        if (self.mix is None) != (self.mix_size == 0):
+            raise ValueError("--mix_size: expected with --mix, and --mix with it: a data set and how many examples.")
+        for path, name in (("data_path", self.dataset), ("mix_path", self.mix)):
+            if getattr(self, path) is not None and (name is None or name in _sets.BUNDLED):
+                raise ValueError(f"--{path}: expected an image data set with it, got {name}, which needs no folder.")
+
+    def _check_network(self) -> None:
+        if self.depth == 1 and self.model in ("mlp", "cnn"):
+            raise ValueError("--depth: expected at least 2 layers, or 0 for the network's own, got 1.")
+        if self.depth and self.model not in _models.DEPTHS:
+            raise ValueError(f"--depth: expected {', '.join(_models.DEPTHS)} with it, got {self.model}.")
+        if self.batch_norm and self.model in ("mlp", "cnn", "transformer"):
+            raise ValueError(f"--batch_norm: expected vgg or resnet18 with it, got {self.model}.")
+
+    def _check_regularizer(self) -> None:
+        if self.reg_probes and self.regularizer in ("kare", "fisher"):
+            raise ValueError(f"--reg_probes: expected a regularizer of probes, got {self.regularizer}.")
+        if self.regularizer == "fisher" and (self.reg_per_layer or not self.reg_centered):
+            raise ValueError("--reg_per_layer, --reg_centered: expected a regularizer of the kernel, got fisher.")
+        if self.regularizer == "none" and self.weight:
+            raise ValueError(f"--weight: expected a --regularizer with it, got {self.weight} with none.")
+        if self.regularizer != "none" and not self.weight:
+            raise ValueError(f"--weight: expected a positive number with --regularizer {self.regularizer}, got 0.")

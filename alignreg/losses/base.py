@@ -17,6 +17,7 @@ from alignreg.checks import deferred
 from alignreg.checks.deferred import Deferred, SelfCheckError
 from alignreg.distributed.sharding import is_sharded, ranks_of
 from alignreg.distributed.wrappers import find_ddp, rank, require_sync, world_size
+from alignreg.losses.count import Count
 from alignreg.losses.gradients import clipped_share, with_gradients
 from alignreg.losses.reference import Reference
 from alignreg.losses.reuse import Reuse
@@ -135,6 +136,7 @@ class TangentLoss(nn.Module, ABC):
         self._num_outputs: int | None = None
         self._held: bool | None = None
         self._reuse = Reuse()
+        self._calls = Count()
         self._warned: set[str] = set()
         self.register_buffer("step", torch.zeros((), dtype=torch.long, device="cpu"))
 
@@ -150,7 +152,8 @@ class TangentLoss(nn.Module, ABC):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> TangentLoss:
         step = self.step
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.step = step  # it has a value where weights wait for theirs, and is read without waiting for a device
+        # A count has a value also where weights wait for theirs: on the meta device, and after to_empty().
+        self.step = step if self.step.is_meta else self.step.copy_(step)
         return self
 
     def _refer(self, model: nn.Module) -> None:
@@ -194,7 +197,7 @@ class TangentLoss(nn.Module, ABC):
         zero = self._zero()
         if not self.training:
             return zero
-        call = int(self.step)
+        call = self._calls.read(self.step)
         step = call // self.gradient_accumulation_steps
         weight = _check_weight(self.weight(step), step) if callable(self.weight) else self.weight
         self._count()  # also where this raises: ranks that differ in their steps would part, or wait for each other
@@ -234,11 +237,12 @@ class TangentLoss(nn.Module, ABC):
             yield
         finally:
             called, self._held = self._held, None
-            self.step += int(called)
+            if called:
+                self._calls.add_one(self.step)
 
     def _count(self) -> None:
         if self._held is None:
-            self.step.add_(1)
+            self._calls.add_one(self.step)
         else:
             self._held = True
 

@@ -1,0 +1,33 @@
+"""A count that lives in a buffer, and is read from its device only after somebody else has written it."""
+
+from __future__ import annotations
+
+from typing import final
+
+from torch import Tensor
+
+
+@final
+class Count:
+    """Remembers the number in a buffer, so that reading it need not wait for the buffer's device."""
+
+    def __init__(self) -> None:
+        self._known: tuple[Tensor, int, int] | None = None
+
+    def read(self, buffer: Tensor) -> int:
+        """Return the number in the buffer."""
+        if buffer.is_inference():  # such tensors do not say when they are written
+            return int(buffer)
+        if self._known is None or self._known[0] is not buffer or self._known[1] != buffer._version:  # noqa: SLF001 - of changes in place
+            self._known = buffer, buffer._version, int(buffer)  # noqa: SLF001
+        return self._known[2]
+
+    def add_one(self, buffer: Tensor) -> None:
+        """Count one more."""
+        number = self.read(buffer) + 1
+        buffer.add_(1)
+        if not buffer.is_inference():
+            self._known = buffer, buffer._version, number  # noqa: SLF001
+
+    def __getstate__(self) -> dict[str, None]:
+        return {"_known": None}  # a copy belongs to another buffer

@@ -31,7 +31,7 @@ def layers(model: nn.Module) -> dict[str, Layer]:
 
     Example:
         >>> import torch
-        >>> from alignreg import weights
+        >>> from alignreg.complexity import weights
         >>> list(weights.layers(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))))
         ['0', '2']
     """
@@ -75,7 +75,7 @@ def start(model: nn.Module, initial: nn.Module | Mapping[str, Tensor]) -> dict[s
 
     Example:
         >>> import torch
-        >>> from alignreg import weights
+        >>> from alignreg.complexity import weights
         >>> net = torch.nn.Linear(1, 1, bias=False)
         >>> weights.start(net, {"weight": torch.ones(1, 1)})
         {'weight': tensor([[1.]], dtype=torch.float64)}
@@ -118,7 +118,7 @@ def matrices(of: Mapping[str, Layer], parameters: Mapping[str, Tensor] | None = 
 
     Example:
         >>> import torch
-        >>> from alignreg import weights
+        >>> from alignreg.complexity import weights
         >>> weights.matrices({"": torch.nn.Conv2d(4, 6, (3, 2), groups=2)})[""].shape
         torch.Size([2, 3, 12])
     """
@@ -135,7 +135,7 @@ def spectral_norm(blocks: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from alignreg import weights
+        >>> from alignreg.complexity import weights
         >>> weights.spectral_norm(torch.tensor([[[3.0]], [[-4.0]]]))
         tensor(4.)
     """
@@ -148,7 +148,7 @@ def stacked(scalars: Sequence[Tensor]) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from alignreg import weights
+        >>> from alignreg.complexity import weights
         >>> weights.stacked([torch.tensor(1.0), torch.tensor(2.0)])
         tensor([1., 2.])
     """

@@ -18,7 +18,7 @@ from alignreg import checks, formulas
 from alignreg.targets import ConstantTargetError, encode
 
 ROUNDING = 0.01
-"""Relative errors beyond which a tensor is no kernel: those of bfloat16 stay below."""
+"""The relative error beyond which a tensor is no kernel; the errors of bfloat16 stay below it."""
 _INDEFINITE = (
     "K: expected a positive semi-definite kernel, of products of features, got one with negative eigenvalues. Where "
     "only rounding errors are left of a centered one, compute it in float64."

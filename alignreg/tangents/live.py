@@ -113,7 +113,7 @@ class LiveModel(ABC):  # noqa: B024 - what is made of a model is left to subclas
 
     @property
     def like(self) -> Tensor:
-        """One of the parameters, without a gradient: for its dtype and device."""
+        """A parameter without its gradient, which tells their dtype and device."""
         for name in self._shapes:
             with suppress(AttributeError):
                 if not (found := self.model.get_parameter(name)).is_meta:

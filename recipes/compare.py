@@ -31,15 +31,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import _comparison
-import _cost
-import _figure
-import _files
-import _jobs
-import _run
-import _words
-from _methods import DECAY, KNOWN, METHODS, NETWORKS, NONE, TASKS, VARIANTS, base
-from _plan import Plan, Row, Weights
+sys.path.insert(0, str(Path(__file__).parent))  # where python -m does not look
+
+from comparison import cost, report
+from comparison.methods import DECAY, KNOWN, METHODS, NETWORKS, NONE, TASKS, VARIANTS, base
+from comparison.plan import Plan, Row, Weights
+from studies.jobs import Job, Workers, broken_off, opened
+from training import flags, messages, plots, run_folder, storage
 
 SHORT: dict[str, Any] = {
     "tasks": ["noise40"],
@@ -53,11 +51,11 @@ SHORT: dict[str, Any] = {
 
 def main() -> None:
     """Run a comparison from the command line: the runs that are not there yet, then table, figures and findings."""
-    with _words.in_words():
+    with messages.in_words():
         arguments, further = _parser().parse_known_args()
-        _figure.pyplot()  # missing, it is missed before the work
+        plots.pyplot()  # missing, it is missed before the work
         if arguments.report:
-            _comparison.report(arguments.report, arguments.into)
+            report.report(arguments.report, arguments.into)
             return
         started = time.monotonic()
         plan = _known(arguments, further) if arguments.resume else _new(arguments, further)
@@ -67,12 +65,12 @@ def main() -> None:
         if not plan.costs:
             print("timing a step of each method ...", flush=True)
             plan.costs = {
-                setting: _cost.of({name: plan.config(setting, Row(name)) for name in plan.methods}, arguments.jobs)
+                setting: cost.of({name: plan.config(setting, Row(name)) for name in plan.methods}, arguments.jobs)
                 for setting in plan.settings
             }
-        with _jobs.opened(arguments.resume, arguments.output_dir, "compare") as folder:
+        with opened(arguments.resume, arguments.output_dir, "compare") as folder:
             _compare(plan, folder, arguments.jobs, started)
-            _comparison.report(folder, arguments.into)
+            report.report(folder, arguments.into)
 
 
 def _compare(plan: Plan, folder: Path, at_once: int, started: float) -> None:
@@ -80,7 +78,7 @@ def _compare(plan: Plan, folder: Path, at_once: int, started: float) -> None:
     minutes = max(1, round(plan.estimated_minutes(at_once)))
     print(f"{plan.runs} runs, about {minutes} min in all with {at_once} at a time", flush=True)
     try:
-        with _jobs.Workers(at_once, folder) as workers:
+        with Workers(at_once, folder) as workers:
             chosen = _choose(plan, folder, workers)
             finals = [
                 job
@@ -95,7 +93,7 @@ def _compare(plan: Plan, folder: Path, at_once: int, started: float) -> None:
     text = json.dumps(_found(plan, folder, chosen), indent=1)
     # Values of seeds in one line.
     text = re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)
-    _files.write(folder / "comparison.json", f"{text}\n")
+    storage.write(folder / "comparison.json", f"{text}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -142,7 +140,7 @@ def _new(arguments: argparse.Namespace, further: list[str]) -> Plan:
         methods=methods,
         grids={name: list(KNOWN[name].weights) for name in methods},
         further=further,
-        versions=_run.versions(),
+        versions=run_folder.versions(),
         on_top=not arguments.variants,
     )
     if arguments.short:
@@ -185,7 +183,7 @@ def _what(arguments: list[str]) -> list[str]:
     return [one for one, before in pairs if one.partition("=")[0] not in free and before not in free]
 
 
-def _choose(plan: Plan, folder: Path, workers: _jobs.Workers) -> dict[str, Weights]:
+def _choose(plan: Plan, folder: Path, workers: Workers) -> dict[str, Weights]:
     """Return the weights of each setting: of the highest mean validation accuracy, the smaller of equals."""
     chosen: dict[str, Weights] = {setting: {} for setting in plan.settings}
     for on_top in (False, True):  # on top of the weight decay that was best
@@ -206,18 +204,16 @@ def _choose(plan: Plan, folder: Path, workers: _jobs.Workers) -> dict[str, Weigh
     return chosen
 
 
-def _validated(jobs: list[_jobs.Job]) -> float:
-    return statistics.mean(_comparison.log_of(run)[-1]["val/accuracy"] for run, _ in jobs)
+def _validated(jobs: list[Job]) -> float:
+    return statistics.mean(report.log_of(run)[-1]["val/accuracy"] for run, _ in jobs)
 
 
 def _found(plan: Plan, folder: Path, chosen: dict[str, Weights]) -> dict[str, Any]:
     """Return all that tables and findings are made of."""
     settings = []
-    for setting, flags in plan.settings.items():
+    for setting, fields in plan.settings.items():
         weights, costs = chosen[setting], plan.costs[setting]
-        logs = {
-            row: [_comparison.log_of(run) for run, _ in plan.final(folder, setting, row, weights)] for row in plan.rows
-        }
+        logs = {row: [report.log_of(run) for run, _ in plan.final(folder, setting, row, weights)] for row in plan.rows}
         rows = [
             {
                 "method": row.method,
@@ -228,12 +224,14 @@ def _found(plan: Plan, folder: Path, chosen: dict[str, Weights]) -> dict[str, An
                     for weight in plan.grid(row)
                 },
                 "cost": round(costs[row.method]["step"] / costs[NONE]["step"], 3),
-                "broken_off": sum(_jobs.broken_off(run) for run, _ in plan.final(folder, setting, row, weights)),
-                "values": _comparison.reached(logs[row], logs[Row(NONE)]),
+                "broken_off": sum(broken_off(run) for run, _ in plan.final(folder, setting, row, weights)),
+                "values": report.reached(logs[row], logs[Row(NONE)]),
             }
             for row in plan.rows
         ]
-        settings.append({"setting": setting, "flags": shlex.join([*shlex.split(flags), *plan.further]), "rows": rows})
+        settings.append(
+            {"setting": setting, "flags": shlex.join([*flags.arguments_of(fields), *plan.further]), "rows": rows}
+        )
     return {
         "command": plan.command,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",

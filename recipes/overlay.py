@@ -8,23 +8,24 @@ Takes any number of folders that recipes/train.py wrote.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
-import _figure
-import _files
-import _run
-import _words
+sys.path.insert(0, str(Path(__file__).parent))  # where python -m does not look
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from training import messages, plots, run_folder, storage
 
 TASK = ("dataset", "model", "label_noise", "train_size", "mix", "mix_size")
 
 
 def main() -> None:
     """Run from the command line."""
-    with _words.in_words():
+    with messages.in_words():
         _overlay()
 
 
@@ -33,30 +34,30 @@ def _overlay() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
     parser.add_argument("--output_dir", type=Path, required=True, help="where figure.png goes")
     arguments = parser.parse_args()
-    logs: list[_figure.Log] = []
+    logs: list[plots.Log] = []
     names: list[str] = []
     tasks: set[tuple[str, ...]] = set()
     config: dict[str, Any] = {}
     for run in arguments.runs:
         try:
-            config = _run.config_of(run)
-            log = _run.read(run)
+            config = run_folder.config_of(run)
+            log = run_folder.read(run)
         except OSError as error:
-            raise _words.ToldError(f"expected the folder of a run, but {error.filename}: {error.strerror}.") from None
+            raise messages.ToldError(f"expected the folder of a run, but {error.filename}: {error.strerror}.") from None
         tasks.add(tuple(f"{key} {config[key]}" for key in TASK))
-        names.append(_figure.label(config))
+        names.append(plots.label(config))
         logs.append(log)
     if len(tasks) > 1:
-        raise _words.ToldError(f"expected runs of one task, got {' and '.join(map(', '.join, sorted(tasks)))}.")
+        raise messages.ToldError(f"expected runs of one task, got {' and '.join(map(', '.join, sorted(tasks)))}.")
     labels = [
         name if names.count(name) == 1 else f"{name} ({run.name})"
         for name, run in zip(names, arguments.runs, strict=True)
     ]
-    title = _figure.task(config)
-    with _files.writing(arguments.output_dir):
+    title = plots.task(config)
+    with storage.writing(arguments.output_dir):
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
     figure = arguments.output_dir / "figure.png"
-    _figure.draw(dict(zip(labels, logs, strict=True)), title, figure)
+    plots.draw(dict(zip(labels, logs, strict=True)), title, figure)
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     columns = ("regularizer", "train\naccuracy", "test accuracy\nlast", "test accuracy\nbest", "alignment\non test")

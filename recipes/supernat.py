@@ -22,14 +22,14 @@ validation examples.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import _figure
-import _run
-import _words
+sys.path.insert(0, str(Path(__file__).parent))  # where python -m does not look
+
 import torch
 from rich import box
 from rich.console import Console
@@ -37,6 +37,7 @@ from rich.table import Table
 from torch import Tensor
 
 from alignreg.linear import GradientDescent, SuperNat
+from training import messages, plots, run_folder
 
 Model = GradientDescent | SuperNat
 NAMES = {"gd": "gradient descent", "truth": "true function"}
@@ -44,7 +45,7 @@ NAMES = {"gd": "gradient descent", "truth": "true function"}
 
 def main() -> None:
     """Run from the command line."""
-    with _words.in_words():
+    with messages.in_words():
         run(vars(_parser().parse_args()))
 
 
@@ -54,22 +55,22 @@ def run(config: dict[str, Any]) -> None:
     Raises:
         ValueError: if the folder holds something, or a method diverges.
     """
-    _figure.pyplot()  # missing, it is missed before the work
+    plots.pyplot()  # missing, it is missed before the work
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")
     folder = Path(config["output_dir"] or f"runs/supernat-{stamp}")
-    _run.claim(folder)
-    with _run.unclaimed_on_failure(folder):
-        _run.save_config(folder, config)
+    run_folder.claim(folder)
+    with run_folder.unclaimed_on_failure(folder):
+        run_folder.save_config(folder, config)
     start = time.perf_counter()
     for k in config["noise_features"]:
         for seed in range(config["seeds"]):
             try:
                 train(folder, k, seed, config)
             except RuntimeError as error:
-                raise _words.ToldError(f"{k} noise features, seed {seed}: {error}") from error
+                raise messages.ToldError(f"{k} noise features, seed {seed}: {error}") from error
     draw(folder)
     print_table(folder)
-    print(f"log:    {_run.log_of(folder)}")
+    print(f"log:    {run_folder.log_of(folder)}")
     print(f"figure: {folder / 'figure.png'}  ({time.perf_counter() - start:.0f} s)")
 
 
@@ -145,10 +146,10 @@ def train(folder: Path, k: int, seed: int, config: dict[str, Any]) -> None:
                 line[f"{name}/train_error"] = float((model.outputs - y[:n]).square().mean())
                 line[f"{name}/validation_error"] = float((model.predict(x[n:]) - y[n:]).square().mean())
                 line[f"{name}/complexity"] = float(model.complexity)
-            _run.append(folder, line)
+            run_folder.append(folder, line)
 
 
-def curves(log: _figure.Log, k: int, key: str) -> tuple[list[int], Tensor]:
+def curves(log: plots.Log, k: int, key: str) -> tuple[list[int], Tensor]:
     """Return the logged steps, and a value at them, ``(seeds, steps)``."""
     lines = [line for line in log if line["noise_features"] == k]
     steps = sorted({int(line["step"]) for line in lines})
@@ -157,7 +158,7 @@ def curves(log: _figure.Log, k: int, key: str) -> tuple[list[int], Tensor]:
     return steps, torch.tensor([[table[seed, step] for step in steps] for seed in seeds], dtype=torch.float64)
 
 
-def methods(log: _figure.Log) -> list[str]:
+def methods(log: plots.Log) -> list[str]:
     """Return the methods of a log."""
     return [key.split("/")[0] for key in log[0] if key.endswith("/complexity")]
 
@@ -173,18 +174,18 @@ def spread(values: Tensor) -> Tensor:
 
 def draw(folder: Path) -> None:
     """Draw the validation errors along training, a panel for each k."""
-    log = _run.read(folder)
+    log = run_folder.read(folder)
     panels = list(dict.fromkeys(int(line["noise_features"]) for line in log))
     size = (3.5, 0.8 + 1.7 * len(panels))  # a column of a paper, at which the type is 8 points
-    figure, axes = _figure.pyplot().subplots(
+    figure, axes = plots.pyplot().subplots(
         len(panels), 1, figsize=size, layout="constrained", sharex=True, squeeze=False
     )
     for axis, k in zip(axes[:, 0], panels, strict=True):
         for index, method in enumerate(methods(log)):
             steps, values = curves(log, k, f"{method}/validation_error")
-            line = {"color": _figure.COLORS[index % len(_figure.COLORS)], "linewidth": 1.4, "label": _name(method)}
+            line = {"color": plots.COLORS[index % len(plots.COLORS)], "linewidth": 1.4, "label": _name(method)}
             x, style = [step + 1 for step in steps], "-" if index == 0 else "--"
-            _figure.shade(axis, x, values.mean(0).tolist(), spread(values).tolist(), style, **line)
+            plots.shade(axis, x, values.mean(0).tolist(), spread(values).tolist(), style, **line)
         _, truth = curves(log, k, "truth/validation_error")
         axis.axhline(float(truth.mean()), color="0.4", linestyle=":", linewidth=1, label=_name("truth"))
         axis.set_xscale("log")
@@ -196,12 +197,12 @@ def draw(folder: Path) -> None:
     axes[-1, 0].set_xlabel("steps + 1", fontsize=8)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    _figure.save(figure, folder / "figure.png", 200)
+    plots.save(figure, folder / "figure.png", 200)
 
 
 def print_table(folder: Path) -> None:
     """Print the errors at the end and at the best step, mean ± s.d. over seeds."""
-    log = _run.read(folder)
+    log = run_folder.read(folder)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     headings = ("noise\nfeatures", "method", "validation error\nat the end", "validation error\nat the best step")
     for heading in (*headings, "best step\n(median)", "training error\nat the end", "complexity\nat the end"):

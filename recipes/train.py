@@ -30,18 +30,19 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
-import _flags
-import _loop
-import _words
-from _config import Config
+sys.path.insert(0, str(Path(__file__).parent))  # where python -m does not look
+
+from training import flags, loop, messages
+from training.config import Config
 
 
 def main() -> None:
     """Run from the command line."""
-    with _words.in_words():
-        config, resume = _flags.parse(Config, __doc__)
-        _loop.train(config, resume)
+    with messages.in_words():
+        config, resume = flags.parse(Config, __doc__)
+        loop.train(config, resume)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Gloo's threads outlive the process group, and one that still drops its last work while the interpreter exits
         # aborts the process. All is written and ended by now: leave without the interpreter's farewell.

@@ -1,7 +1,6 @@
 """Running the files of recipes/ as a user does."""
 
 import importlib
-import importlib.util
 import json
 import os
 import struct
@@ -25,21 +24,17 @@ KEYS += ["train/path_complexity", "train/effective_rank", "train/participation_r
 
 
 def load(name):
-    """A file of recipes/, which is no package, as a module."""
+    """A file of recipes/ as a module, for tests without ``recipes_in_this_process``."""
     sys.path.insert(0, str(RECIPES))
     try:
-        spec = importlib.util.spec_from_file_location(f"recipes_{name}", RECIPES / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
+        return importlib.import_module(name)
     finally:
         sys.path.remove(str(RECIPES))
-    return module
 
 
 def parse(arguments, **options):
     """The flags of train.py, read as from its command line, and the checkpoint."""
-    return load("_flags").parse(load("_config").Config, None, arguments, **options)
+    return load("training.flags").parse(load("training.config").Config, None, arguments, **options)
 
 
 def module(name):
@@ -71,18 +66,18 @@ def plan(**values):
         "command": "",
         "tasks": ["noise40", "few100"],
         "networks": ["mlp", "cnn"],
-        "methods": list(module("_methods").METHODS),
+        "methods": list(module("comparison.methods").METHODS),
         "further": [],
         "versions": {},
     }
     options = {**options, **values}
-    grids = {name: list(module("_methods").KNOWN[name].weights) for name in options["methods"]}
-    return module("_plan").Plan(**{"grids": grids, **options})
+    grids = {name: list(module("comparison.methods").KNOWN[name].weights) for name in options["methods"]}
+    return module("comparison.plan").Plan(**{"grids": grids, **options})
 
 
 def row(method, on_top=False):
     """A method in it."""
-    return module("_plan").Row(method, on_top)
+    return module("comparison.plan").Row(method, on_top)
 
 
 def start(*flags, launcher=LAUNCH, cwd=None, **environment):

@@ -17,7 +17,7 @@ TINY = "--tasks few100 --networks mlp --seeds 2 --tuning_seeds 1 --steps 6 --hid
 
 
 def test_every_method_is_tuned_alike():
-    methods = module("_methods")
+    methods = module("comparison.methods")
     sizes = {name: len(method.weights) for name, method in methods.KNOWN.items() if name != methods.NONE}
     assert set(sizes.values()) == {5}
     for method in methods.KNOWN.values():
@@ -46,8 +46,7 @@ def test_runs_of_a_plan(tmp_path):
     assert len(jobs) == a.runs == 4 * ((7 + 6) * 5 * 2 + (8 + 6) * 4)
     assert len({folder for folder, _ in jobs}) == len(jobs)
     seeds = {"tune": set(), "final": set()}
-    for folder, flags in jobs:
-        config = parse(flags)[0]
+    for folder, config in jobs:
         stage = folder.relative_to(tmp_path).parts[1]
         seeds[stage].add(config.seed)
         assert config.measures == (() if stage == "tune" else ("held_out", "ranks", "path"))
@@ -62,9 +61,9 @@ def test_runs_of_a_plan(tmp_path):
 def test_a_plan_is_kept(tmp_path):
     a = plan(costs={"few100-mlp": {"none": {"step": 1e-3, "measure": 0.1, "start": 0.0}}}, minutes=1.5)
     a.save(tmp_path)
-    assert module("_plan").Plan.load(tmp_path) == a
+    assert module("comparison.plan").Plan.load(tmp_path) == a
     with pytest.raises(ValueError, match="expected the folder of a comparison"):
-        module("_plan").Plan.load(tmp_path / "none")
+        module("comparison.plan").Plan.load(tmp_path / "none")
 
 
 def test_minutes_before_it_starts():
@@ -83,9 +82,9 @@ def test_weights_follow_from_validation_alone(tmp_path):
     order = []
 
     def run_all(jobs, *_, **__):
-        for folder, flags in jobs:
+        for folder, config in jobs:
             _, _, name, weight, seed = folder.relative_to(tmp_path).parts
-            order.append((name, flags))
+            order.append((name, config))
             # The best by mean only; a larger one is equal; test accuracy points elsewhere.
             good = float(weight) == best[name] or float(weight) == max(a.grid(row(name.split("+")[0])))
             value = 0.5 + 0.1 * good + (0.2 if seed == "seed-0" else -0.2)
@@ -95,25 +94,25 @@ def test_weights_follow_from_validation_alone(tmp_path):
 
     chosen = compare._choose(a, tmp_path, types.SimpleNamespace(run=run_all))["few100-mlp"]
     assert {r.slug: weight for r, weight in chosen.items()} == best
-    on_top = [flags for name, flags in order if name == "alignment+weight_decay"]
+    on_top = [config for name, config in order if name == "alignment+weight_decay"]
     assert len(on_top) == 10
-    assert all("--weight_decay 0.01 " in " ".join(flags) for flags in on_top)
+    assert all(config.weight_decay == 0.01 for config in on_top)
 
 
 def test_costs_are_those_of_steps(monkeypatch):
-    monkeypatch.setattr(module("_cost"), "STEPS", 6)
+    monkeypatch.setattr(module("comparison.cost"), "STEPS", 6)
     configs = {
         name: parse(f"--cpu --measure= {flags}".split())[0]
         for name, flags in {"none": "", "much": "--regularizer kare --reg_examples 32 --weight 1"}.items()
     }
     threads = torch.get_num_threads()
-    costs = module("_cost").of(configs, jobs=2)
+    costs = module("comparison.cost").of(configs, jobs=2)
     assert torch.get_num_threads() == threads
     assert costs.keys() == configs.keys()
     # Of a clock by which everything takes three seconds: a step is a sixth of a round.
-    monkeypatch.setattr(module("_cost"), "_seconds", lambda work: work() or 3.0)
-    monkeypatch.setattr(module("_loop").Measurements, "__call__", lambda *_: None)
-    costs = module("_cost").of(configs, jobs=2)
+    monkeypatch.setattr(module("comparison.cost"), "_seconds", lambda work: work() or 3.0)
+    monkeypatch.setattr(module("training.loop").Measurements, "__call__", lambda *_: None)
+    costs = module("comparison.cost").of(configs, jobs=2)
     assert {(cost["step"], cost["measure"]) for cost in costs.values()} == {(0.5, 3.0)}
 
 
@@ -234,7 +233,7 @@ def test_wrong_flags_before_there_is_a_folder(flags, message, tmp_path, monkeypa
 
 @pytest.mark.parametrize("file", sorted((RECIPES / "configs" / "compare").glob("*.yaml")), ids=lambda path: path.stem)
 def test_configurations_have_what_a_comparison_needs(file):
-    a = plan(networks=[], further=["--config", str(file)], methods=list(module("_methods").KNOWN))
+    a = plan(networks=[], further=["--config", str(file)], methods=list(module("comparison.methods").KNOWN))
     assert list(a.settings) == a.tasks
     for setting in a.settings:
         for name in a.methods:
@@ -244,24 +243,23 @@ def test_configurations_have_what_a_comparison_needs(file):
 
 
 def test_failures_are_said(tmp_path, monkeypatch):
-    jobs = module("_jobs")
-    monkeypatch.setattr(jobs._loop, "train", lambda *_: (_ for _ in ()).throw(RuntimeError("out of luck")))
-    said = jobs._train(tmp_path / "run", ["--cpu"])
+    jobs = module("studies.jobs")
+    monkeypatch.setattr(jobs.loop, "train", lambda *_: (_ for _ in ()).throw(RuntimeError("out of luck")))
+    config, _ = parse(["--cpu"])
+    said = jobs._train(tmp_path / "run", config)
     assert "train.py failed" in said
     assert "out of luck" in said
     assert not jobs.done(tmp_path / "run")
-    said = jobs._train(tmp_path / "run", ["--cpu", "--depth", "1"])
-    assert "expected at least 2 layers" in said
 
 
 def test_runs_that_diverge_end_by_themselves(tmp_path, monkeypatch):
     """With a learning rate far too large, the tangent features of the measurements are no numbers."""
-    jobs, comparison, folder = module("_jobs"), module("_comparison"), tmp_path / "run"
+    jobs, comparison, folder = module("studies.jobs"), module("comparison.report"), tmp_path / "run"
     text = "--cpu --lr 1e30 --steps 30 --hidden 8 --val_size 100 --measure held_out --kernel_size 10"
-    flags = text.split()
-    assert "train.py failed" in jobs._train(folder, flags)
+    config, _ = parse(text.split())
+    assert "train.py failed" in jobs._train(folder, config)
     assert not jobs.done(folder)
-    assert jobs._train(folder, flags, may_break_off=True) is None
+    assert jobs._train(folder, config, may_break_off=True) is None
     assert jobs.done(folder)
     assert jobs.broken_off(folder)
     assert "contain NaN" in (folder / jobs.BROKEN_OFF).read_text()
@@ -270,17 +268,17 @@ def test_runs_that_diverge_end_by_themselves(tmp_path, monkeypatch):
     assert log[-1]["val/accuracy"] == log[-1]["test/accuracy"] == 0
     assert math.isnan(log[-1]["test/kernel_alignment"])
     # Wrong flags, and what is no divergence, still stop a study.
-    assert "invalid float value" in jobs._train(tmp_path / "other", [*flags, "--lr", "x"], may_break_off=True)
-    monkeypatch.setattr(jobs._loop, "train", lambda *_: (_ for _ in ()).throw(RuntimeError("out of luck")))
-    assert "out of luck" in jobs._train(tmp_path / "other", flags, may_break_off=True)
+    nowhere = dataclasses.replace(config, dataset="mnist", data_path=str(tmp_path / "nowhere"))
+    assert "No such folder" in jobs._train(tmp_path / "other", nowhere, may_break_off=True)
+    monkeypatch.setattr(jobs.loop, "train", lambda *_: (_ for _ in ()).throw(RuntimeError("out of luck")))
+    assert "out of luck" in jobs._train(tmp_path / "other", config, may_break_off=True)
 
 
 def test_no_process_is_left_by_failures(tmp_path, capsys):
-    jobs = [
-        (tmp_path / str(index), ["--cpu", "--dataset", "mnist", "--data_path", str(tmp_path)]) for index in range(3)
-    ]
+    config, _ = parse(["--cpu", "--dataset", "mnist", "--data_path", str(tmp_path)])
+    jobs = [(tmp_path / str(index), config) for index in range(3)]
     with pytest.raises(SystemExit, match=r"train\.py failed"):
-        module("_jobs").Workers(2, tmp_path).run(jobs)
+        module("studies.jobs").Workers(2, tmp_path).run(jobs)
     assert "3 of 3 runs to do" in capsys.readouterr().out
     assert not list(tmp_path.glob("*/done"))
     assert not module("multiprocessing").active_children()

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.usefixtures("recipes_in_this_process")
 
 
 def test_intervals():
-    interval = module("_comparison").interval
+    interval = module("comparison.report").interval
     values = [0.1, 0.2, 0.4, 0.1, 0.3, 0.2, 0.5, 0.1, 0.2, 0.3]
     error = statistics.stdev(values) / 10**0.5
     # Student's t with nine degrees of freedom: quantiles .975 and 1 − .025/5 from a printed table.
@@ -44,14 +44,14 @@ def log(alignments, last=0.5):
 def test_what_runs_reached():
     without, weak = log([0.1, 0.3, 0.2, 0.2]), log([0.1, 0.2, 0.2, 0.2], last=0.4)
     strong = log([0.1, 0.2, 0.4, 0.4])
-    found = module("_comparison").reached([strong, weak], [without, without])
+    found = module("comparison.report").reached([strong, weak], [without, without])
     assert found["test"] == [0.5, 0.4]
     assert found["early_stopped"] == [0.7, 0.7]
     assert found["alignment"] == [0.4, 0.2]
     assert found["path_complexity"] == [15, 15]
     assert found["rank_at_peak"] == [85, None]
     assert found["path_at_peak"] == [7.5, None]
-    assert module("_comparison").reached([without], [without])["rank_at_peak"] == [90]
+    assert module("comparison.report").reached([without], [without])["rank_at_peak"] == [90]
 
 
 def found(values, weights=(0.1, 0.2, 0.4)):
@@ -83,7 +83,7 @@ def found(values, weights=(0.1, 0.2, 0.4)):
 
 
 def test_tables_and_findings():
-    comparison = module("_comparison")
+    comparison = module("comparison.report")
     base = [0.500, 0.510, 0.520]
 
     def moved(*by):
@@ -145,7 +145,7 @@ def test_tables_and_findings():
 
 
 def test_runs_that_collapsed_and_other_tables():
-    comparison = module("_comparison")
+    comparison = module("comparison.report")
     a = found({"none": [0.5, 0.52, 0.51], "weight_decay": [0.6, 0.1, 0.62], "kare": [0.5, 0.52, 0.51]})
     rows = a["settings"][0]["rows"]
     rows[2]["values"]["early_stopped"] = [0.8, 0.82, 0.81]
@@ -162,7 +162,7 @@ def test_runs_that_collapsed_and_other_tables():
 
 
 def test_a_variant_stands_beside_its_default():
-    comparison = module("_comparison")
+    comparison = module("comparison.report")
     same = [0.5, 0.52, 0.51]
     a = found({"none": same, "weight_decay": same, "alignment": same, "alignment:per_layer": [v + 0.1 for v in same]})
     line = next(line for line in comparison.full_table(a).splitlines() if line.startswith("| alignment: per layer"))
@@ -171,7 +171,7 @@ def test_a_variant_stands_beside_its_default():
 
 
 def test_blocks_of_a_text():
-    comparison = module("_comparison")
+    comparison = module("comparison.report")
     same = [0.5, 0.52, 0.51]
     a = found({"none": same, "weight_decay": same, "alignment": same})
     text = "a\n<!-- comparison: run -->\nold\nlines\n<!-- end -->\nb\n<!-- comparison: short table -->\n<!-- end -->\n"
@@ -185,7 +185,7 @@ def test_blocks_of_a_text():
 
 
 def test_runs_that_broke_off_are_told():
-    comparison = module("_comparison")
+    comparison = module("comparison.report")
     same = [0.5, 0.52, 0.51]
     a = found({"none": same, "weight_decay": same, "alignment": same})
     assert "broke off" not in comparison.findings(a)

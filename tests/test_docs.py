@@ -128,7 +128,7 @@ def test_tables_of_training_are_those_of_its_json():
     ],
 )
 def test_tables_of_the_comparison_are_those_of_its_json(text, source):
-    comparison, written = load("_comparison"), (README.parent / text).read_text()
+    comparison, written = load("comparison.report"), (README.parent / text).read_text()
     found = json.loads((README.parent / "docs" / f"{source}.json").read_text())
     assert written.count("<!-- comparison: ") == written.count("<!-- end -->") > 0
     assert comparison.filled(written, found) == written

@@ -78,7 +78,7 @@ def write(name, kind, folder, train=30, test=20):
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "imagefolder"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_image_sets_from_folders(name, kind, tmp_path):
-    module = load("_data")
+    module = load("data.examples")
     parts = write(name, kind, tmp_path / "set")
     data = module.load(name, data_path=str(tmp_path / "set"), seed=0)
     image, label = COLUMNS[name]
@@ -106,7 +106,7 @@ def test_image_sets_from_folders(name, kind, tmp_path):
 
 
 def test_folders_that_are_no_data_set(tmp_path):
-    load_set = load("_data").load
+    load_set = load("data.examples").load
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"--data_path: expected a folder with parquet files.*got neither"):
         load_set("mnist", data_path=str(tmp_path / "empty"), seed=0)
@@ -138,10 +138,10 @@ def test_folders_that_are_no_data_set(tmp_path):
 
 def test_without_network_it_says_what_to_fetch(tmp_path):
     command = f"""
-import _data
+from data import examples
 for name in {list(SHAPES)}:
     try:
-        _data.load(name, seed=0)
+        examples.load(name, seed=0)
     except Exception as error:
         print(repr(str(error)))
 """
@@ -156,7 +156,7 @@ for name in {list(SHAPES)}:
     said = result.stdout.splitlines()
     assert len(said) == len(SHAPES), result.stderr
     for name, line in zip(SHAPES, said, strict=True):
-        hub = load("_images").SOURCES[name].name
+        hub = load("data.images").SOURCES[name].name
         assert f"hf download {hub} --repo-type dataset --local-dir FOLDER" in line
         assert "pass --data_path FOLDER" in line
 
@@ -172,7 +172,7 @@ def test_train_on_images_from_a_folder(tmp_path, monkeypatch):
 
 
 def test_mixture_and_difficult_examples():
-    load_set = load("_data").load
+    load_set = load("data.examples").load
     clean = load_set("digits", train_size=300, seed=4)
     assert not clean.difficult.any()
     mixed = load_set("digits", train_size=300, label_noise=0.2, mix="rotated_digits", mix_size=50, seed=4)
@@ -182,7 +182,7 @@ def test_mixture_and_difficult_examples():
     assert torch.equal(mixed.train_x[:300], clean.train_x)
     changed = mixed.train_y[:300] != clean.train_y
     assert not (changed & ~mixed.difficult[:300]).any()
-    turned = load("_sets").digits()
+    turned = load("data.bundled").digits()
     rows = mixed.rows[300:]
     assert torch.equal(mixed.train_x[300:], turned.train_x[rows].rot90(dims=(2, 3)))
     assert torch.equal(mixed.train_y[300:], turned.train_y[rows])
@@ -193,7 +193,7 @@ def test_mixture_and_difficult_examples():
 
 @pytest.mark.usefixtures("recipes_in_this_process")
 def test_examples_held_out(tmp_path, monkeypatch):
-    load_set = load("_data").load
+    load_set = load("data.examples").load
     whole = load_set("digits", seed=3)
     for size in (0, 600):
         held = load_set("digits", train_size=size, val_size=300, label_noise=0.4, seed=3)
@@ -223,7 +223,7 @@ def test_examples_held_out(tmp_path, monkeypatch):
 
 
 def test_shapes_in_the_plane():
-    sets = load("_sets")
+    sets = load("data.bundled")
     found = {name: sets.BUNDLED[name]() for name in sets.POINTS}
     x = found["disk"].train_x
     radius = (2 / np.pi) ** 0.5
@@ -244,7 +244,7 @@ def test_shapes_in_the_plane():
 
 
 def test_crops_and_flips():
-    crop = load("_data").crop_and_flip
+    crop = load("data.examples").crop_and_flip
     x = torch.arange(1, 2 * 3 * 5 * 6 + 1, dtype=torch.float32).reshape(2, 3, 5, 6)
     padded = torch.nn.functional.pad(x, (2, 2, 2, 2))
     seen = set()

@@ -20,7 +20,7 @@ IMAGES = ("mlp", "cnn", "vgg11", "vgg13", "vgg16", "vgg19", "resnet18", "transfo
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32)])
 @pytest.mark.parametrize("name", IMAGES)
 def test_every_network_for_every_shape(name, shape):
-    models = load("_models")
+    models = load("training.models")
     assert set(IMAGES) == set(models.WIDTHS)
     net = models.build(name, shape, 7, hidden=4)
     assert net(torch.randn(3, *shape)).shape == (3, 7)
@@ -41,18 +41,18 @@ PLANS = {
 
 @pytest.mark.parametrize("name", PLANS)
 def test_vgg_as_published(name):
-    net = load("_models").build(name, (3, 32, 32), 10)
+    net = load("training.models").build(name, (3, 32, 32), 10)
     channels = [3, *PLANS[name]]
     expected = sum(9 * a * b + b for a, b in zip(channels, channels[1:], strict=False)) + 512 * 10 + 10
     assert sum(p.numel() for p in net.parameters()) == expected
     assert [m.out_channels for m in net if isinstance(m, nn.Conv2d)] == PLANS[name]
     assert sum(isinstance(m, nn.MaxPool2d) for m in net) == 5
-    normalised = load("_models").build(name, (3, 32, 32), 10, batch_norm=True, hidden=4)
+    normalised = load("training.models").build(name, (3, 32, 32), 10, batch_norm=True, hidden=4)
     assert sum(isinstance(m, nn.BatchNorm2d) for m in normalised) == len(PLANS[name])
 
 
 def test_resnet18_as_published():
-    models = load("_models")
+    models = load("training.models")
     net = models.build("resnet18", (3, 32, 32), 10, batch_norm=True)
     assert sum(p.numel() for p in net.parameters()) == 11_173_962  # of the CIFAR version, with 10 classes
     plain = models.build("resnet18", (3, 32, 32), 10, hidden=8)
@@ -66,7 +66,7 @@ def test_resnet18_as_published():
 
 
 def test_layers_and_depths():
-    models = load("_models")
+    models = load("training.models")
     net = models.build("mlp", (1, 8, 8), 10, hidden=8, depth=5)
     weights = [p for p in net.parameters() if p.ndim == 2]
     assert len({id(p) for p in weights}) == 5
@@ -77,7 +77,7 @@ def test_layers_and_depths():
 @pytest.mark.parametrize("name", IMAGES)
 def test_kaiming_weights(name):
     torch.manual_seed(0)
-    net = load("_models").build(name, (3, 32, 32), 10, hidden=16, init="kaiming")
+    net = load("training.models").build(name, (3, 32, 32), 10, hidden=16, init="kaiming")
     checked = 0
     for module in net.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -93,7 +93,7 @@ def test_kaiming_weights(name):
 @pytest.mark.parametrize("name", ["vgg11", "resnet18", "transformer"])
 def test_their_kernels_are_exact(name):
     torch.manual_seed(0)
-    net = load("_models").build(name, (1, 8, 8), 3, hidden=4, batch_norm=name == "resnet18").double().eval()
+    net = load("training.models").build(name, (1, 8, 8), 3, hidden=4, batch_norm=name == "resnet18").double().eval()
     x = torch.randn(4, 1, 8, 8, dtype=torch.float64)
     features = TangentFeatures(net)
     rows = torch.cat([p.flatten(2) for p in features.jacobian(x).values()], dim=2)

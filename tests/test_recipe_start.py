@@ -36,7 +36,7 @@ def test_deepspeed_is_refused(monkeypatch):
 
     accelerator = type("", (), {"gradient_accumulation_steps": 1, "distributed_type": DistributedType.DEEPSPEED})
     with pytest.raises(ValueError, match=r"--config_file: expected .* got DEEPSPEED"):
-        module("_processes").refuse_other_training(accelerator, "no")
+        module("training.processes").refuse_other_training(accelerator, "no")
 
 
 def test_half_precision_that_would_be_left_out(tmp_path, monkeypatch):
@@ -53,7 +53,7 @@ def test_the_launchers_precision_is_overruled_aloud(launched, flag, warned, monk
     """``accelerate launch`` always sets the variable, to "no" if nobody chose."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     config, _ = parse([*PLAIN, "--mixed_precision", flag, "--steps", "0"])
-    module("_loop").prepare(config)
+    module("training.loop").prepare(config)
     said = f"--mixed_precision {flag}, the recipe's own flag, counts, and not the launcher's {launched}"
     assert (said in capsys.readouterr().err) == warned
 
@@ -61,7 +61,7 @@ def test_the_launchers_precision_is_overruled_aloud(launched, flag, warned, monk
 def test_as_a_module(monkeypatch):
     """``python -m recipes.train``, and so launchers' ``-m``."""
     monkeypatch.setattr(sys, "path", [str(ROOT), *(place for place in sys.path if place != str(RECIPES))])
-    for name in ("recipes", "recipes.train", "_figure"):
+    for name in ("recipes", "recipes.train", "training", "training.loop"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     assert importlib.import_module("recipes.train").main
 
@@ -88,14 +88,14 @@ def test_make_in_a_folder_with_a_space(tmp_path):
 def test_terminals_without_our_signs(monkeypatch):
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
-    with module("_words").in_words():
+    with module("training.messages").in_words():
         print("accuracy ± s.e.")
     terminal.flush()
     assert terminal.buffer.getvalue() == b"accuracy ? s.e.\n"
 
 
 def test_text_files_are_utf8_whatever_the_locale():
-    for path in RECIPES.glob("*.py"):
+    for path in RECIPES.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         for call in ("read_text(", "write_text("):
             for after in text.split(f".{call}")[1:]:
@@ -107,17 +107,17 @@ def test_without_matplotlib(tmp_path, monkeypatch, capsys):
     for name in [name for name in sys.modules if name.startswith("matplotlib")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "_figure", raising=False)
+    monkeypatch.delitem(sys.modules, "training.plots", raising=False)
     recipe("train", monkeypatch, *PLAIN, "--output_dir", tmp_path / "run")
     assert len(read(tmp_path / "run")) == 3
     with pytest.raises(SystemExit):
         parse(TINY.split())
     assert "--figure: expected the package matplotlib" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["spectrum.py", "--output_dir", str(tmp_path / "study")])
-    for name in ("_study", "spectrum"):
+    for name in ("studies.study", "studies.spectrum"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(SystemExit, match="expected the package matplotlib, to draw with"):
-        module("_study").main(module("spectrum").Spectrum(), None)
+        module("studies.study").main(module("studies.spectrum").STUDY, None)
     assert not (tmp_path / "study").exists()
 
 
@@ -176,14 +176,14 @@ def test_what_does_not_fit_later(monkeypatch):
     """The allocator's own words, without those of where it is."""
     monkeypatch.setattr(sys, "argv", ["train.py"])
     expected = r"train\.py: error: expected sizes that fit into memory, but can't allocate .* Lower"
-    with pytest.raises(SystemExit, match=expected), module("_words").in_words():
+    with pytest.raises(SystemExit, match=expected), module("training.messages").in_words():
         torch.empty(2**55)
-    with pytest.raises(RuntimeError, match="ours"), module("_words").in_words():
+    with pytest.raises(RuntimeError, match="ours"), module("training.messages").in_words():
         raise RuntimeError("a fault of ours")
 
 
 def test_sizes_are_those_of_the_networks():
-    models = module("_models")
+    models = module("training.models")
     for name in models.WIDTHS:
         shape = (1, 8, 8)
         state = torch.get_rng_state()
@@ -196,7 +196,7 @@ def test_sizes_are_those_of_the_networks():
 
 
 def test_augmentation_draws_as_it_always_has():
-    loop, data, x = module("_loop"), module("_data"), torch.randn(4, 1, 8, 8)
+    loop, data, x = module("training.loop"), module("data.examples"), torch.randn(4, 1, 8, 8)
     generator = torch.Generator().manual_seed(922_336 * 10**13 + 50_001)
     assert torch.equal(loop._augmented(x, 922_336, 5, 1), data.crop_and_flip(x, generator))
     draws = {loop._augmented(x, 2**32 - 1, step, 0).numpy().tobytes() for step in range(20)}

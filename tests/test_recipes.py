@@ -113,7 +113,7 @@ def test_other_data_and_models(flags, tmp_path, monkeypatch):
 
 
 def test_figure_has_its_title(first, tmp_path, monkeypatch):
-    figure, drawn = load("_figure"), []
+    figure, drawn = load("training.plots"), []
     monkeypatch.setattr(figure.pyplot().Figure, "savefig", lambda self, *_, **__: drawn.append(self))
     figure.draw({"none": read(first[0])}, "the task", tmp_path / "figure.png")
     assert drawn[0].get_suptitle() == "the task"
@@ -222,7 +222,7 @@ def test_folder_that_cannot_be_written(tmp_path):
 
 
 def test_split_launch_is_refused(monkeypatch):
-    module = load("_processes")
+    module = load("training.processes")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="Accelerate sees one"):
         module.refuse_split_launch(1)
@@ -259,7 +259,7 @@ def test_several_processes_of_which_accelerate_starts_one(tmp_path):
 
 @pytest.mark.parametrize("dataset", ["digits", "disk"])
 def test_label_noise(dataset):
-    data = load("_data")
+    data = load("data.examples")
     clean, half, noise = (data.load(dataset, train_size=1000, label_noise=p, seed=3) for p in (0, 0.5, 1))
     assert torch.equal(clean.train_x, half.train_x)
     assert torch.equal(clean.test_y, noise.test_y)
@@ -274,14 +274,14 @@ def test_label_noise(dataset):
 
 
 def test_layers_of_the_mlp_are_distinct():
-    model = load("_models").build("mlp", (1, 8, 8), 10, hidden=8, depth=5)
+    model = load("training.models").build("mlp", (1, 8, 8), 10, hidden=8, depth=5)
     weights = [p for p in model.parameters() if p.ndim == 2]
     assert len({id(p) for p in weights}) == 5
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 
 
 def test_nothing_imports_recipes():
-    for path in (*(ROOT / "alignreg").rglob("*.py"), *RECIPES.glob("*.py")):
+    for path in (*(ROOT / "alignreg").rglob("*.py"), *RECIPES.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -18,7 +18,7 @@ def test_fisher_penalty_is_unbiased_and_its_gradient_that_of_its_value():
     jac = oracles.matrix(oracles.jacobian(net, x)).reshape(12, 3, -1)
     scores = jac - (p[:, :, None] * jac).sum(1, keepdim=True)  # ∇ log p_k = ∇ f_k − Σ_j p_j ∇ f_j
     trace = float((p * scores.square().sum(2)).sum(1).mean())
-    kind = module("_regularizers").FisherPenalty
+    kind = module("training.regularizers").FisherPenalty
     reg = kind(net, weight=1.0, examples=None, every_n_steps=1, seed=3, clip=None)
     with torch.no_grad():
         values = torch.stack([reg(x) for _ in range(600)])
@@ -41,7 +41,7 @@ def test_fisher_penalty_is_unbiased_and_its_gradient_that_of_its_value():
 
 
 def prepared(*flags):
-    return module("_loop").prepare(parse(["--cpu", "--measure=", "--hidden", "8", *flags])[0])
+    return module("training.loop").prepare(parse(["--cpu", "--measure=", "--hidden", "8", *flags])[0])
 
 
 def test_label_smoothing():
@@ -50,7 +50,7 @@ def test_label_smoothing():
     logits = run.model(x)
     target = 0.7 * oracles.one_hot(y, 10) + 0.03
     expected = -(target * logits.double().log_softmax(1)).sum(1).mean()
-    assert float(module("_loop").loss(run, logits, x, y)) == pytest.approx(float(expected), rel=1e-6)
+    assert float(module("training.loop").loss(run, logits, x, y)) == pytest.approx(float(expected), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -72,12 +72,12 @@ def test_options_of_a_regularizer(flags, options):
     data = run.data
     x, y = data.train_x[100:140], data.train_y[100:140]
     logits = run.model(x)
-    own = module("_regularizers").AlignmentLoss(
+    own = module("training.regularizers").AlignmentLoss(
         run.model, **{"weight": 0.2, "examples": 32, "every_n_steps": 1, **options}
     )
     seen = (data.train_x[:30], data.train_y[:30]) if "pool" in flags else (x, y)
     expected = cross_entropy(logits, y) + own(*seen)
-    assert float(module("_loop").loss(run, logits, x, y)) == pytest.approx(float(expected), rel=1e-6)
+    assert float(module("training.loop").loss(run, logits, x, y)) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_a_regularizer_for_a_part_of_training():
@@ -86,7 +86,7 @@ def test_a_regularizer_for_a_part_of_training():
     x, y = run.data.train_x[:40], run.data.train_y[:40]
     logits = run.model(x)
     task = float(cross_entropy(logits, y))
-    assert [float(module("_loop").loss(run, logits, x, y)) > task + 1e-4 for _ in range(10)] == [
+    assert [float(module("training.loop").loss(run, logits, x, y)) > task + 1e-4 for _ in range(10)] == [
         2 <= step < 5 for step in range(10)
     ]
 

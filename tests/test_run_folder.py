@@ -11,7 +11,7 @@ import sys
 import types
 
 import pytest
-from recipe_runs import TINY, module, read, recipe
+from recipe_runs import TINY, module, parse, read, recipe
 
 pytestmark = pytest.mark.usefixtures("recipes_in_this_process")
 PLAIN = [*TINY.split(), "--measure=", "--no-figure"]
@@ -46,7 +46,7 @@ def whole(tmp_path, monkeypatch):
 
 
 def test_one_writer(tmp_path):
-    lock = module("_lock")
+    lock = module("training.lock")
     with lock.hold(tmp_path, "--flag"):
         with (
             pytest.raises(ValueError, match=rf"--flag: .*process {os.getpid()} on .*\.lock\. Wait"),
@@ -67,7 +67,7 @@ def test_one_writer(tmp_path):
 
 def test_a_lock_is_not_that_of_a_file_that_is_gone(tmp_path, monkeypatch):
     """Its holder removes it between another's opening and locking."""
-    lock, real, removed = module("_lock"), module("_lock")._lock, []
+    lock, real, removed = module("training.lock"), module("training.lock")._lock, []
 
     def late(file):
         if not removed:
@@ -83,7 +83,7 @@ def test_a_lock_is_not_that_of_a_file_that_is_gone(tmp_path, monkeypatch):
 
 def test_locks_elsewhere(tmp_path, monkeypatch, capsys):
     """Of Windows, and file systems without any."""
-    lock, calls = module("_lock"), []
+    lock, calls = module("training.lock"), []
 
     def locking(descriptor, mode, count):
         calls.append((os.lseek(descriptor, 0, os.SEEK_CUR), mode, count))
@@ -106,7 +106,7 @@ def test_locks_elsewhere(tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_that_is_written_to_is_not_gone_on_with(begun, monkeypatch):
-    with module("_lock").hold(begun, "--flag"):
+    with module("training.lock").hold(begun, "--flag"):
         before = files(begun)
         said = refused("train", monkeypatch, "--resume_from_checkpoint", begun)
         assert (
@@ -121,7 +121,7 @@ def test_a_run_that_is_written_to_is_not_gone_on_with(begun, monkeypatch):
 
 
 def test_of_two_that_claim_a_folder_one_gets_it(tmp_path, monkeypatch):
-    run = module("_run")
+    run = module("training.run_folder")
     run.claim(tmp_path)
     monkeypatch.setattr(type(tmp_path), "iterdir", lambda _: iter(()))  # as it was for the other a moment ago
     with pytest.raises(ValueError, match="holds another run"):
@@ -129,7 +129,7 @@ def test_of_two_that_claim_a_folder_one_gets_it(tmp_path, monkeypatch):
 
 
 def test_studies_are_gone_on_with_once(tmp_path, begun):
-    jobs, lock = module("_jobs"), module("_lock")
+    jobs, lock = module("studies.jobs"), module("training.lock")
     with (
         jobs.opened(None, tmp_path / "study", "name") as folder,
         pytest.raises(ValueError, match="--resume: expected a folder that nothing else writes to"),
@@ -139,14 +139,14 @@ def test_studies_are_gone_on_with_once(tmp_path, begun):
     (begun / "checkpoints").rename(tmp_path / "elsewhere")
     with lock.hold(begun, "--flag"):  # by a process that outlived its study
         before = files(begun)
-        assert "that nothing else writes to" in jobs._train(begun, ["--cpu"])
+        assert "that nothing else writes to" in jobs._train(begun, parse(["--cpu"])[0])
         assert files(begun) == before
 
 
 def test_latest_begins_and_goes_on(tmp_path, whole, monkeypatch):
     """The same command each time, as launchers start it again."""
     folder = tmp_path / "run"
-    loop = module("_loop")
+    loop = module("training.loop")
     advance = loop.advance
 
     def crash_at(last):
@@ -200,7 +200,7 @@ def test_latest_is_of_this_run(tmp_path, begun, monkeypatch, capsys):
 
 def test_disk_full(begun, whole, monkeypatch):
     """What the system refuses while a checkpoint is written: older ones are left, and the run goes on from them."""
-    checkpoint = module("_checkpoint")
+    checkpoint = module("training.checkpoint")
     save, (soft, hard) = checkpoint.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def full(*arguments):
@@ -225,7 +225,7 @@ def test_no_room_for_a_checkpoint_is_said_by_torch_and_safetensors(place, tmp_pa
     """Neither raises an OSError; which one writes first depends on the sizes."""
     from safetensors import SafetensorError
 
-    checkpoint = module("_checkpoint")
+    checkpoint = module("training.checkpoint")
     error = {"safetensors": SafetensorError("I/O error"), "torch": RuntimeError("unexpected pos 1792 vs 1688\nat")}[
         place
     ]
@@ -237,7 +237,7 @@ def test_no_room_for_a_checkpoint_is_said_by_torch_and_safetensors(place, tmp_pa
 
 
 def test_a_log_that_cannot_be_written(tmp_path, monkeypatch):
-    run = module("_run")
+    run = module("training.run_folder")
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -249,7 +249,7 @@ def test_a_log_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 def test_files_are_whole_or_as_they_were(tmp_path, monkeypatch):
-    write, path = module("_files").write, tmp_path / "file"
+    write, path = module("training.storage").write, tmp_path / "file"
     write(path, "±")
     assert path.read_bytes() == "±".encode()
     monkeypatch.setattr(

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 from ranks import PATIENCE
-from recipe_runs import ASCII, RECIPES, TINY, forget, run
+from recipe_runs import ASCII, RECIPES, TINY, forget, parse, run
 from safetensors.torch import load_file
 from test_recipes_alike import STUDIES
 from torch import nn
@@ -25,9 +25,7 @@ pytestmark = pytest.mark.usefixtures("recipes_in_this_process")
 
 
 def study_of(name):
-    module = importlib.import_module(name)
-    (kind,) = (value for value in vars(module).values() if isinstance(value, type) and value.__module__ == name)
-    return kind()
+    return importlib.import_module(f"studies.{name}").STUDY
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +36,9 @@ def one_run_of_each(tmp_path_factory):
     for name in STUDIES:
         study = study_of(name)
         folder = tmp_path_factory.mktemp(name) / "run"
-        flags = [*next(iter(study.flags_by_label(configured=False).values())).split(), *TINY.split()]
-        # Data as the setting wants them.
-        del flags[flags.index("--train_size", len(flags) - TINY.count(" ") - 1) :][:2]
-        assert importlib.import_module("_jobs")._train(folder, [*flags, "--train_size", "900"]) is None
+        settings = next(iter(study.by_label(configured=False).values()))
+        config, _ = parse([*TINY.split(), "--train_size", "900"], settings=settings)  # data as the setting wants them
+        assert importlib.import_module("studies.jobs")._train(folder, config) is None
         folders[name] = folder
     sys.path.remove(str(RECIPES))
     forget()
@@ -75,16 +72,16 @@ def test_figure_and_findings_from_logs_alone(name, one_run_of_each, tmp_path, mo
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_configuration_takes_the_place_of_bundled_flags(name):
     study = study_of(name)
-    own = {label: set(flags.split()) for label, flags in study.flags_by_label(configured=True).items()}
+    own = study.by_label(configured=True)
     assert own
-    for flags in own.values():
-        assert set(study.always.split()) <= flags
-        assert not {flag for flag in study.bundled.split() if flag.startswith("--")} & flags - {"--depth", "--hidden"}
+    for settings in own.values():
+        assert study.always.items() <= settings.items()
+        assert not study.bundled.keys() & settings.keys() - {"depth", "hidden"}
 
 
 def test_a_study_from_its_command_and_on(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "study"
-    command = [sys.executable, str(RECIPES / "spectrum.py"), "--seeds", "1", *TINY.split(), "--hidden", "8"]
+    command = [sys.executable, str(RECIPES / "studies" / "spectrum.py"), "--seeds", "1", *TINY.split(), "--hidden", "8"]
     env = {**os.environ, **ASCII}
     result = subprocess.run([*command, "--output_dir", folder], capture_output=True, text=True, check=False, env=env)
     assert result.returncode == 0, result.stderr
@@ -115,7 +112,7 @@ def test_a_study_from_its_command_and_on(tmp_path, monkeypatch, capsys):
     ):
         monkeypatch.setattr(sys, "argv", [str(word) for word in wrong[1:]])
         with pytest.raises(SystemExit) as stop:
-            importlib.import_module("_study").main(study_of("spectrum"), None)
+            importlib.import_module("studies.study").main(study_of("spectrum"), None)
         assert stop.value.code
         assert message in f"{capsys.readouterr().err} {stop.value}"
     assert not (tmp_path / "bad").exists()
@@ -126,7 +123,15 @@ def test_a_study_that_is_stopped(tmp_path):
     """Its runs stop with it, and it goes on by its folder alone."""
     folder = tmp_path / "study"
     flags = [*TINY.split(), "--steps", "400", "--checkpointing_steps", "5"]
-    command = [sys.executable, str(RECIPES / "spectrum.py"), "--seeds", "1", "--output_dir", str(folder), *flags]
+    command = [
+        sys.executable,
+        str(RECIPES / "studies" / "spectrum.py"),
+        "--seeds",
+        "1",
+        "--output_dir",
+        str(folder),
+        *flags,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not list(folder.glob("*/seed-0/checkpoints/step_*")):
         assert process.poll() is None, process.communicate()
@@ -140,7 +145,7 @@ def test_a_study_that_is_stopped(tmp_path):
         1
     ]  # one that keeps track of resources ends after the others
     seen = {path: path.read_text() for path in folder.rglob("metrics.jsonl")}
-    command = [sys.executable, str(RECIPES / "spectrum.py"), "--resume", str(folder)]
+    command = [sys.executable, str(RECIPES / "studies" / "spectrum.py"), "--resume", str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     for path, log in seen.items():
@@ -149,14 +154,14 @@ def test_a_study_that_is_stopped(tmp_path):
 
 def quantity(name, data, model, kernel_size):
     """One of the quantities, outside a run."""
-    module = importlib.import_module("_measure")
+    module = importlib.import_module("training.measure")
     accelerator = types.SimpleNamespace(is_main_process=True, device=torch.device("cpu"))
     return module.QUANTITIES[name](accelerator, model, data, types.SimpleNamespace(kernel_size=kernel_size))
 
 
 def test_quantities_are_what_they_say(tmp_path):
     """Against the kernel from rows of the Jacobian."""
-    data = importlib.import_module("_data").load("disk", train_size=120, label_noise=0.4, seed=0)
+    data = importlib.import_module("data.examples").load("disk", train_size=120, label_noise=0.4, seed=0)
     torch.manual_seed(0)
     model, n = nn.Sequential(nn.Linear(2, 12), nn.Tanh(), nn.Linear(12, 2)), 30
     found = {
@@ -187,7 +192,7 @@ def test_quantities_are_what_they_say(tmp_path):
 
 
 def test_eigenfunctions_continue_the_eigenvectors(tmp_path):
-    data = importlib.import_module("_data").load("disk", train_size=40, seed=0)
+    data = importlib.import_module("data.examples").load("disk", train_size=40, seed=0)
     torch.manual_seed(0)
     model, n = nn.Sequential(nn.Linear(2, 12), nn.Tanh(), nn.Linear(12, 2)), 15
     plane = quantity("plane", data, model, n)

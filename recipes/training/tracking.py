@@ -6,9 +6,9 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import _processes
-import _run
 from accelerate import Accelerator
+
+from training import processes, run_folder
 
 BEST = {"accuracy": "max", "alignment": "max", "loss": "min"}
 """Of which quantities the summary holds the best value too, by the last part of their key."""
@@ -20,9 +20,9 @@ def start(accelerator: Accelerator, values: dict[str, Any], folder: Path) -> Non
     Raises:
         ValueError: on every process, if wandb does not open it: without a login, for one.
     """
-    identity = hashlib.blake2b(_run.made(folder).encode(), digest_size=8).hexdigest()
+    identity = hashlib.blake2b(run_folder.made(folder).encode(), digest_size=8).hexdigest()
     options = {"dir": str(folder), "name": folder.name, "id": identity, "resume": "allow"}
-    _processes.everywhere(accelerator, lambda: _open(accelerator, values, options))
+    processes.everywhere(accelerator, lambda: _open(accelerator, values, options))
     if accelerator.is_main_process:
         run = accelerator.get_tracker("wandb", unwrap=True)
         run.define_metric("step")
@@ -47,7 +47,7 @@ def finish(accelerator: Accelerator, folder: Path, figures: list[Path]) -> None:
 
     run = accelerator.get_tracker("wandb", unwrap=True)
     run.log({figure.stem: wandb.Image(str(figure)) for figure in figures})
-    log = _run.read(folder)
+    log = run_folder.read(folder)
     for key in log[-1]:
         if better := BEST.get(key.rpartition("/")[2]):
             values = [line[key] for line in log]

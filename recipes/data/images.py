@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from _sets import Split
 from torch import Tensor
+
+from data.bundled import Split
 
 
 class Source(NamedTuple):

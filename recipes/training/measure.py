@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, final
 
-import _data
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
@@ -21,6 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from alignreg import TangentFeatures, complexity, functional
 from alignreg.metrics import LayerwiseAlignment, PathComplexity, TangentAlignment
+from data import examples
 
 EIGENVALUES = 10
 """How many of the largest ``spectrum`` logs."""
@@ -37,7 +37,7 @@ class Measure(ABC):
         config: the flags ``sketch_dim``, ``seed``, ``probe_size`` and ``kernel_size``.
     """
 
-    def __init__(self, accelerator: Accelerator, model: nn.Module, data: _data.Data, config: Any) -> None:
+    def __init__(self, accelerator: Accelerator, model: nn.Module, data: examples.Data, config: Any) -> None:
         self.accelerator, self.model, self.data, self.config = accelerator, model, data, config
         self.start()
 
@@ -344,7 +344,7 @@ class Measurements:
     """Loss and accuracy, and the quantities that are asked for, by name."""
 
     def __init__(
-        self, accelerator: Accelerator, model: nn.Module, data: _data.Data, config: Any, names: tuple[str, ...]
+        self, accelerator: Accelerator, model: nn.Module, data: examples.Data, config: Any, names: tuple[str, ...]
     ) -> None:
         bare = accelerator.unwrap_model(model)
         kinds = [Accuracy, *(kind for name, kind in QUANTITIES.items() if name in names)]

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import _files
-import _run
-import _words
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from training import messages, run_folder, storage
 
 Log = list[dict[str, float]]
 COLORS = ("#1f6fb4", "#d1661f", "#2c8a57", "#8a4fa0", "#8c6d31", "#c0392b")
@@ -25,7 +24,7 @@ def pyplot() -> Any:
     try:
         import matplotlib as mpl  # noqa: PLC0415
     except ImportError:
-        raise _words.ToldError(
+        raise messages.ToldError(
             "expected the package matplotlib, to draw with. Install it: pip install matplotlib"
         ) from None
     mpl.use("Agg")
@@ -40,7 +39,7 @@ def save(figure: Any, path: Path, dpi: int = 150) -> None:
     Raises:
         ValueError: if it cannot be written.
     """
-    with _files.writing(path):
+    with storage.writing(path):
         figure.savefig(path, dpi=dpi)
     pyplot().close(figure)
 
@@ -123,7 +122,7 @@ COLUMNS = {
 
 def print_table(folder: Path, rows: int = 8) -> None:
     """Print some rows of the log, the first and last among them."""
-    log = _run.read(folder)
+    log = run_folder.read(folder)
     chosen = sorted({round(i * (len(log) - 1) / max(1, rows - 1)) for i in range(rows)})
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     shown = [key for key in COLUMNS if key in log[0]]

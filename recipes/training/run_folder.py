@@ -14,13 +14,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import _files
-import _lock
-import _processes
 import torch
 from accelerate import Accelerator, skip_first_batches
+from safetensors.torch import save_file
 
 import alignreg
+from data.examples import Data
+from training import lock, processes, storage
 
 
 def claim_folder(accelerator: Accelerator, wanted: str | None, default_name: str) -> Path:
@@ -36,7 +36,7 @@ def claim_folder(accelerator: Accelerator, wanted: str | None, default_name: str
         claim(folder)
         return str(folder)
 
-    return Path(_processes.on_main(accelerator, claimed))
+    return Path(processes.on_main(accelerator, claimed))
 
 
 def claim(folder: Path) -> None:
@@ -45,7 +45,7 @@ def claim(folder: Path) -> None:
     Raises:
         ValueError: if it holds something already, or cannot be written.
     """
-    with _files.writing(folder):
+    with storage.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         taken = any(folder.iterdir())
         try:
@@ -68,7 +68,7 @@ def only_writer(accelerator: Accelerator, folder: Path, flag: str) -> Iterator[N
         ValueError: on every process, if another run holds it.
     """
     with ExitStack() as held:
-        _processes.on_main(accelerator, lambda: held.enter_context(_lock.hold(folder, flag)))
+        processes.on_main(accelerator, lambda: held.enter_context(lock.hold(folder, flag)))
         yield
 
 
@@ -89,7 +89,7 @@ def refuse_done(folder: Path, steps: int, stop_loss: float) -> None:
         ValueError: if the log has its last line.
     """
     log = log_of(folder)
-    lines = _files.read(log).splitlines() if log.exists() else []
+    lines = storage.read(log).splitlines() if log.exists() else []
     values = [json.loads(line) for line in lines if _step(line) is not None]
     if any(line["step"] == steps or (line.get("train/loss") or stop_loss) < stop_loss for line in values):
         raise ValueError(
@@ -119,7 +119,17 @@ def save_config(folder: Path, config: dict[str, Any]) -> None:
         "git": _git(),
         "versions": versions(),
     }
-    _files.write(folder / "config.json", json.dumps(made, indent=1) + "\n")
+    storage.write(folder / "config.json", json.dumps(made, indent=1) + "\n")
+
+
+def save_examples(folder: Path, data: Data) -> None:
+    """Write which examples a run trains on, with what labels, which of them are difficult, and which are held out."""
+    saved = {"rows": data.rows, "labels": data.train_y, "difficult": data.difficult}
+    if len(data.val_rows):
+        saved |= {"val_rows": data.val_rows, "val_labels": data.val_y}
+    path = folder / "examples.safetensors"
+    with storage.writing(path):
+        save_file(saved, path)
 
 
 def versions() -> dict[str, str]:
@@ -129,12 +139,12 @@ def versions() -> dict[str, str]:
 
 def config_of(folder: Path) -> dict[str, Any]:
     """Return the flags that made a run."""
-    return dict(json.loads(_files.read(folder / "config.json"))["config"])
+    return dict(json.loads(storage.read(folder / "config.json"))["config"])
 
 
 def made(folder: Path) -> str:
     """Return when the run was made: what tells it from every other."""
-    return str(json.loads(_files.read(folder / "config.json"))["made"])
+    return str(json.loads(storage.read(folder / "config.json"))["made"])
 
 
 def _git() -> str | None:
@@ -162,13 +172,13 @@ def append(folder: Path, values: dict[str, float]) -> None:
     """
     line = {key: value if math.isfinite(value) else None for key, value in values.items()}
     log = log_of(folder)
-    with _files.writing(log), log.open("a", encoding="utf-8") as file:
+    with storage.writing(log), log.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
 def read(folder: Path) -> list[dict[str, float]]:
     """Read the log; null comes back as NaN."""
-    lines = _files.read(log_of(folder)).splitlines()
+    lines = storage.read(log_of(folder)).splitlines()
     return [{key: math.nan if v is None else v for key, v in json.loads(line).items()} for line in lines]
 
 
@@ -181,16 +191,16 @@ def cut(accelerator: Accelerator, folder: Path, steps: list[int]) -> None:
 
     def cut_back() -> None:
         log = log_of(folder)
-        lines = _files.read(log).splitlines() if log.exists() else []
+        lines = storage.read(log).splitlines() if log.exists() else []
         kept = {step: line for line in lines if (step := _step(line)) in steps}
         lost = sorted(set(steps) - kept.keys())
         if lost:
             raise ValueError(
                 f"--resume_from_checkpoint: expected a log with the steps before it, but {log}: lacks {lost}."
             )
-        _files.write(log, "".join(f"{kept[step]}\n" for step in sorted(steps)))
+        storage.write(log, "".join(f"{kept[step]}\n" for step in sorted(steps)))
 
-    _processes.on_main(accelerator, cut_back)
+    processes.on_main(accelerator, cut_back)
 
 
 def _step(line: str) -> int | None:

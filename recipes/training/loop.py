@@ -10,20 +10,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
-import _checkpoint
-import _data
-import _figure
-import _flags
-import _models
-import _processes
-import _regularizers
-import _run
-import _tracking
-import _words
 import psutil
 import torch
-from _config import Config
-from _measure import Measurements
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from rich.console import Console
@@ -31,6 +19,11 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
+
+from data import examples
+from training import checkpoint, flags, messages, models, plots, processes, regularizers, run_folder, tracking
+from training.config import Config
+from training.measure import Measurements
 
 
 @final
@@ -41,7 +34,7 @@ class Run(NamedTuple):
     accelerator: Accelerator
     model: nn.Module
     """As Accelerate wrapped it."""
-    data: _data.Data
+    data: examples.Data
     optimizer: torch.optim.Optimizer
     loader: DataLoader[tuple[Tensor, ...]]
     regularizer: nn.Module | None
@@ -57,7 +50,7 @@ class Run(NamedTuple):
 
 
 @final
-class DivergedError(_words.ToldError):
+class DivergedError(messages.ToldError):
     """A loss or a metric does not take what training has made of the network."""
 
 
@@ -71,15 +64,15 @@ def train(config: Config, resume: Path | None = None) -> Path:
     run, logged = prepare(config), config.logged
     accelerator = run.accelerator
     if resume is None:
-        folder = _run.claim_folder(accelerator, config.output_dir, config.name)
+        folder = run_folder.claim_folder(accelerator, config.output_dir, config.name)
     else:
-        folder = _checkpoint.run_of(resume)
-    with _run.only_writer(accelerator, folder, "--output_dir" if resume is None else _checkpoint.FLAG):
+        folder = checkpoint.run_of(resume)
+    with run_folder.only_writer(accelerator, folder, "--output_dir" if resume is None else checkpoint.FLAG):
         start = _begin(run, folder, resume)
         signal.signal(signal.SIGTERM, lambda *_: accelerator.set_trigger())
         with _progress(accelerator) as progress:
             bar = progress.add_task("training", total=config.last_step, completed=start)
-            for step, (x, y) in _run.batches(run.loader, start, config.last_step):
+            for step, (x, y) in run_folder.batches(run.loader, start, config.last_step):
                 with _diverging(folder, step):
                     advance(run, step, x, y)
                     low = step in logged and _log(run, folder, step) < config.stop_loss
@@ -89,9 +82,9 @@ def train(config: Config, resume: Path | None = None) -> Path:
                 _save_or_stop(run, folder, step)
         if accelerator.is_main_process:
             figures = _conclude(folder) if config.figure else []
-            print("\n".join([f"log:    {_run.log_of(folder)}", *(f"figure: {figure}" for figure in figures)]))
+            print("\n".join([f"log:    {run_folder.log_of(folder)}", *(f"figure: {figure}" for figure in figures)]))
             if config.with_tracking:
-                _tracking.finish(accelerator, folder, figures)
+                tracking.finish(accelerator, folder, figures)
         accelerator.wait_for_everyone()  # no process tears the group down while another still uses it
     accelerator.end_training()
     return folder
@@ -106,11 +99,11 @@ def prepare(config: Config) -> Run:
         # Probe loaders must not repeat examples to fill the last batch: metrics would count them twice.
         dataloader_config=DataLoaderConfiguration(even_batches=False, use_seedable_sampler=True),
     )
-    _processes.refuse_split_launch(accelerator.num_processes)
-    _processes.refuse_other_training(accelerator, config.mixed_precision)
+    processes.refuse_split_launch(accelerator.num_processes)
+    processes.refuse_other_training(accelerator, config.mixed_precision)
     set_seed(config.seed)
     with accelerator.main_process_first():  # it fetches, the others find
-        data = _data.load(
+        data = examples.load(
             config.dataset,
             train_size=config.train_size,
             val_size=config.val_size,
@@ -121,17 +114,17 @@ def prepare(config: Config) -> Run:
             mix_path=config.mix_path,
             seed=config.seed,
         )
-    examples, processes = len(data.train_x), accelerator.num_processes
-    if examples // config.batch_size < processes:  # drop_last would leave no batch: no end
+    world = accelerator.num_processes
+    if len(data.train_x) // config.batch_size < world:  # drop_last would leave no batch: no end
         raise ValueError(
-            f"--batch_size: expected a batch of {config.batch_size} for each of {processes} process(es), "
-            f"got {examples} training examples. Lower --batch_size or use fewer processes."
+            f"--batch_size: expected a batch of {config.batch_size} for each of {world} process(es), "
+            f"got {len(data.train_x)} training examples. Lower --batch_size or use fewer processes."
         )
     network = (config.model, tuple(data.train_x.shape[1:]), data.num_classes)
     options = {name: getattr(config, name) for name in ("hidden", "depth", "batch_norm", "init")}
-    _refuse_too_large(_models.size(*network, **options), accelerator.device)
+    _refuse_too_large(models.size(*network, **options), accelerator.device)
     set_seed(config.seed)
-    model = _models.build(*network, **options)
+    model = models.build(*network, **options)
     optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
     # drop_last: every process takes the same number of steps.
     loader = DataLoader(TensorDataset(data.train_x, data.train_y), config.batch_size, shuffle=True, drop_last=True)
@@ -145,7 +138,7 @@ def prepare(config: Config) -> Run:
         data,
         optimizer,
         loader,
-        regularizer=_regularizers.make(config, accelerator, model),
+        regularizer=regularizers.make(config, accelerator, model),
         pool=pool if config.reg_pool else None,
         measurements=Measurements(accelerator, model, data, config, config.measures),
     )
@@ -174,20 +167,20 @@ def _begin(run: Run, folder: Path, resume: Path | None) -> int:
     with ExitStack() as attempt:
         if resume is None:
             if accelerator.is_main_process:
-                attempt.enter_context(_run.unclaimed_on_failure(folder))
-            _processes.on_main(accelerator, lambda: _run.save_config(folder, values))
+                attempt.enter_context(run_folder.unclaimed_on_failure(folder))
+            processes.on_main(accelerator, lambda: run_folder.save_config(folder, values))
         elif resume == folder:
-            _processes.on_main(accelerator, lambda: _run.refuse_done(folder, config.steps, config.stop_loss))
-            _run.cut(accelerator, folder, [])
+            processes.on_main(accelerator, lambda: run_folder.refuse_done(folder, config.steps, config.stop_loss))
+            run_folder.cut(accelerator, folder, [])
         else:
-            step = _checkpoint.verify(resume, _flags.identity(values), accelerator.num_processes)
-            _run.cut(accelerator, folder, [other for other in config.logged if other <= step])
+            step = checkpoint.verify(resume, flags.identity(values), accelerator.num_processes)
+            run_folder.cut(accelerator, folder, [other for other in config.logged if other <= step])
         if config.with_tracking:
-            _tracking.start(accelerator, values, folder)
+            tracking.start(accelerator, values, folder)
         if resume is not None and step:
-            _checkpoint.load(accelerator, resume, run.parts)
+            checkpoint.load(accelerator, resume, run.parts)
         else:
-            _processes.on_main(accelerator, lambda: _data.save(run.data, folder / "examples.safetensors"))
+            processes.on_main(accelerator, lambda: run_folder.save_examples(folder, run.data))
             _log(run, folder, step)
     return step
 
@@ -195,12 +188,12 @@ def _begin(run: Run, folder: Path, resume: Path | None) -> int:
 def _log(run: Run, folder: Path, step: int) -> float:
     """Measure, add a line to the log, and return the training loss."""
     model = run.accelerator.unwrap_model(run.model)
-    _processes.share_buffers(run.accelerator, model)
+    processes.share_buffers(run.accelerator, model)
     training = model.training
     run.model.eval()
     values: dict[str, Any] = {"step": step, **run.measurements(folder, step)}
     run.model.train(training)
-    _processes.on_main(run.accelerator, lambda: _run.append(folder, values))
+    processes.on_main(run.accelerator, lambda: run_folder.append(folder, values))
     run.accelerator.log(values, step=step)
     return float(values["train/loss"])
 
@@ -212,11 +205,11 @@ def _save_or_stop(run: Run, folder: Path, step: int) -> None:
     stop = accelerator.check_trigger()  # a process that got the signal stops all of them
     due = config.checkpointing_steps and step % config.checkpointing_steps == 0
     if stop or due or step == config.last_step:
-        identity = _flags.identity(dataclasses.asdict(config))
-        saved = _checkpoint.save(accelerator, folder, step, identity, run.parts)
+        identity = flags.identity(dataclasses.asdict(config))
+        saved = checkpoint.save(accelerator, folder, step, identity, run.parts)
         if stop or step == config.last_step:
             reason = "SIGTERM" if stop else "--max_steps"
-            accelerator.print(f"stopped by {reason} after step {step}; go on with {_checkpoint.FLAG} {saved}")
+            accelerator.print(f"stopped by {reason} after step {step}; go on with {checkpoint.FLAG} {saved}")
     if stop:
         accelerator.end_training()
         sys.exit(128 + signal.SIGTERM)
@@ -224,10 +217,10 @@ def _save_or_stop(run: Run, folder: Path, step: int) -> None:
 
 def _conclude(folder: Path) -> list[Path]:
     """Draw the figure from the log alone, print the table, and return the figures."""
-    config = _run.config_of(folder)
-    name, figure = _figure.label(config), folder / "figure.png"
-    _figure.draw({name: _run.read(folder)}, f"{_figure.task(config)}, regularizer: {name}", figure)
-    _figure.print_table(folder)
+    config = run_folder.config_of(folder)
+    name, figure = plots.label(config), folder / "figure.png"
+    plots.draw({name: run_folder.read(folder)}, f"{plots.task(config)}, regularizer: {name}", figure)
+    plots.print_table(folder)
     return [figure]
 
 
@@ -248,11 +241,11 @@ def _diverging(folder: Path, step: int) -> Iterator[None]:
     try:
         yield
     except (ValueError, torch.linalg.LinAlgError) as error:
-        if _words.is_told(error):
+        if messages.is_told(error):
             raise
         raise DivergedError(
             f"training ended at step {step}: {' '.join(str(error).split())} If it diverged, lower --lr or --weight. "
-            f"The log until then is kept: {_run.log_of(folder)}"
+            f"The log until then is kept: {run_folder.log_of(folder)}"
         ) from error
 
 
@@ -260,7 +253,7 @@ def _augmented(x: Tensor, seed: int, step: int, process: int) -> Tensor:
     # Of its own, so that a run which goes on draws what it would have drawn. Below 2⁶³, as torch wants seeds, no two
     # steps of a run share one: 10⁴ times their difference is no multiple of 2⁶³.
     generator = torch.Generator().manual_seed(((seed * 10**9 + step) * 10**4 + process) % 2**63)
-    return _data.crop_and_flip(x, generator)
+    return examples.crop_and_flip(x, generator)
 
 
 def _progress(accelerator: Accelerator) -> Progress:

@@ -6,13 +6,10 @@ import importlib.util
 from dataclasses import dataclass
 from typing import final
 
-import _data
-import _flags
-import _models
-import _regularizers
-import _sets
-from _flags import flag
-from _measure import QUANTITIES
+from data import bundled, examples
+from training import flags, models, regularizers
+from training.flags import flag
+from training.measure import QUANTITIES
 
 
 @final
@@ -20,22 +17,22 @@ from _measure import QUANTITIES
 class Config:
     """Every flag with its default; saved with the run."""
 
-    dataset: str = flag("digits", "what to train on", choices=_data.DATASETS)
+    dataset: str = flag("digits", "what to train on", choices=examples.DATASETS)
     data_path: str | None = flag(None, "folder of the image data set; the Hub is asked by default")
     train_size: int = flag(0, "training examples; 0 for all that are not held out", least=0)
     val_size: int = flag(0, "others of the training split, held out to choose by", least=0)
     label_noise: float = flag(0.0, "share of the training labels that are redrawn uniformly", least=0, most=1)
-    mix: str | None = flag(None, "data set to add training examples of", choices=_data.DATASETS)
+    mix: str | None = flag(None, "data set to add training examples of", choices=examples.DATASETS)
     mix_size: int = flag(0, "how many", least=0)
     mix_path: str | None = flag(None, "folder of that data set")
     augment: bool = flag(False, "cut images out of a margin of 4 pixels, and mirror half of them, at every step")
-    model: str = flag("mlp", "the network", choices=tuple(_models.WIDTHS))
+    model: str = flag("mlp", "the network", choices=tuple(models.WIDTHS))
     hidden: int = flag(
         0, "units, channels of the first stage, or size of the embedding; 0 for its own", least=0, most=10**9
     )
     depth: int = flag(0, "layers (mlp, cnn) or blocks (transformer); 0 for its own", least=0, most=10**4)
     batch_norm: bool = flag(False, "batch normalisation (vgg, resnet18)")
-    init: str = flag("torch", "weights at the start: torch's, or Kaiming's normal ones", choices=_models.INITS)
+    init: str = flag("torch", "weights at the start: torch's, or Kaiming's normal ones", choices=models.INITS)
     seed: int = flag(0, "of initialisation, subset, label noise, batches and sketches", least=0, most=2**32 - 1)
     steps: int = flag(1500, "optimizer steps", least=0)
     max_steps: int = flag(0, "stop after so many, with a checkpoint to go on from; 0 for no such stop", least=0)
@@ -51,7 +48,7 @@ class Config:
     checkpointing_steps: int = flag(0, "steps between checkpoints, 0 for none", least=0)
     output_dir: str | None = flag(None, "the run's folder; a new one under runs/ by default")
     label_smoothing: float = flag(0.0, "share of each label that is spread over all classes", least=0, most=1)
-    regularizer: str = flag("none", "what is added to the task", choices=("none", *_regularizers.LOSSES))
+    regularizer: str = flag("none", "what is added to the task", choices=("none", *regularizers.LOSSES))
     weight: float = flag(0.0, "strength of the regularizer", least=0)
     reg_examples: int = flag(32, "of a batch, what the regularizer is evaluated on, or all if fewer", least=2)
     reg_pool: int = flag(0, "draw them from the first so many training examples in place of the batch", least=0)
@@ -60,7 +57,7 @@ class Config:
     reg_until: float = flag(1.0, "share of training after which it is left out", least=0, most=1)
     reg_probes: int = flag(0, "its random probes; 0 for its own number", least=0, most=10**5)
     reg_clip: float = flag(0.25, "how many times as long as the weights its gradient may be; 0 for no limit", least=0)
-    reg_layers: str = flag("all", "whose tangent features count", choices=tuple(_regularizers.LAYERS))
+    reg_layers: str = flag("all", "whose tangent features count", choices=tuple(regularizers.LAYERS))
     reg_centered: bool = flag(True, "centre the kernel")
     reg_per_layer: bool = flag(False, "the mean over layers of each one's own")
     sketch_dim: int = flag(64, "random directions of the alignment", least=3, most=10**5)
@@ -99,7 +96,7 @@ class Config:
         Raises:
             ValueError: with the flag, what was expected and what came.
         """
-        _flags.check(self)
+        flags.check(self)
         self._check_data()
         self._check_network()
         self._check_regularizer()
@@ -112,7 +109,7 @@ class Config:
             raise ValueError(f"--measure: expected some of {', '.join(QUANTITIES)}, got {', '.join(sorted(odd))}.")
 
     def _check_data(self) -> None:
-        points = [name for name in (self.dataset, self.mix) if name in _sets.POINTS]
+        points = [name for name in (self.dataset, self.mix) if name in bundled.POINTS]
         if points and self.model != "mlp":
             raise ValueError(
                 f"--model: expected mlp for {points[0]}, whose inputs are points and no images, got {self.model}."
@@ -122,14 +119,14 @@ class Config:
         if (self.mix is None) != (self.mix_size == 0):
             raise ValueError("--mix_size: expected with --mix, and --mix with it: a data set and how many examples.")
         for path, name in (("data_path", self.dataset), ("mix_path", self.mix)):
-            if getattr(self, path) is not None and (name is None or name in _sets.BUNDLED):
+            if getattr(self, path) is not None and (name is None or name in bundled.BUNDLED):
                 raise ValueError(f"--{path}: expected an image data set with it, got {name}, which needs no folder.")
 
     def _check_network(self) -> None:
         if self.depth == 1 and self.model in ("mlp", "cnn"):
             raise ValueError("--depth: expected at least 2 layers, or 0 for the network's own, got 1.")
-        if self.depth and self.model not in _models.DEPTHS:
-            raise ValueError(f"--depth: expected {', '.join(_models.DEPTHS)} with it, got {self.model}.")
+        if self.depth and self.model not in models.DEPTHS:
+            raise ValueError(f"--depth: expected {', '.join(models.DEPTHS)} with it, got {self.model}.")
         if self.batch_norm and self.model in ("mlp", "cnn", "transformer"):
             raise ValueError(f"--batch_norm: expected vgg or resnet18 with it, got {self.model}.")
 

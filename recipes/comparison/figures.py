@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import _figure
-import _jobs
-import _study
-from _figure import COLORS, Log, pyplot
-from _methods import DECAY, NONE, SMOOTHING, words
-from _plan import Row
+from comparison.methods import DECAY, NONE, SMOOTHING, words
+from comparison.plan import Row
+from studies import study
+from studies.jobs import broken_off
+from training import plots
+from training.plots import COLORS, Log, pyplot
 
 TEST, ALIGNMENT = "test/accuracy", "test/kernel_alignment"
 RANK, PATH = "train/effective_rank", "train/path_complexity"
@@ -41,13 +41,13 @@ def draw(folder: Path, settings: list[dict[str, Any]], seeds: int) -> list[Path]
     for setting in settings:
         place = folder / setting["setting"] / "final"
         runs = {name: [place / Row(name).slug / f"seed-{seed}" for seed in range(seeds)] for name in names}
-        whole = {name: [run for run in of_method if not _jobs.broken_off(run)] for name, of_method in runs.items()}
-        logs[setting["setting"]] = {name: _study.logs(of_method) for name, of_method in whole.items() if of_method}
+        whole = {name: [run for run in of_method if not broken_off(run)] for name, of_method in runs.items()}
+        logs[setting["setting"]] = {name: study.logs(of_method) for name, of_method in whole.items() if of_method}
     drawn = []
     for name, make, dpi in (("paths", _paths, 75), ("explicit", _explicit, 110)):
         figure = make(logs, _styles(names))
         drawn.append(folder / f"{name}.png")
-        _figure.save(figure, drawn[-1], dpi)
+        plots.save(figure, drawn[-1], dpi)
     return drawn
 
 
@@ -59,8 +59,8 @@ def _paths(logs: dict[str, dict[str, list[Log]]], styles: dict[str, dict[str, An
     for line, (setting, of_methods) in zip(axes, logs.items(), strict=True):
         for axis, (title, key) in zip(line, PANELS.items(), strict=True):
             for name, of_seeds in of_methods.items():
-                _study.band(axis, of_seeds, key, **styles[name])
-            _figure.finish(axis, f"{setting}: {title}", legend=False)
+                study.band(axis, of_seeds, key, **styles[name])
+            plots.finish(axis, f"{setting}: {title}", legend=False)
             if key == PATH:
                 axis.set_yscale("symlog", linthresh=100)
             elif key == TEST:
@@ -83,7 +83,7 @@ def _explicit(logs: dict[str, dict[str, list[Log]]], styles: dict[str, dict[str,
             axis = axes[len(others) * (place // columns) + line, place % columns]
             axis.set_visible(True)
             for name in [name for name in SHOWN if name in of_methods]:
-                x, y = (_study.means(of_methods[name], part) for part in (ALIGNMENT, key))
+                x, y = (study.means(of_methods[name], part) for part in (ALIGNMENT, key))
                 axis.plot(x, y, "-o", markersize=2.5, linewidth=1, **styles[name])
                 axis.plot(x[-1], y[-1], "s", markersize=5.5, color=styles[name]["color"])
             axis.set_xlabel("held-out alignment", fontsize=9)

@@ -10,14 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
-import _comparison_figures
-import _files
-import _jobs
-import _run
-from _comparison_figures import ALIGNMENT, PATH, RANK, TEST
-from _figure import Log
-from _methods import DECAY, NONE, SMOOTHING, base, words
 from scipy.stats import t as student
+
+from comparison import figures
+from comparison.figures import ALIGNMENT, PATH, RANK, TEST
+from comparison.methods import DECAY, NONE, SMOOTHING, base, words
+from studies.jobs import broken_off
+from training import run_folder, storage
+from training.plots import Log
 
 REACHED = {
     "test": TEST,
@@ -59,8 +59,8 @@ def interval(values: list[float], comparisons: int = 1) -> Estimate:
 
 def log_of(run: Path) -> Log:
     """Return a run's log; one that broke off ends with accuracies of zero, and nothing else that is defined."""
-    log = _run.read(run)
-    if _jobs.broken_off(run):
+    log = run_folder.read(run)
+    if broken_off(run):
         last = {key: 0.0 if key.endswith("/accuracy") else math.nan for key in log[-1]}
         log.append({**last, "step": log[-1]["step"] + 1})
     return log
@@ -109,22 +109,22 @@ def report(place: Path, files: list[Path]) -> None:
     """
     source = place / "comparison.json" if place.is_dir() else place
     try:
-        found = json.loads(_files.read(source))
+        found = json.loads(storage.read(source))
         settings = found["settings"]
     except (OSError, ValueError, KeyError):
         hint = f"; go on with --resume {place}" if (place / "plan.json").exists() else ""
         expected = "--report: expected the folder of a comparison that is done, or its json"
         raise ValueError(f"{expected}, got {place}{hint}.") from None
-    texts = {file: filled(_files.read(file), found) for file in files}
+    texts = {file: filled(storage.read(file), found) for file in files}
     for file, text in texts.items():
-        with _files.writing(file, "--into"):
+        with storage.writing(file, "--into"):
             file.write_text(text, encoding="utf-8")
     shown = {"table": full_table(found), "findings": findings(found)}
     print("\n".join(shown.values()))
     if place.is_dir():
         for name, text in shown.items():
-            _files.write(place / f"{name}.md", text)
-        for figure in _comparison_figures.draw(place, settings, found["seeds"]):
+            storage.write(place / f"{name}.md", text)
+        for figure in figures.draw(place, settings, found["seeds"]):
             print(f"figure: {figure}")
     print(f"{found['runs']} runs, {found['minutes']:.0f} min: {source}")
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
-import _files
-import _images
-import _sets
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-DATASETS = (*_sets.BUNDLED, *_images.SOURCES)
+from data import bundled, images
+
+DATASETS = (*bundled.BUNDLED, *images.SOURCES)
 
 
 class Data(NamedTuple):
@@ -105,16 +102,7 @@ def _redrawn(labels: Tensor, share: float, num_classes: int, generator: torch.Ge
     return labels, redrawn
 
 
-def save(data: Data, path: Path) -> None:
-    """Write which examples a run trains on, with what labels, which of them are difficult, and which are held out."""
-    saved = {"rows": data.rows, "labels": data.train_y, "difficult": data.difficult}
-    if len(data.val_rows):
-        saved |= {"val_rows": data.val_rows, "val_labels": data.val_y}
-    with _files.writing(path):
-        save_file(saved, path)
-
-
-def _mixed(data: Data, name: str, other: _sets.Split, size: int, generator: torch.Generator) -> Data:
+def _mixed(data: Data, name: str, other: bundled.Split, size: int, generator: torch.Generator) -> Data:
     if other.train_x.shape[1:] != data.train_x.shape[1:] or other.num_classes != data.num_classes:
         shapes = (tuple(x.shape[1:]) for x in (data.train_x, other.train_x))
         raise ValueError(
@@ -133,10 +121,10 @@ def _mixed(data: Data, name: str, other: _sets.Split, size: int, generator: torc
     )
 
 
-def _load(name: str, data_path: str | None) -> _sets.Split:
-    if name in _sets.BUNDLED:
-        return _sets.BUNDLED[name]()
-    split = _images.load(name, data_path)
+def _load(name: str, data_path: str | None) -> bundled.Split:
+    if name in bundled.BUNDLED:
+        return bundled.BUNDLED[name]()
+    split = images.load(name, data_path)
     pixels = split.train_x.float() / 255
     mean, std = (value[None, :, None, None] for value in (pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))))
     return split._replace(

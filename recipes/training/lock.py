@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-import _files
+from training import storage
 
 try:
     import fcntl
@@ -34,7 +34,7 @@ def hold(folder: Path, flag: str) -> Iterator[None]:
         ValueError: if another process holds it, by its number, or the folder cannot be written.
     """
     path = folder / NAME
-    with _files.writing(path, flag):
+    with storage.writing(path, flag):
         file = _open(path)
     try:
         if not file:
@@ -86,6 +86,6 @@ def _lock(file: IO[str]) -> None:
 
 def _holder(path: Path) -> str:
     try:
-        return _files.read(path) or "another process"
+        return storage.read(path) or "another process"
     except OSError:
         return "another process"

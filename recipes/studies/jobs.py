@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import multiprocessing
 import os
@@ -16,17 +17,13 @@ from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_c
 from pathlib import Path
 from typing import final
 
-import _checkpoint
-import _files
-import _flags
-import _lock
-import _loop
-import _words
 import torch
-from _config import Config
 from rich.progress import track
 
-Job = tuple[Path, list[str]]
+from training import checkpoint, lock, loop, messages, storage
+from training.config import Config
+
+Job = tuple[Path, Config]
 """The folder of a run, and its flags."""
 DONE, BROKEN_OFF = "done", "broken_off"
 """Files that mark runs which came to their end, and to which one: the second says why."""
@@ -96,13 +93,13 @@ def opened(resume: Path | None, wanted: Path | None, name: str) -> Iterator[Path
         ValueError: if it is a new one and holds something, or another study holds it.
     """
     folder = resume or wanted or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    with _files.writing(folder):
+    with storage.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if not resume and any(folder.iterdir()):
             raise ValueError(
                 f"--output_dir: expected a new or empty folder, but {folder} holds something. Try --resume."
             )
-    with _lock.hold(folder, "--resume" if resume else "--output_dir"):
+    with lock.hold(folder, "--resume" if resume else "--output_dir"):
         yield folder
 
 
@@ -131,34 +128,30 @@ def _said(future: Future[str | None]) -> str | None:
 def _clear(folder: Path) -> None:
     """Remove a run that this study has begun, and that did not come far; not one that a process still writes to."""
     if folder.exists():
-        with _lock.hold(folder, "--resume"):
+        with lock.hold(folder, "--resume"):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _train(folder: Path, flags: list[str], may_break_off: bool = False) -> str | None:
-    """Run train.py in this process, from the newest checkpoint if there is one; return what it said if it failed."""
-    if list(folder.glob("checkpoints/step_*")):
-        arguments = [_checkpoint.FLAG, str(folder)]
-    else:
-        arguments = [*flags, "--output_dir", str(folder)]
+def _train(folder: Path, config: Config, may_break_off: bool = False) -> str | None:
+    """Train in this process, from the newest checkpoint if there is one; return what it said if it failed."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            if arguments[0] != _checkpoint.FLAG:
+            newest = checkpoint.newest(folder)
+            if newest is None:
                 _clear(folder)
-            config, resume = _flags.parse(Config, None, arguments)
-            _loop.train(config, resume)
+            loop.train(dataclasses.replace(config, output_dir=str(folder)), newest)
         (folder / DONE).touch()
     except SystemExit as stop:
         if stop.code == 128 + signal.SIGTERM:
             os._exit(stop.code)  # nothing of the queue is to begin
         return f"{folder}: train.py failed\n{said.getvalue()[-2000:]}"
     except Exception as error:  # noqa: BLE001 - the study says it
-        if may_break_off and isinstance(error, _loop.DivergedError):
-            _files.write(folder / BROKEN_OFF, f"{error}\n")
+        if may_break_off and isinstance(error, loop.DivergedError):
+            storage.write(folder / BROKEN_OFF, f"{error}\n")
             (folder / DONE).touch()
             return None
-        told = str(error) if _words.is_told(error) else traceback.format_exc()[-2000:]
+        told = str(error) if messages.is_told(error) else traceback.format_exc()[-2000:]
         return f"{folder}: train.py failed\n{told}"
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the run's own handler waits for its next step

@@ -6,62 +6,59 @@ import argparse
 import json
 import math
 import os
-import shlex
 import statistics
 import time
-from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, NamedTuple, final
 
-import _figure
-import _files
-import _flags
-import _jobs
-import _run
-import _words
-from _config import Config
-from _figure import Log
+from studies.jobs import Workers, opened, slug
+from training import flags, messages, plots, run_folder, storage
+from training.config import Config
+from training.plots import Log
 
 Runs = dict[str, list[Path]]
 """Folders of the runs of each setting, one a seed."""
 
 
-class Study(ABC):
+Settings = dict[str, Any]
+"""Fields of a run's Config."""
+
+
+@final
+class Study(NamedTuple):
     """What is varied, and what is made of it."""
 
     name: str
-    always: str
-    """Flags of train.py for all runs."""
-    bundled: str
+    always: Settings
+    """For all runs."""
+    bundled: Settings
     """Further ones where the user gives no --config: data and network that take minutes."""
-    settings: ClassVar[dict[str, str]]
+    settings: dict[str, Settings]
     """Further ones by label."""
-    configured: ClassVar[dict[str, str] | None] = None
-    """Those with the user's --config, where they are others."""
+    draw: Callable[[Runs, Path], None]
+    """Draws the figure from the logs alone."""
+    findings: Callable[[Runs], list[str]]
+    """Returns what the numbers of the logs say, a sentence each."""
+    configured: dict[str, Settings] | None = None
+    """Settings with the user's --config, where they are others."""
 
-    def flags_by_label(self, *, configured: bool) -> dict[str, str]:
-        """Return the flags of each setting, in order, with or without a configuration of the user's."""
+    def by_label(self, *, configured: bool) -> dict[str, Settings]:
+        """Return all that each setting sets, in order, with or without a configuration of the user's."""
         settings = self.configured if configured and self.configured is not None else self.settings
-        common = self.always if configured else f"{self.always} {self.bundled}"
-        return {label: f"{common} {flags}".strip() for label, flags in settings.items()}
-
-    @abstractmethod
-    def draw(self, runs: Runs, figure: Path) -> None:
-        """Draw the figure from the logs alone."""
-
-    @abstractmethod
-    def findings(self, runs: Runs) -> list[str]:
-        """Return what the numbers of the logs say, a sentence each."""
+        common = self.always if configured else {**self.always, **self.bundled}
+        return {label: {**common, **own} for label, own in settings.items()}
 
 
 def main(study: Study, doc: str | None) -> None:
     """Run a study from the command line: the runs that are not there yet, then figure and findings."""
-    with _words.in_words():
+    with messages.in_words():
         arguments, further = _arguments(doc)
-        _figure.pyplot()  # missing, it is missed before the work
+        plots.pyplot()  # missing, it is missed before the work
         plan = _known(study, arguments, further) if arguments.resume else _new(study, arguments, further)
         _runs(plan)  # refuses wrong flags before there is a folder
-        with _jobs.opened(arguments.resume, arguments.output_dir, study.name) as folder:
+        with opened(arguments.resume, arguments.output_dir, study.name) as folder:
             _run_and_draw(study, plan, folder, arguments.jobs)
 
 
@@ -87,21 +84,21 @@ def _arguments(doc: str | None) -> tuple[argparse.Namespace, list[str]]:
 
 def _run_and_draw(study: Study, plan: dict[str, Any], folder: Path, at_once: int) -> None:
     started = time.monotonic()
-    _files.write(folder / "study.json", json.dumps(plan, indent=1) + "\n")
-    with _jobs.Workers(at_once, folder) as workers:
-        workers.run([(folder / run, flags) for run, flags in _runs(plan)])
+    storage.write(folder / "study.json", json.dumps(plan, indent=1) + "\n")
+    with Workers(at_once, folder) as workers:
+        workers.run([(folder / run, config) for run, config in _runs(plan)])
     figure = folder / "figure.png"
     seeds = range(plan["seeds"])
-    runs = {label: [folder / _jobs.slug(label) / f"seed-{seed}" for seed in seeds] for label in plan["settings"]}
+    runs = {label: [folder / slug(label) / f"seed-{seed}" for seed in seeds] for label in plan["settings"]}
     study.draw(runs, figure)
     findings = study.findings(runs)
-    _files.write(folder / "findings.txt", "\n".join(findings) + "\n")
+    storage.write(folder / "findings.txt", "\n".join(findings) + "\n")
     print("\n".join(findings))
     print(f"figure: {figure}\n{(time.monotonic() - started) / 60:.1f} minutes")
 
 
 def _new(study: Study, arguments: argparse.Namespace, further: list[str]) -> dict[str, Any]:
-    settings = study.flags_by_label(configured="--config" in further)
+    settings = study.by_label(configured="--config" in further)
     return {"study": study.name, "settings": settings, "further": further, "seeds": arguments.seeds or 3}
 
 
@@ -111,9 +108,10 @@ def _known(study: Study, arguments: argparse.Namespace, further: list[str]) -> d
     if not file.is_file():
         raise ValueError(f"--resume: expected the folder of a study, but there is no {file}.")
     try:
-        plan = dict(json.loads(_files.read(file)))
+        plan = dict(json.loads(storage.read(file)))
+        plan["settings"] = {label: dict(own) for label, own in plan["settings"].items()}
         name, was, seeds = plan["study"], " ".join(plan["further"]) or "none", int(plan["seeds"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"--resume: expected the folder of a study, but {file} is truncated or none.") from None
     if name != study.name:
         raise ValueError(f"--resume: expected a study of {study.name}, but {file} is one of {name}.")
@@ -127,19 +125,19 @@ def _known(study: Study, arguments: argparse.Namespace, further: list[str]) -> d
     return {**plan, "seeds": arguments.seeds or seeds}
 
 
-def _runs(plan: dict[str, Any]) -> list[tuple[str, list[str]]]:
+def _runs(plan: dict[str, Any]) -> list[tuple[str, Config]]:
     """Return the folder of each run, and its flags."""
-    jobs = []
-    for label, flags in plan["settings"].items():
-        own = [*shlex.split(flags), *plan["further"]]
-        _flags.parse(Config, None, own)
-        jobs += [(f"{_jobs.slug(label)}/seed-{seed}", [*own, "--seed", str(seed)]) for seed in range(plan["seeds"])]
-    return jobs
+    configs = {label: flags.parse(Config, None, plan["further"], own)[0] for label, own in plan["settings"].items()}
+    return [
+        (f"{slug(label)}/seed-{seed}", replace(config, seed=seed))
+        for label, config in configs.items()
+        for seed in range(plan["seeds"])
+    ]
 
 
 def logs(folders: list[Path]) -> list[Log]:
     """Return the logs of runs."""
-    return [_run.read(folder) for folder in folders]
+    return [run_folder.read(folder) for folder in folders]
 
 
 def columns(of_seeds: list[Log], key: str) -> dict[int, list[float]]:
@@ -160,7 +158,7 @@ def band(axis: Any, of_seeds: list[Log], key: str, *, color: str, label: str | N
     values = columns(of_seeds, key)
     spread = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in values.values()]
     steps = [step + 1 for step in values]
-    _figure.shade(axis, steps, means(of_seeds, key), spread, style, color=color, label=label)
+    plots.shade(axis, steps, means(of_seeds, key), spread, style, color=color, label=label)
 
 
 def over_seeds(values: list[float]) -> str:

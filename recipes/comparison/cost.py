@@ -8,16 +8,17 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import _jobs
-import _loop
 import torch
-from _config import Config
+
+from studies.jobs import threads
+from training import loop
+from training.config import Config
 
 STEPS, ROUNDS = 30, 5
 
 
 class _Timed(NamedTuple):
-    run: _loop.Run
+    run: loop.Run
     batches: Iterator[Any]
     start: float
 
@@ -32,7 +33,7 @@ def of(configs: Mapping[str, Config], jobs: int) -> dict[str, dict[str, float]]:
         jobs: how many runs there will be at a time: each has its share of the processors.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(_jobs.threads(jobs))
+    torch.set_num_threads(threads(jobs))
     timed = {name: _prepared(config) for name, config in configs.items()}
     measures = {name: _seconds(lambda one=one: one.run.measurements(Path(), 0)) for name, one in timed.items()}
     rounds: dict[str, list[float]] = {name: [] for name in timed}
@@ -48,7 +49,7 @@ def of(configs: Mapping[str, Config], jobs: int) -> dict[str, dict[str, float]]:
 
 def _prepared(config: Config) -> _Timed:
     start = time.perf_counter()
-    run = _loop.prepare(config)
+    run = loop.prepare(config)
     return _Timed(run, _forever(run.loader), time.perf_counter() - start)
 
 
@@ -61,7 +62,7 @@ def _advance(one: _Timed) -> None:
     one.run.model.train()
     for step in range(STEPS):
         x, y = next(one.batches)
-        _loop.advance(one.run, step, x, y)
+        loop.advance(one.run, step, x, y)
 
 
 def _seconds(work: Callable[[], object]) -> float:

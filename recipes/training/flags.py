@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import _checkpoint
-import _files
-import _words
 import yaml
+
+from training import checkpoint, messages, storage
 
 FREE = ("output_dir", "max_steps")
 """Flags that a run which goes on may have otherwise."""
@@ -54,8 +53,8 @@ def parse(
     )
     parser.add_argument("--config", help="yaml file of flags, or an earlier run's config.json: the defaults then")
     parser.add_argument(
-        _checkpoint.FLAG,
-        help=f"a checkpoint, or a run's folder for its newest, to go on from; {_checkpoint.LATEST}: the newest in "
+        checkpoint.FLAG,
+        help=f"a checkpoint, or a run's folder for its newest, to go on from; {checkpoint.LATEST}: the newest in "
         "--output_dir, or to begin there if it has none, for launchers that start a command again",
     )
     kinds = {"int": int, "float": float}
@@ -69,19 +68,19 @@ def parse(
         options["help"] = f"{field.metadata['help']} ({choices}default: {field.default})".replace("%", "%%")
         parser.add_argument(f"--{field.name}", **options)
     given = {**(settings or {}), **vars(parser.parse_args(arguments))}
-    template, checkpoint = given.pop("config"), given.pop("resume_from_checkpoint")
-    again = checkpoint == _checkpoint.LATEST
-    if template and checkpoint and not again:
-        parser.error(f"argument --config: not allowed with argument {_checkpoint.FLAG}, but with {_checkpoint.LATEST}")
+    template, wanted = given.pop("config"), given.pop("resume_from_checkpoint")
+    again = wanted == checkpoint.LATEST
+    if template and wanted and not again:
+        parser.error(f"argument --config: not allowed with argument {checkpoint.FLAG}, but with {checkpoint.LATEST}")
     resume = None
     try:
         earlier = _read(kind, Path(template), "--config") if template else {}
-        if checkpoint:
-            resume = _checkpoint.latest(given.get("output_dir")) if again else _checkpoint.find(checkpoint)
+        if wanted:
+            resume = checkpoint.latest(given.get("output_dir")) if again else checkpoint.find(wanted)
         if resume is not None:
-            wanted = {**earlier, **given}
-            earlier = _read(kind, _checkpoint.run_of(resume) / "config.json", _checkpoint.FLAG)
-            _refuse_changes(wanted, earlier)
+            asked = {**earlier, **given}
+            earlier = _read(kind, checkpoint.run_of(resume) / "config.json", checkpoint.FLAG)
+            _refuse_changes(asked, earlier)
         for name in FREE:
             earlier.pop(name, None)  # a new run has its own folder, and one that goes on may have been moved
         config = kind(**{**earlier, **given})
@@ -89,6 +88,16 @@ def parse(
     except ValueError as error:
         parser.error(str(error))
     return config, resume
+
+
+def arguments_of(settings: Mapping[str, Any]) -> list[str]:
+    """Return values of fields as a command line has them."""
+    switches = {True: "--", False: "--no-"}
+    return [
+        word
+        for name, value in settings.items()
+        for word in ([f"{switches[value]}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)])
+    ]
 
 
 def identity(values: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +117,7 @@ def check(config: Any) -> None:
 
 def _check_value(field: dataclasses.Field[Any], value: Any) -> None:
     least, most, choices = (field.metadata[key] for key in ("least", "most", "choices"))
-    got = f"got {_words.short(value)}."
+    got = f"got {messages.short(value)}."
     if choices is not None and value not in choices and not (value is None and field.default is None):
         raise ValueError(f"--{field.name}: expected one of {', '.join(choices)}, {got}")
     expected = {"int": int, "float": (int, float), "bool": bool}.get(str(field.type), (str, type(None)))
@@ -129,8 +138,8 @@ def _refuse_changes(given: dict[str, Any], earlier: dict[str, Any]) -> None:
     for name, value in given.items():
         if name not in FREE and value != earlier.get(name, value):
             raise ValueError(
-                f"--{name}: expected the value of the run that goes on, {_words.short(earlier[name])}, "
-                f"got {_words.short(value)}. Leave the flag out, or start a new run."
+                f"--{name}: expected the value of the run that goes on, {messages.short(earlier[name])}, "
+                f"got {messages.short(value)}. Leave the flag out, or start a new run."
             )
 
 
@@ -138,7 +147,7 @@ def _read(kind: type[Any], source: Path, name: str) -> dict[str, Any]:
     expected = f"{name}: expected a yaml file of flags or the config.json of an earlier run"
     is_yaml = source.suffix in (".yaml", ".yml")
     try:
-        text = _files.read(source)
+        text = storage.read(source)
         nested = _nested(text) if is_yaml else None
         values = {} if nested else dict(yaml.safe_load(text) if is_yaml else json.loads(text)["config"])
     except OSError as error:
@@ -149,7 +158,7 @@ def _read(kind: type[Any], source: Path, name: str) -> dict[str, Any]:
         raise ValueError(f"{expected}, each flag with one plain value, got more in line {nested} of {source}.")
     unknown = sorted(map(str, values.keys() - {field.name for field in dataclasses.fields(kind)}))
     if unknown:
-        odd = ", ".join(map(_words.shortened, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+        odd = ", ".join(map(messages.shortened, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
         raise ValueError(f"{name}: {source} has flags that this recipe does not know: {odd}.")
     return values
 

@@ -1,19 +1,16 @@
-"""What a comparison is to run: every run's folder and flags follow from the plan, and, once chosen, the weights."""
+"""What a comparison is to run: every run's folder and Config follow from the plan, and, once chosen, the weights."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import shlex
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
-import _files
-import _flags
-from _config import Config
-from _jobs import Job
-from _methods import BUNDLED, DECAY, FINAL, FIRST_SEED, KNOWN, NETWORKS, NONE, TASKS, TUNING
+from comparison.methods import BUNDLED, DECAY, FINAL, FIRST_SEED, KNOWN, NETWORKS, NONE, TASKS, TUNING
+from studies.jobs import Job
+from training import flags, storage
+from training.config import Config
 
 
 @final
@@ -65,21 +62,21 @@ class Plan:
         """
         file = folder / "plan.json"
         try:
-            return cls(**json.loads(_files.read(file)))
+            return cls(**json.loads(storage.read(file)))
         except (OSError, ValueError, TypeError):
             raise ValueError(f"--resume: expected the folder of a comparison, but there is no {file}.") from None
 
     def save(self, folder: Path) -> None:
         """Write it."""
-        _files.write(folder / "plan.json", json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        storage.write(folder / "plan.json", json.dumps(asdict(self), indent=1) + "\n")
 
     @property
-    def settings(self) -> dict[str, str]:
-        """The flags of each task on each network."""
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """What each task on each network sets."""
         if not self.networks:
             return {task: TASKS[task] for task in self.tasks}
         return {
-            f"{task}-{network}": f"{BUNDLED} {TASKS[task]} {NETWORKS[network]}"
+            f"{task}-{network}": {**BUNDLED, **TASKS[task], **NETWORKS[network]}
             for task in self.tasks
             for network in self.networks
         }
@@ -101,23 +98,22 @@ class Plan:
             ValueError: if no examples are held out.
         """
         grid = self.grid(row)
-        flags = self._flags(setting, row, {row: grid[len(grid) // 2]} if grid else {}, FINAL)
-        config = _flags.parse(Config, None, flags)[0]
+        config = self._config(setting, row, {row: grid[len(grid) // 2]} if grid else {}, FINAL)
         if not config.val_size:
             raise ValueError("--val_size: expected a number of examples to hold out, to choose weights by, got 0.")
         return config
 
     def tuning(self, folder: Path, setting: str, row: Row, weight: float, chosen: Weights) -> list[Job]:
         """Return the runs that say how good a weight is."""
-        flags = self._flags(setting, row, {**chosen, row: weight}, TUNING)
+        config = self._config(setting, row, {**chosen, row: weight}, TUNING)
         place = folder / setting / "tune" / row.slug / f"{weight:g}"
-        return [(place / f"seed-{seed}", [*flags, "--seed", str(seed)]) for seed in range(self.tuning_seeds)]
+        return [(place / f"seed-{seed}", replace(config, seed=seed)) for seed in range(self.tuning_seeds)]
 
     def final(self, folder: Path, setting: str, row: Row, chosen: Weights) -> list[Job]:
         """Return the runs that count."""
-        flags = self._flags(setting, row, chosen, FINAL)
+        config = self._config(setting, row, chosen, FINAL)
         place = folder / setting / "final" / row.slug
-        return [(place / f"seed-{seed}", [*flags, "--seed", str(FIRST_SEED + seed)]) for seed in range(self.seeds)]
+        return [(place / f"seed-{seed}", replace(config, seed=FIRST_SEED + seed)) for seed in range(self.seeds)]
 
     @property
     def runs(self) -> int:
@@ -138,7 +134,7 @@ class Plan:
     def _runs(self, row: Row) -> int:
         return len(self.grid(row)) * self.tuning_seeds + self.seeds
 
-    def _flags(self, setting: str, row: Row, weights: Weights, stage: str) -> list[str]:
-        own = KNOWN[row.method].flags.format(weights.get(row))
-        decay = KNOWN[DECAY].flags.format(weights[Row(DECAY)]) if row.on_top else ""
-        return [*shlex.split(f"{self.settings[setting]} {decay} {own} {stage}"), *self.further]
+    def _config(self, setting: str, row: Row, weights: Weights, stage: dict[str, Any]) -> Config:
+        decay = KNOWN[DECAY].at(weights[Row(DECAY)]) if row.on_top else {}
+        own = KNOWN[row.method].at(weights.get(row))
+        return flags.parse(Config, None, self.further, {**self.settings[setting], **decay, **own, **stage})[0]

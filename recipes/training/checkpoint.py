@@ -9,14 +9,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import _files
-import _processes
-import _words
 import torch
 from accelerate import Accelerator
 from accelerate.utils import load as load_plain
 from safetensors import SafetensorError
 from torch import nn
+
+from training import messages, processes, storage
 
 FLAG = "--resume_from_checkpoint"
 LATEST = "latest"
@@ -36,7 +35,7 @@ def save(accelerator: Accelerator, run: Path, step: int, config: dict[str, Any],
 
     def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
-        with _files.writing(partial):
+        with storage.writing(partial):
             partial.mkdir(parents=True)
 
     def write() -> None:
@@ -56,15 +55,15 @@ def save(accelerator: Accelerator, run: Path, step: int, config: dict[str, Any],
             "files": {file.name: _digest(file.read_bytes()) for file in sorted(partial.iterdir())},
         }
         manifest["digest"] = _digest(_text(manifest).encode())
-        _files.write(partial / MANIFEST, _text(manifest))
+        storage.write(partial / MANIFEST, _text(manifest))
         shutil.rmtree(folder, ignore_errors=True)
-        with _files.writing(folder):
+        with storage.writing(folder):
             partial.rename(folder)
 
     try:
-        _processes.on_main(accelerator, begin)
-        _processes.everywhere(accelerator, write)
-        _processes.on_main(accelerator, complete)
+        processes.on_main(accelerator, begin)
+        processes.everywhere(accelerator, write)
+        processes.on_main(accelerator, complete)
     except BaseException:
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
@@ -126,7 +125,7 @@ def verify(checkpoint: Path, config: dict[str, Any], processes: int) -> int:
     manifest = _manifest(checkpoint)
     step, files, theirs, count = (manifest[key] for key in ("step", "files", "config", "processes"))
     if not 1 <= step <= config["steps"] or checkpoint.resolve().name != f"step_{step}":
-        raise _refusal(checkpoint, f"{MANIFEST} is that of step {_words.short(step)}")
+        raise _refusal(checkpoint, f"{MANIFEST} is that of step {messages.short(step)}")
     if theirs != config:
         odd = sorted(key for key in theirs | config if theirs.get(key) != config.get(key))
         raise _refusal(checkpoint, f"it belongs to another run, with other {', '.join(odd)}")
@@ -163,16 +162,16 @@ def load(accelerator: Accelerator, checkpoint: Path, parts: dict[str, nn.Module]
             states.update(load_plain(checkpoint / name))
             states["torch_manual_seed"], states["random_state"]
         except Exception as error:  # noqa: BLE001 - a class for each kind of damage
-            raise _refusal(checkpoint, f"{name} cannot be read: {_words.short(str(error))}") from None
+            raise _refusal(checkpoint, f"{name} cannot be read: {messages.short(str(error))}") from None
 
     def compare() -> None:
         same = torch.equal(torch.get_rng_state(), states["torch_manual_seed"])
         if not (same and random.getstate() == states["random_state"]):
             raise _refusal(checkpoint, f"the random states of {name} are not those of this machine and its versions")
 
-    _processes.everywhere(accelerator, read)
+    processes.everywhere(accelerator, read)
     accelerator.load_state(str(checkpoint))
-    _processes.everywhere(accelerator, compare)
+    processes.everywhere(accelerator, compare)
     own = torch.load(checkpoint / _parts(accelerator.process_index), map_location="cpu", weights_only=True)
     for part_name, part in parts.items():
         part.load_state_dict(own[part_name])
@@ -181,7 +180,7 @@ def load(accelerator: Accelerator, checkpoint: Path, parts: dict[str, nn.Module]
 
 def _manifest(checkpoint: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads(_files.read(checkpoint / MANIFEST))
+        manifest = json.loads(storage.read(checkpoint / MANIFEST))
     except OSError as error:
         raise _refusal(checkpoint, f"{MANIFEST}: {error.strerror}") from None
     except (ValueError, RecursionError):

@@ -1,0 +1,1 @@
+"""What recipes train on: bundled sets, and image sets through the package datasets."""

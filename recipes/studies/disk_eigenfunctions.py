@@ -1,0 +1,99 @@
+r"""Do the leading eigenfunctions of the tangent kernel take the shape of the classes?
+
+An MLP learns to tell points inside a disk from those outside. Before, on the way and after: the difference f of its two
+outputs, the leading eigenfunctions of f's tangent kernel, the norm of f's gradient in the input and of its tangent
+features, over the plane; and how the 20th eigenvalue falls behind the first. The paper finds the boundary in the
+leading eigenfunctions.
+
+    python recipes/studies/disk_eigenfunctions.py         # three runs, minutes on two cores
+    python recipes/studies/disk_eigenfunctions.py --dataset yin_yang
+
+The folder holds a run of train.py for each seed, with plane-STEP.safetensors, figure.png and findings.txt.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/
+
+import torch
+from safetensors.torch import load_file
+
+from alignreg import plotting
+from studies import study
+from training.plots import COLORS, finish, pyplot, save
+
+FUNCTIONS = 4
+
+
+def draw(runs: study.Runs, figure: Path) -> None:
+    """Draw the figure from the logs alone."""
+    folders = next(iter(runs.values()))
+    found = study.logs(folders)
+    steps = [int(line["step"]) for line in found[0]]
+    shown = [steps[0], steps[len(steps) // 2], steps[-1]]
+    names = ["f", *(f"eigenfunction {j + 1}" for j in range(FUNCTIONS)), "|∂f/∂x|", "|∂f/∂w|"]
+    drawing = pyplot().figure(figsize=(1.55 * len(names) + 3.4, 5.2), layout="constrained")
+    grid = drawing.add_gridspec(len(shown), len(names) + 2)
+    for row, step in enumerate(shown):
+        plane = load_file(folders[0] / f"plane-{step}.safetensors")
+        side = torch.linspace(-1, 1, round(len(plane["outputs"]) ** 0.5))
+        axes = [drawing.add_subplot(grid[row, column]) for column in range(len(names))]
+        signed = torch.column_stack([plane["outputs"], plane["eigenfunctions"][:, :FUNCTIONS]])
+        norms = torch.column_stack([plane["input_gradient"], plane["tangent_norm"]])
+        for values, columns in ((signed, slice(None, FUNCTIONS + 1)), (norms, slice(FUNCTIONS + 1, None))):
+            plotting.plane(
+                values,
+                side,
+                side,
+                axes[columns],
+                names=names[columns] if row == 0 else [""] * values.shape[1],
+                boundary=plane["outputs"],
+                signed=values is signed,
+            )
+        for axis in axes:
+            axis.set(xticks=[], yticks=[], xlabel="", ylabel="")
+        axes[0].set_ylabel(f"step {step}", fontsize=9)
+    axis = drawing.add_subplot(grid[:, -2:])
+    study.band(axis, found, "plane/ratio_20", color=COLORS[0], label="kernel as it is")
+    study.band(axis, found, "plane/ratio_20_centered", color=COLORS[1], label="centred")
+    finish(axis, "20th eigenvalue / 1st")
+    drawing.suptitle("seed 0; the line is where f = 0", fontsize=9)
+    save(drawing, figure)
+
+
+def findings(runs: study.Runs) -> list[str]:
+    """Return what the numbers say, a sentence each."""
+    found = study.logs(next(iter(runs.values())))
+    parts = []
+    for key, name in (
+        ("plane/ratio_20", "20th eigenvalue over the 1st"),
+        ("plane/ratio_20_centered", "of the centred kernel"),
+        ("plane/alignment", "alignment"),
+    ):
+        first, last = ([log[i][key] for log in found] for i in (0, -1))
+        parts.append(f"{name} {study.over_seeds(first)} at the start and {study.over_seeds(last)} at the end")
+    return [f"{'; '.join(parts)}; test accuracy {study.over_seeds([log[-1]['test/accuracy'] for log in found])}."]
+
+
+STUDY = study.Study(
+    name="disk_eigenfunctions",
+    always={"measure": "plane", "kernel_size": 100},
+    bundled={
+        "dataset": "disk",
+        "depth": 6,
+        "hidden": 256,
+        "init": "kaiming",
+        "batch_size": 100,
+        "momentum": 0.0,
+        "steps": 2000,
+    },
+    settings={"plane": {}},
+    draw=draw,
+    findings=findings,
+)
+
+if __name__ == "__main__":
+    study.main(STUDY, __doc__)

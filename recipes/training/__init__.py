@@ -1,0 +1,1 @@
+"""How a run trains: flags, loop, log, checkpoints, measurements, networks and regularizers."""

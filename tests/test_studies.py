@@ -152,11 +152,12 @@ def test_a_study_that_is_stopped(tmp_path):
         assert path.read_text().startswith(log)
 
 
-def quantity(name, data, model, kernel_size):
+def quantity(name, data, model, kernel_size, **options):
     """One of the quantities, outside a run."""
     module = importlib.import_module("training.measure")
     accelerator = types.SimpleNamespace(is_main_process=True, device=torch.device("cpu"))
-    return module.QUANTITIES[name](accelerator, model, data, types.SimpleNamespace(kernel_size=kernel_size))
+    seen = module.Seen(accelerator, model, data, types.SimpleNamespace(kernel_size=kernel_size))
+    return module.QUANTITIES[name](seen, **options)
 
 
 def test_quantities_are_what_they_say(tmp_path):
@@ -195,10 +196,9 @@ def test_eigenfunctions_continue_the_eigenvectors(tmp_path):
     data = importlib.import_module("data.examples").load("disk", train_size=40, seed=0)
     torch.manual_seed(0)
     model, n = nn.Sequential(nn.Linear(2, 12), nn.Tanh(), nn.Linear(12, 2)), 15
-    plane = quantity("plane", data, model, n)
-    assert plane.grid.shape == (41 * 41, 2)
-    plane.grid = data.train_x[:n]
-    values = plane(tmp_path, 3)
+    quantity("plane", data, model, n)(tmp_path, 2)
+    assert load_file(tmp_path / "plane-2.safetensors")["outputs"].shape == (41 * 41,)
+    values = quantity("plane", data, model, n, grid=data.train_x[:n])(tmp_path, 3)
     arrays = load_file(tmp_path / "plane-3.safetensors")
 
     def difference(model, x):

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from data import examples
 from training import checkpoint, flags, messages, models, plots, processes, regularizers, run_folder, tracking
 from training.config import Config
-from training.measure import Measurements
+from training.measure import Measurements, Seen
 
 
 @final
@@ -140,7 +140,7 @@ def prepare(config: Config) -> Run:
         loader,
         regularizer=regularizers.make(config, accelerator, model),
         pool=pool if config.reg_pool else None,
-        measurements=Measurements(accelerator, model, data, config, config.measures),
+        measurements=Measurements(Seen(accelerator, accelerator.unwrap_model(model), data, config), config.measures),
     )
 
 

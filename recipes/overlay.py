@@ -14,10 +14,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # where python -m does not look
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from training import messages, plots, run_folder, storage
 
 TASK = ("dataset", "model", "label_noise", "train_size", "mix", "mix_size")
@@ -59,22 +55,20 @@ def _overlay() -> None:
     figure = arguments.output_dir / "figure.png"
     plots.draw(dict(zip(labels, logs, strict=True)), title, figure)
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     columns = ("regularizer", "train\naccuracy", "test accuracy\nlast", "test accuracy\nbest", "alignment\non test")
-    for column in (*columns, "effective\nrank", "path\ncomplexity"):
-        table.add_column(column, justify="left" if column == "regularizer" else "right", no_wrap=True)
-    for name, log in zip(labels, logs, strict=True):
-        last = log[-1]
-        table.add_row(
+    lines = [
+        (
             name,
-            f"{last['train/accuracy']:.3f}",
-            f"{last['test/accuracy']:.3f}",
+            f"{log[-1]['train/accuracy']:.3f}",
+            f"{log[-1]['test/accuracy']:.3f}",
             f"{max(line['test/accuracy'] for line in log):.3f}",
-            f"{last['test/alignment']:.3f} ± {last['test/alignment_std_error']:.3f}",
-            f"{last['train/effective_rank']:.1f}",
-            f"{last['train/path_complexity']:.0f}",
+            f"{log[-1]['test/alignment']:.3f} ± {log[-1]['test/alignment_std_error']:.3f}",
+            f"{log[-1]['train/effective_rank']:.1f}",
+            f"{log[-1]['train/path_complexity']:.0f}",
         )
-    Console(width=max(140, Console().width)).print(table)
+        for name, log in zip(labels, logs, strict=True)
+    ]
+    plots.print_lines((*columns, "effective\nrank", "path\ncomplexity"), lines, width=140, left="regularizer")
     print(f"figure: {figure}")
 
 

@@ -31,9 +31,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))  # where python -m does not look
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from alignreg.linear import GradientDescent, SuperNat
@@ -203,10 +200,8 @@ def draw(folder: Path) -> None:
 def print_table(folder: Path) -> None:
     """Print the errors at the end and at the best step, mean ± s.d. over seeds."""
     log = run_folder.read(folder)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     headings = ("noise\nfeatures", "method", "validation error\nat the end", "validation error\nat the best step")
-    for heading in (*headings, "best step\n(median)", "training error\nat the end", "complexity\nat the end"):
-        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+    lines = []
     for k in dict.fromkeys(int(line["noise_features"]) for line in log):
         for method in methods(log):
             steps, errors = curves(log, k, f"{method}/validation_error")
@@ -214,8 +209,9 @@ def print_table(folder: Path) -> None:
             where = torch.tensor(steps)[best.indices].median()
             shown = [_mean(errors[:, -1]), _mean(best.values), str(int(where))]
             shown += [_mean(curves(log, k, f"{method}/{key}")[1][:, -1]) for key in ("train_error", "complexity")]
-            table.add_row(str(k), _name(method), *shown)
-    Console(width=max(118, Console().width)).print(table)
+            lines.append([str(k), _name(method), *shown])
+    headings += ("best step\n(median)", "training error\nat the end", "complexity\nat the end")
+    plots.print_lines(headings, lines, width=118, left="method")
 
 
 def _mean(values: Tensor) -> str:

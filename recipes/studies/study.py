@@ -56,7 +56,7 @@ def main(study: Study, doc: str | None) -> None:
     with messages.in_words():
         arguments, further = _arguments(doc)
         plots.pyplot()  # missing, it is missed before the work
-        plan = _known(study, arguments, further) if arguments.resume else _new(study, arguments, further)
+        plan = _plan(study, arguments, further)
         _runs(plan)  # refuses wrong flags before there is a folder
         with opened(arguments.resume, arguments.output_dir, study.name) as folder:
             _run_and_draw(study, plan, folder, arguments.jobs)
@@ -97,13 +97,11 @@ def _run_and_draw(study: Study, plan: dict[str, Any], folder: Path, at_once: int
     print(f"figure: {figure}\n{(time.monotonic() - started) / 60:.1f} minutes")
 
 
-def _new(study: Study, arguments: argparse.Namespace, further: list[str]) -> dict[str, Any]:
-    settings = study.by_label(configured="--config" in further)
-    return {"study": study.name, "settings": settings, "further": further, "seeds": arguments.seeds or 3}
-
-
-def _known(study: Study, arguments: argparse.Namespace, further: list[str]) -> dict[str, Any]:
-    """Return the plan of a study that goes on, with more seeds if the user wants them."""
+def _plan(study: Study, arguments: argparse.Namespace, further: list[str]) -> dict[str, Any]:
+    """Return the plan of a new study, or of one that goes on, with more seeds if the user wants them."""
+    if arguments.resume is None:
+        settings = study.by_label(configured="--config" in further)
+        return {"study": study.name, "settings": settings, "further": further, "seeds": arguments.seeds or 3}
     file = arguments.resume / "study.json"
     if not file.is_file():
         raise ValueError(f"--resume: expected the folder of a study, but there is no {file}.")

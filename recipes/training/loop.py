@@ -103,17 +103,8 @@ def prepare(config: Config) -> Run:
     processes.refuse_other_training(accelerator, config.mixed_precision)
     set_seed(config.seed)
     with accelerator.main_process_first():  # it fetches, the others find
-        data = examples.load(
-            config.dataset,
-            train_size=config.train_size,
-            val_size=config.val_size,
-            label_noise=config.label_noise,
-            mix=config.mix,
-            mix_size=config.mix_size,
-            data_path=config.data_path,
-            mix_path=config.mix_path,
-            seed=config.seed,
-        )
+        names = ("train_size", "val_size", "label_noise", "mix", "mix_size", "data_path", "mix_path", "seed")
+        data = examples.load(config.dataset, **{name: getattr(config, name) for name in names})
     world = accelerator.num_processes
     if len(data.train_x) // config.batch_size < world:  # drop_last would leave no batch: no end
         raise ValueError(

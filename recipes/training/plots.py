@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +45,32 @@ def save(figure: Any, path: Path, dpi: int = 150) -> None:
     pyplot().close(figure)
 
 
+PANELS = {
+    "accuracy": {"test/accuracy": "test", "train/accuracy": "train"},
+    "alignment with the labels, ± 2 s.e.": {"test/alignment": "test", "train/alignment": "train"},
+    "rank of the centred tangent kernel": {
+        "train/effective_rank": "effective rank",
+        "train/participation_ratio": "participation ratio",
+    },
+    "path complexity": {"train/path_complexity": "path complexity"},
+}
+"""What a panel shows, by its title: the first with a solid line, the second with a dotted one."""
+
+
 def draw(runs: dict[str, Log], title: str, path: Path) -> None:
-    """Draw accuracy and, where logged, alignment with its error, ranks, and path complexity; a colour a run."""
+    """Draw accuracy and, where logged, alignment with its error, ranks, and path complexity; a color a run."""
     plt = pyplot()
     have = set.intersection(*(set(log[0]) for log in runs.values()))
-    panels = [_accuracy, *(panel for key, panel in PANELS.items() if key in have)]
+    panels = {heading: keys for heading, keys in PANELS.items() if have.issuperset(keys)}
     figure, axes = plt.subplots(1, len(panels), figsize=(3.5 * len(panels), 3.4), layout="constrained", squeeze=False)
-    for axis, panel in zip(axes[0], panels, strict=True):
+    for axis, (heading, keys) in zip(axes[0], panels.items(), strict=True):
         for index, log in enumerate(runs.values()):
-            panel(axis, log, [line["step"] + 1 for line in log], COLORS[index % len(COLORS)])
-        heading, *names = TITLES[panel]
-        for style, name in zip("-:", names, strict=False):
-            axis.plot([], [], style, color="0.3", label=name)
-        finish(axis, heading, legend=bool(names))
+            for key, style in zip(keys, "-:", strict=False):
+                _curve(axis, log, key, style, COLORS[index % len(COLORS)])
+        if len(keys) > 1:
+            for style, name in zip("-:", keys.values(), strict=True):
+                axis.plot([], [], style, color="0.3", label=name)
+        finish(axis, heading, legend=len(keys) > 1)
     figure.suptitle(title, fontsize=11)
     if len(runs) > 1:
         handles = [plt.Line2D([], [], color=COLORS[index % len(COLORS)]) for index in range(len(runs))]
@@ -64,33 +78,13 @@ def draw(runs: dict[str, Log], title: str, path: Path) -> None:
     save(figure, path)
 
 
-def _accuracy(axis: Any, log: Log, steps: list[float], color: str) -> None:
-    for part, style in (("test", "-"), ("train", ":")):
-        axis.plot(steps, _series(log, f"{part}/accuracy"), style, color=color)
-
-
-def _alignment(axis: Any, log: Log, steps: list[float], color: str) -> None:
-    for part, style in (("test", "-"), ("train", ":")):
-        error = [2 * value for value in _series(log, f"{part}/alignment_std_error")]
-        shade(axis, steps, _series(log, f"{part}/alignment"), error, style, color=color)
-
-
-def _ranks(axis: Any, log: Log, steps: list[float], color: str) -> None:
-    axis.plot(steps, _series(log, "train/effective_rank"), "-", color=color)
-    axis.plot(steps, _series(log, "train/participation_ratio"), ":", color=color)
-
-
-def _path(axis: Any, log: Log, steps: list[float], color: str) -> None:
-    axis.plot(steps, _series(log, "train/path_complexity"), "-", color=color)
-
-
-PANELS = {"test/alignment": _alignment, "train/effective_rank": _ranks, "train/path_complexity": _path}
-TITLES = {
-    _accuracy: ("accuracy", "test", "train"),
-    _alignment: ("alignment with the labels, ± 2 s.e.", "test", "train"),
-    _ranks: ("rank of the centred tangent kernel", "effective rank", "participation ratio"),
-    _path: ("path complexity",),
-}
+def _curve(axis: Any, log: Log, key: str, style: str, color: str) -> None:
+    steps, values = ([line[name] for line in log] for name in ("step", key))
+    steps, error = [step + 1 for step in steps], f"{key}_std_error"
+    if error in log[0]:
+        shade(axis, steps, values, [2 * line[error] for line in log], style, color=color)
+    else:
+        axis.plot(steps, values, style, color=color)
 
 
 def task(config: dict[str, Any]) -> str:
@@ -124,21 +118,23 @@ def print_table(folder: Path, rows: int = 8) -> None:
     """Print some rows of the log, the first and last among them."""
     log = run_folder.read(folder)
     chosen = sorted({round(i * (len(log) - 1) / max(1, rows - 1)) for i in range(rows)})
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    shown = [key for key in COLUMNS if key in log[0]]
-    for key in shown:
-        table.add_column(COLUMNS[key][0], justify="right", no_wrap=True)
+    shown = {key: column for key, column in COLUMNS.items() if key in log[0]}
+    lines = []
     for line in (log[i] for i in chosen):
-        cells = []
-        for key in shown:
-            error = f" ± {line[f'{key}_std_error']:.3f}" if f"{key}_std_error" in line else ""
-            cells.append(COLUMNS[key][1].format(line[key]) + error)
-        table.add_row(*cells)
-    Console(width=max(118, Console().width)).print(table)
+        errors = (f" ± {line[f'{key}_std_error']:.3f}" if f"{key}_std_error" in line else "" for key in shown)
+        values = (form.format(line[key]) for key, (_, form) in shown.items())
+        lines.append([value + error for value, error in zip(values, errors, strict=True)])
+    print_lines([heading for heading, _ in shown.values()], lines, width=118)
 
 
-def _series(log: Log, key: str) -> list[float]:
-    return [line[key] for line in log]
+def print_lines(headings: Sequence[str], lines: Iterable[Sequence[str]], *, width: int, left: str = "") -> None:
+    """Print a table, at least so wide; its columns are numbers, but for the one to align left."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == left else "right", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    Console(width=max(width, Console().width)).print(table)
 
 
 def shade(axis: Any, x: list[float], middle: list[float], spread: list[float], style: str = "-", **line: Any) -> None:

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # where python -m does not look
 from comparison import cost, report
 from comparison.methods import DECAY, KNOWN, METHODS, NETWORKS, NONE, TASKS, VARIANTS, base
 from comparison.plan import Plan, Row, Weights
-from studies.jobs import Job, Workers, broken_off, opened
+from studies.jobs import Job, Workers, add_flags, broken_off, opened
 from training import flags, messages, plots, run_folder, storage
 
 SHORT: dict[str, Any] = {
@@ -105,7 +105,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seeds", type=int, help="runs that count of each method (default: 10, or those there were)")
     parser.add_argument("--tuning_seeds", type=int, help="runs of each weight to choose it by (default: 2)")
-    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time (default: 2)")
     parser.add_argument("--tasks", help=f"some of {','.join(TASKS)} (default: all)")
     parser.add_argument("--networks", help=f"some of {','.join(NETWORKS)} (default: both); not with --config")
     parser.add_argument(
@@ -116,10 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--on_top", action=argparse.BooleanOptionalAction, help="also on top of the best weight decay")
     parser.add_argument("--short", action="store_true", help="half a minute's look: no evidence")
     parser.add_argument("--into", type=Path, nargs="+", default=[], metavar="FILE", help="put tables between its marks")
-    place = parser.add_mutually_exclusive_group()
-    place.add_argument("--output_dir", type=Path, help="the comparison's folder; a new one under runs/ by default")
-    place.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with a comparison where it was left")
-    place.add_argument(
+    add_flags(parser, "comparison").add_argument(
         "--report", type=Path, metavar="PLACE", help="only show what the comparison of a folder found, or its json"
     )
     return parser

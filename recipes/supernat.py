@@ -87,16 +87,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"expected 0 or more, got {text}")
+def _count(text: str, least: int = 0) -> int:
+    if (value := int(text)) < least:
+        raise argparse.ArgumentTypeError(f"expected {least} or more, got {text}")
     return value
 
 
 def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
-    return value
+    return _count(text, 1)
 
 
 def _amount(text: str) -> float:

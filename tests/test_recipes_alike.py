@@ -1,5 +1,6 @@
 """What all recipes have in common, tried on each."""
 
+import ast
 import json
 
 import pytest
@@ -15,6 +16,27 @@ SMALL = {"train": "--regularizer complexity --weight 0.1"}
 
 def test_every_recipe_is_of_a_kind():
     assert sorted([*NAMES, *OTHERS]) == [path.stem for path in FILES]
+
+
+def test_rooms():
+    """What is run lies at the top or among the studies, and nothing imports it; rooms are few, and know none above."""
+    order = ["data", "training", "studies", "comparison"]
+    assert sorted(path.name for path in RECIPES.iterdir() if path.name != "__pycache__") == sorted(
+        [*order, "configs", *(path.name for path in FILES)]
+    )
+    leaves = {*(path.stem for path in FILES), *(f"studies.{name}" for name in STUDIES)}
+    for path in RECIPES.rglob("*.py"):
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        assert not names & leaves, path
+        room = path.parent.name
+        if room in order:
+            above = {name.partition(".")[0] for name in names} & set(order[order.index(room) + 1 :])
+            assert not above, path
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -49,17 +49,7 @@ def load(
     Redrawn labels are uniform over all classes, so that about 1/num_classes of them stay right; as many of those held
     out for validation are redrawn. Test labels are clean, and of the first data set. Images are normalised by mean and
     standard deviation of each channel over the training split; digits and points stay as they are.
-
-    Args:
-        name: of the data set.
-        train_size: how many training examples to draw; 0 for all that are not held out.
-        val_size: how many others of the training split to hold out.
-        label_noise: the share of them whose labels are redrawn.
-        mix: name of the data set to add examples of.
-        mix_size: how many.
-        data_path: folder of the data set.
-        mix_path: folder of the one mixed in.
-        seed: of the draws.
+    The options are the flags of their names.
 
     Raises:
         ValueError: if a data set cannot be had, or has fewer examples, another shape or other classes.

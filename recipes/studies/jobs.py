@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -15,7 +16,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from rich.progress import track
@@ -83,6 +84,16 @@ class Workers:
 def threads(at_once: int) -> int:
     """Return the share of the processors that each of so many processes has."""
     return max(1, (os.cpu_count() or 1) // at_once)
+
+
+def add_flags(parser: argparse.ArgumentParser, name: str) -> Any:
+    """Add the flags of whatever runs many: how many at a time, and where; return the group of the latter."""
+    at_once = min(2, os.cpu_count() or 1)
+    parser.add_argument("--jobs", type=int, default=at_once, help="runs at a time (default: 2)")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--output_dir", type=Path, help=f"the {name}'s folder; a new one under runs/ by default")
+    place.add_argument("--resume", type=Path, metavar="FOLDER", help=f"go on with a {name} where it was left")
+    return place
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
-from studies.jobs import Workers, opened, slug
+from studies.jobs import Workers, add_flags, opened, slug
 from training import flags, messages, plots, run_folder, storage
 from training.config import Config
 from training.plots import Log
@@ -70,10 +69,7 @@ def _arguments(doc: str | None) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     parser.add_argument("--seeds", type=int, help="runs of each setting (default: 3, or as many as there were)")
-    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time (default: 2)")
-    place = parser.add_mutually_exclusive_group()
-    place.add_argument("--output_dir", type=Path, help="the study's folder; a new one under runs/ by default")
-    place.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with a study where it was left")
+    add_flags(parser, "study")
     arguments, further = parser.parse_known_args()
     if arguments.jobs < 1 or (arguments.seeds is not None and arguments.seeds < 1):
         parser.error("--seeds, --jobs: expected at least 1 of each.")

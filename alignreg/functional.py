@@ -1,7 +1,7 @@
 r"""Functions of an exact tangent kernel K ``(n, c, n, c)``: alignment, spectrum, ranks.
 
-All are differentiable with respect to K. Alignment centres K by default; the rank functions take K as it is, so pass
-``center(K)`` for a centred spectrum.
+All are differentiable with respect to K. Alignment centers K by default; the rank functions take K as it is, so pass
+``center(K)`` for a centered spectrum.
 
 All expect a kernel: a real tensor ``(n, c, n, c)`` of finite numbers, symmetric and positive semi-definite up to
 rounding errors of a hundredth. Half precision is computed in float32.
@@ -26,7 +26,7 @@ _INDEFINITE = (
 
 
 def center(K: Tensor) -> Tensor:
-    r"""Centre a kernel per output over the examples: K_c = (C_n ⊗ I_c) K (C_n ⊗ I_c), C_n = I − 11ᵀ/n.
+    r"""Center a kernel per output over the examples: K_c = (C_n ⊗ I_c) K (C_n ⊗ I_c), C_n = I − 11ᵀ/n.
 
     This is the kernel of the tangent features minus, output by output, their mean over the examples.
 
@@ -55,19 +55,19 @@ def center(K: Tensor) -> Tensor:
 def alignment(K: Tensor, y: Tensor, centered: bool = True, *, unbiased: bool = False) -> Tensor:
     r"""Alignment of a kernel with the targets, A = yᵀK_c y / (‖K_c‖_F ‖y‖²), in [0, 1].
 
-    It is the centred kernel alignment CKA(K, yyᵀ) (Baratin et al. 2021, section 3.3; Cortes et al. 2012). y is
-    always centred over the examples, per output. A is invariant to the scale of K and y, to the order of the examples
+    It is the centered kernel alignment CKA(K, yyᵀ) (Baratin et al. 2021, section 3.3; Cortes et al. 2012). y is
+    always centered over the examples, per output. A is invariant to the scale of K and y, to the order of the examples
     and to an orthogonal mixing of the outputs of both.
 
     Args:
         K: kernel ``(n, c, n, c)``.
         y: class indices ``(n,)`` or values ``(n, c)``; see :func:`alignreg.targets.encode`.
-        centered: centre K as well; ``False`` leaves K as it is.
+        centered: center K as well; ``False`` leaves K as it is.
         unbiased: estimate the alignment of the population, of which these examples are a sample, from pairs of
             different ones alone (:mod:`alignreg.population`); it may lie outside [0, 1].
 
     Returns:
-        A scalar; NaN if (centred) K is zero, which has no direction to be aligned. Unbiased, NaN where the estimate of
+        A scalar; NaN if (centered) K is zero, which has no direction to be aligned. Unbiased, NaN where the estimate of
         a squared norm is not positive, and for fewer than four examples.
 
     Raises:
@@ -84,7 +84,7 @@ def alignment(K: Tensor, y: Tensor, centered: bool = True, *, unbiased: bool = F
     """
     K = _kernel(K)
     if checks.flag("unbiased", unbiased) and not checks.flag("centered", centered):
-        raise ValueError("unbiased: expected the centred kernel with it. Leave centered out, or unbiased.")
+        raise ValueError("unbiased: expected the centered kernel with it. Leave centered out, or unbiased.")
     checks.flag("centered", centered)
     targets = _centered_targets(K, y)
     if unbiased:
@@ -232,13 +232,13 @@ def eigenvector_alignment(K: Tensor, y: Tensor, k: int | None = None, centered: 
 
     Σ_j λ_j (u_jᵀy)² / ‖y‖² over all of them is yᵀKy / ‖y‖², the numerator of :func:`alignment`: this is where it comes
     from (Baratin et al. 2021, section 3.2, Figure 1, looks at the leading eigenvectors themselves). y is always
-    centred over the examples, per output. Within equal eigenvalues only the sum has a meaning.
+    centered over the examples, per output. Within equal eigenvalues only the sum has a meaning.
 
     Args:
         K: kernel ``(n, c, n, c)``.
         y: class indices ``(n,)`` or values ``(n, c)``; see :func:`alignreg.targets.encode`.
         k: how many eigenvectors; all n·c by default, whose shares sum to 1.
-        centered: centre K as well.
+        centered: center K as well.
 
     Returns:
         Shares ``(k,)``, in the order of descending eigenvalues.
@@ -270,7 +270,7 @@ def kare(K: Tensor, y: Tensor, ridge: float) -> Tensor:
     r"""Kernel alignment risk estimate of ridge regression with K.
 
     KARE = [yᵀ(K/N + ρI)⁻²y / N] / [tr (K/N + ρI)⁻¹ / N]², N = n·c (Jacot et al. 2020, arXiv 2006.09796): an
-    estimate, from training data alone, of the risk of kernel regression. y is centred over the examples, K is taken
+    estimate, from training data alone, of the risk of kernel regression. y is centered over the examples, K is taken
     as it is.
 
     Args:
@@ -295,8 +295,8 @@ def kare(K: Tensor, y: Tensor, ridge: float) -> Tensor:
     targets = encode(y, K.shape[1], len(K), name="y")
     targets = (targets - targets.mean(0)).flatten().to(K)
     N = len(targets)
-    regularised = formulas.matrix(K) / N + ridge * torch.eye(N, dtype=K.dtype, device=K.device)
-    factor, info = torch.linalg.cholesky_ex(regularised)
+    regularized = formulas.matrix(K) / N + ridge * torch.eye(N, dtype=K.dtype, device=K.device)
+    factor, info = torch.linalg.cholesky_ex(regularized)
     checks.require(
         info,
         lambda failed: failed == 0,

@@ -1,7 +1,7 @@
 r"""Moments of sketched tangent features: raw sums that add over batches, ranks and groups.
 
-With ``z_ik = Sᵀ∇_w f_k(x_i)`` (m numbers, no 1/√m inside) and targets y_ik, all sums are in float64 and uncentred;
-centring happens late, so that ``moments(a ++ b) == moments(a) + moments(b)``.
+With ``z_ik = Sᵀ∇_w f_k(x_i)`` (m numbers, no 1/√m inside) and targets y_ik, all sums are in float64 and uncentered;
+centering happens late, so that ``moments(a ++ b) == moments(a) + moments(b)``.
 
 The numerator of alignment, yᵀK_c y = ‖Φᵀ(y − ȳ)‖², needs the mean ȳ of *all* targets, which no batch knows. Each
 batch b therefore contributes the exact ``a_b = Φ_bᵀ(y_b − 1π_bᵀ)`` with a guess π_b, and the rest,
@@ -79,8 +79,8 @@ class Moments(NamedTuple):
         """Return the moments with a batch added; arguments as for :func:`of`."""
         return self.merge(of(z, y, pullback=pullback, guess=guess))
 
-    def centred(self) -> Tensor:
-        """Return Σ z zᵀ − n Σ_k μ_k μ_kᵀ, μ_k = Σ_i z_ik / n: the Gram matrix ``(m, m)`` of the centred sketch."""
+    def centered(self) -> Tensor:
+        """Return Σ z zᵀ − n Σ_k μ_k μ_kᵀ, μ_k = Σ_i z_ik / n: the Gram matrix ``(m, m)`` of the centered sketch."""
         return self.gram - self.features.T @ self.features / self.n.clamp(min=1)
 
 
@@ -212,7 +212,7 @@ def _vector(name: str, value: Tensor) -> Tensor:
 
 def _gram(moments: Moments, *, centered: bool) -> Tensor:
     check(moments)
-    return moments.centred() if checks.flag("centered", centered) else moments.gram
+    return moments.centered() if checks.flag("centered", centered) else moments.gram
 
 
 def _correction(moments: Moments) -> tuple[Tensor, Tensor]:

@@ -114,7 +114,7 @@ def spectrum(eigenvalues: Tensor, layers: Mapping[str, Number] | None = None, ax
     plots = 3 if layers else 2
     figure, axes = _several(ax, plots, (4 * plots, 3.2))
     index = range(1, len(eigenvalues) + 1)
-    # Centring leaves c eigenvalues that are zero up to rounding.
+    # Centering leaves c eigenvalues that are zero up to rounding.
     above = eigenvalues[eigenvalues > 1e-8 * eigenvalues[0]]
     axes[0].loglog(index[: len(above)], above)
     axes[0].set(xlabel="index j", ylabel="eigenvalue λ_j")
@@ -159,7 +159,7 @@ def heat_map(
 ) -> tuple[Any, Any]:
     """Draw a number of each layer along training: a row for each layer, the first on top, a column for each moment.
 
-    Columns are equally wide, whatever lies between their steps. NaN is grey.
+    Columns are equally wide, whatever lies between their steps. NaN is gray.
 
     Args:
         values: results of :class:`~alignreg.metrics.LayerwiseAlignment`, one for each moment.

@@ -5,15 +5,15 @@ itself. With the block kernels K_ij = φ_iφ_jᵀ and L_ij = y_iy_jᵀ, ``(c, c)
 
     h(K, L) = mean ⟨K_ij, L_ij⟩ − 2⟨K_ij, L_iq⟩ + ⟨K_ij, L_qr⟩,
 
-has for its expectation E⟨k̃(x, x'), ỹỹ'ᵀ⟩ over independent x, x', features and targets centred by their true means. (For
-c = 1 it is the HSIC_1 of Song et al., "Feature selection via dependence maximization", JMLR 2012.) The corrected
+has for its expectation E⟨k̃(x, x'), ỹỹ'ᵀ⟩ over independent x, x', features and targets centered by their true means.
+(For c = 1 it is the HSIC_1 of Song et al., "Feature selection via dependence maximization", JMLR 2012.) The corrected
 alignment is h(K, L) / √(h(K, K) h(L, L)). Such sums follow from sums over all examples less those that meet: with
 R_i = Σ_{j≠i} K_ij and S = Σ_i R_i, those of L with a prime,
 
     n(n−1)(n−2)(n−3) h = (n²−3n+1) Σ_{i≠j}⟨K_ij, L_ij⟩ + Σ_{i≠j}⟨K_ij, L_ijᵀ⟩ + ⟨S, S'⟩
                          − 2(n−2) Σ_i⟨R_i, R'_i⟩ − 2 Σ_i⟨R_iᵀ, R'_i⟩.
 
-A constant added to features or targets changes nothing; targets are centred here, so R'_i = −ỹ_iỹ_iᵀ.
+A constant added to features or targets changes nothing; targets are centered here, so R'_i = −ỹ_iỹ_iᵀ.
 
 A sketch has a bias of its own: each of its columns z_a makes a kernel of rank one, and h(K, K) is quadratic in K. Its
 mean over pairs of *different* columns is unbiased in both respects (compare Chun et al., arXiv 2502.15104). All comes
@@ -155,7 +155,7 @@ def _products(sums: Moments, pairs: PairSums) -> Tensor:
     return mean_of_different(
         moments.numerators(sums) - own,
         torch.einsum("kla,lka->a", crossed, crossed) - own,
-        -torch.einsum("kla,kl->a", total, _centred_outer(sums, pairs)),
+        -torch.einsum("kla,kl->a", total, _centered_outer(sums, pairs)),
         rows,
         rows,
         n,
@@ -189,8 +189,8 @@ def _norm2_of_targets(sums: Moments, pairs: PairSums) -> Tensor:
     square = mean.square().sum()
     fourth = pairs.targets4 + 4 * mean @ outer @ mean - 4 * pairs.targets3 @ mean
     fourth = fourth + 2 * square * outer.trace() - 3 * n * square.square()
-    return norm2_of_targets(_centred_outer(sums, pairs), fourth, n)
+    return norm2_of_targets(_centered_outer(sums, pairs), fourth, n)
 
 
-def _centred_outer(sums: Moments, pairs: PairSums) -> Tensor:
+def _centered_outer(sums: Moments, pairs: PairSums) -> Tensor:
     return pairs.targets_outer - torch.outer(sums.targets, sums.targets) / sums.n

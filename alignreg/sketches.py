@@ -369,7 +369,7 @@ def _fill(values: Tensor, distribution: Distribution, key: str) -> None:
 
 
 def _generator(key: str, device: torch.device) -> torch.Generator:
-    # A hash, because neighbouring seeds may give neighbouring streams. torch's CPU generator takes 32 bits of it: two
+    # A hash, because neighboring seeds may give neighboring streams. torch's CPU generator takes 32 bits of it: two
     # blocks in some billions of pairs coincide, which is far below what an estimate can show.
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)

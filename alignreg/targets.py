@@ -25,7 +25,7 @@ class ConstantTargetError(ValueError):
 
 
 def encode(target: Tensor, num_outputs: int, n: int | None = None, *, name: str = "target") -> Tensor:
-    """Return targets as values y ``(n, c)`` in float64, not centred.
+    """Return targets as values y ``(n, c)`` in float64, not centered.
 
     Integers ``(n,)`` with c > 1 are class indices and become one-hot rows. ``(n, c)`` are values, of any dtype. With
     c = 1, ``(n,)`` are values too, so 0/1 and ±1 labels both serve.

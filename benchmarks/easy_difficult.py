@@ -7,9 +7,9 @@ Digits, an MLP 64-256-256-10, SGD (learning rate 0.05, momentum 0.9, batches of 
 20 % are redrawn uniformly, so that about one in ten of these stays right: they are the difficult examples, and as many
 of the others, drawn at random, the easy ones (alignment depends on the number of examples). Alignment is that of each
 group's training labels with its own kernel, by TangentAlignment(groups=("easy", "difficult")), 128 directions. A seed
-changes initialisation, batches, redrawn labels and the choice of easy examples.
+changes initialization, batches, redrawn labels and the choice of easy examples.
 
-A control tells what is due to difficulty from what is due to labels: "relabelled" redraws the labels of the easy group
+A control tells what is due to difficulty from what is due to labels: "relabeled" redraws the labels of the easy group
 in the measurement alone, so that the network has not been trained on them.
 """
 
@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 
 from alignreg.metrics import TangentAlignment
 
-GROUPS = ("easy", "difficult", "relabelled")
+GROUPS = ("easy", "difficult", "relabeled")
 STEPS = sorted({0, *(round(1.4**k) for k in range(24)), 3000})
 
 
@@ -39,7 +39,7 @@ def problem(seed):
     redrawn, others = torch.arange(200), torch.arange(200, 400)  # rows are in random order
     y[redrawn] = torch.randint(10, (200,), generator=generator)
     groups = {"easy": (others, y[others]), "difficult": (redrawn, y[redrawn])}
-    groups["relabelled"] = (others, torch.randint(10, (200,), generator=generator))
+    groups["relabeled"] = (others, torch.randint(10, (200,), generator=generator))
     return x, y, groups
 
 
@@ -88,7 +88,7 @@ def first(log, name, share):
 
 
 def report(logs):
-    print(f"{'step':>5}  {'easy':15}  {'difficult':15}  {'relabelled':15}  {'easy/difficult':15}  accuracy of both")
+    print(f"{'step':>5}  {'easy':15}  {'difficult':15}  {'relabeled':15}  {'easy/difficult':15}  accuracy of both")
     for lines in zip(*logs, strict=True):
         ratios = [line["easy"] / line["difficult"] for line in lines]
         accuracy = [statistics.mean(line[f"{name}_accuracy"] for line in lines) for name in ("easy", "difficult")]

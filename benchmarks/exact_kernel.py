@@ -131,7 +131,7 @@ def rows(model):
     params = {name: p.detach() for name, p in model.named_parameters()}
 
     def run(x):
-        # The attention kernel that can be vectorised: the default one is slower here.
+        # The attention kernel that can be vectorized: the default one is slower here.
         with sdpa_kernel(SDPBackend.MATH):
             return vmap(jacrev(lambda p, x: functional_call(model, p, (x[None],))[0]), (None, 0))(params, x)
 

@@ -4,7 +4,7 @@
 
 error    One pass over the 1,797 digits in shuffled batches of 100: alignment, trace and participation ratio from
          m = 16, 32, 64, 128 directions, 400 draws of each cut from one large pushforward, against the exact kernel in
-         blocks. An MLP 64-256-10 and a small CNN, at initialisation and trained; the MLP also on 1,000 digits of which
+         blocks. An MLP 64-256-10 and a small CNN, at initialization and trained; the MLP also on 1,000 digits of which
          class k is 2^(-k/3) as frequent as class 0.
 cost     CPU time of that pass in forward and backward passes of the same batches, side by side.
 sharing  CPU time of updates of one, two and three metrics in a MetricCollection, from the second update on.

@@ -59,7 +59,7 @@ sphinx_gallery_conf = {
     "examples_dirs": "tutorials",
     "gallery_dirs": "learn",
     "within_subsection_order": ExplicitOrder(
-        ["plot_monitor.py", "plot_regularise.py", "plot_compare.py", "plot_own_model.py"]
+        ["plot_monitor.py", "plot_regularize.py", "plot_compare.py", "plot_own_model.py"]
     ),
     "abort_on_example_error": True,
     "download_all_examples": False,

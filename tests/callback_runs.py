@@ -111,7 +111,7 @@ def lightning_plainly(n, ranks):
     return [*values, values[-1]], module
 
 
-class Regularised(Module):
+class Regularized(Module):
     """As docs/adapters.md shows it."""
 
     def __init__(self):
@@ -125,9 +125,9 @@ class Regularised(Module):
         return super().training_step(batch) + self.reg(*batch)
 
 
-def lightning_regularised(folder, **options):
+def lightning_regularized(folder, **options):
     """Return how far weights trained with a penalty are from those of a plain loop on the same processes."""
-    module, plain = Regularised(), Module()
+    module, plain = Regularized(), Module()
     lightning_trainer(folder, **options).fit(module, in_order(40))
     model = nn.parallel.DistributedDataParallel(plain) if dist.is_initialized() else plain
     reg = ComplexityPenalty(model, weight=0.5, examples=3, every_n_steps=2)
@@ -223,7 +223,7 @@ def losses(outputs, labels, num_items_in_batch=None):
     return cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
 
 
-def regularised(folder, n, expected, **options):
+def regularized(folder, n, expected, **options):
     """Return how far weights trained with a penalty are from the expected ones, after each epoch."""
     seen = []
 

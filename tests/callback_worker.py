@@ -11,12 +11,12 @@ from callback_cases import VALIDATED, Keywords, Scaled, data, metrics, trained_p
 from callback_runs import (
     Module,
     Values,
-    lightning_regularised,
+    lightning_regularized,
     lightning_run,
     lightning_trainer,
     loader_of,
     losses,
-    regularised,
+    regularized,
     transformers_run,
 )
 from torch import nn
@@ -47,10 +47,10 @@ def main(rank, store, out):
     found["transformers"] = transformers_run(folder, 40, VALIDATED)
     expected = trained_plainly(nn.parallel.DistributedDataParallel(Keywords()), 40, rank, 2)
     found["weights"] = {
-        "lightning": lightning_regularised(folder, **DDP),
-        "plain": regularised(folder, 40, expected),
-        "scaled": regularised(folder, 40, expected, model=Scaled()),
-        "compute_loss_func": regularised(folder, 40, expected, compute_loss_func=losses),
+        "lightning": lightning_regularized(folder, **DDP),
+        "plain": regularized(folder, 40, expected),
+        "scaled": regularized(folder, 40, expected, model=Scaled()),
+        "compute_loss_func": regularized(folder, 40, expected, compute_loss_func=losses),
     }
     Path(f"{out}.{rank}").write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -16,7 +16,7 @@ def gradient(f, y, loss):
 
 
 class Explicit:
-    """w and Φ as they are in the current parametrisation; T maps given features φ to the current ones, T φ."""
+    """w and Φ as they are in the current parametrization; T maps given features φ to the current ones, T φ."""
 
     def __init__(self, phi, y, lr, loss, gauge=None, eps=1e-12, dropped=0):
         self.phi, self.y, self.lr, self.loss, self.gauge, self.eps = phi.double(), y.double(), lr, loss, gauge, eps

@@ -44,10 +44,10 @@ def batchnorm():
 NETS = {"mlp": mlp, "cnn": cnn, "batchnorm in train mode": batchnorm}
 OPTIONS = {
     "defaults": {},
-    "uncentred": {"centered": False},
+    "uncentered": {"centered": False},
     "params": {"params": ["0.*"]},
     "sub-batch": {"examples": 5},
-    "sub-batch, uncentred": {"examples": 5, "centered": False},
+    "sub-batch, uncentered": {"examples": 5, "centered": False},
     "stride": {"every_n_steps": 3},
     "layers": {"per_layer": True},
     "all": {

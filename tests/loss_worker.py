@@ -93,13 +93,13 @@ def task_first(ddp, reg, x, y):
     reg(x, y).backward()
 
 
-def regulariser_first(ddp, reg, x, y):
+def regularizer_first(ddp, reg, x, y):
     task, extra = cross_entropy(ddp(x), y), reg(x, y)
     extra.backward()
     task.backward()
 
 
-def regulariser_first_no_sync(ddp, reg, x, y):
+def regularizer_first_no_sync(ddp, reg, x, y):
     with ddp.no_sync():
         reg(x, y).backward()
     cross_entropy(ddp(x), y).backward()
@@ -121,8 +121,8 @@ WAYS = {
         together,
         alone,
         task_first,
-        regulariser_first,
-        regulariser_first_no_sync,
+        regularizer_first,
+        regularizer_first_no_sync,
         accumulated,
         past_the_wrapper,
     )
@@ -176,7 +176,7 @@ def wrappers(rank):
 SHARES = {"even": (6, 6), "uneven": (9, 3)}
 SYNC = {
     "whole": {},
-    "uncentred": {"centered": False},
+    "uncentered": {"centered": False},
     "layers": {"per_layer": True},
     "single": {"dtype": torch.float32},
 }

@@ -58,7 +58,7 @@ MORE = {"max_examples": 99}
 OTHER_SEED, OTHER_LAYER = {"seed": 1}, {"params": "0.*"}
 METRICS = {
     "alignment": Row(TangentAlignment, SKETCH, OTHER_SEED),
-    "alignment, uncentred": Row(TangentAlignment, {**SKETCH, "centered": False}, OTHER_SEED),
+    "alignment, uncentered": Row(TangentAlignment, {**SKETCH, "centered": False}, OTHER_SEED),
     "alignment, target mean": Row(TangentAlignment, {**SKETCH, "target_mean": [0.42, 0.29, 0.29]}, OTHER_SEED),
     "alignment, error": Row(TangentAlignment, {**SKETCH, "return_std_error": True}, OTHER_SEED, scalar=False),
     "alignment, groups": Row(TangentAlignment, {**SKETCH, **GROUPS}, {"params": "0.*"}, scalar=False),
@@ -290,8 +290,8 @@ class MetricTester:
         # Differences of far larger sums stay in double precision.
         kept = torch.float64 if self.row.options.get("unbiased") else torch.float32
         for name, state in metric.metric_state.items():
-            if name.startswith(("gram", "pullback", "unlabelled", "open")):
-                assert state.dtype == (torch.float32 if name.startswith("unlabelled") else kept), name
+            if name.startswith(("gram", "pullback", "unlabeled", "open")):
+                assert state.dtype == (torch.float32 if name.startswith("unlabeled") else kept), name
         metric.reset()
         assert all(not v.is_floating_point() for name, v in metric.metric_state.items() if name.startswith("binding"))
         metric.set_dtype(torch.float64)

@@ -34,7 +34,7 @@ def take(x, rows):
 def jacobian(model, x, forward_fn=call, names=None, *, trained=False):
     """Row by row: ∇_w f_k(x_i) of a float64 copy, as {name: (n, c, *shape)}.
 
-    In evaluation mode, or as it is trained: modules that normalise by the batch do so as the model's own would now.
+    In evaluation mode, or as it is trained: modules that normalize by the batch do so as the model's own would now.
     """
     modes = [module.training and isinstance(module, NormBase) for module in model.modules()]
     model = copy.deepcopy(model).double().eval()
@@ -67,7 +67,7 @@ def kernel(jac, jac2=None):
     return (matrix(jac) @ matrix(right).T).reshape(n, c, -1, c)
 
 
-def centred_features(jac):
+def centered_features(jac):
     return {name: value - value.mean(0, keepdim=True) for name, value in jac.items()}
 
 
@@ -79,8 +79,8 @@ def one_hot(labels, c):
 
 
 def alignment(jac, y, centered=True):
-    """yᵀKy / (‖K‖_F ‖y‖²) with dense K from (centred) features."""
-    jac = centred_features(jac) if centered else jac
+    """yᵀKy / (‖K‖_F ‖y‖²) with dense K from (centered) features."""
+    jac = centered_features(jac) if centered else jac
     phi = matrix(jac)
     K = phi @ phi.T
     target = (y - y.mean(0)).reshape(-1).double()

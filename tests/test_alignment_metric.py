@@ -277,7 +277,7 @@ def test_collection_shares_what_is_equal_and_nothing_else():
     variants = {
         "a": TangentAlignment(model, 3, sketch_dim=8),
         "same": TangentAlignment(model, 3, sketch_dim=8, return_std_error=True),
-        "uncentred": TangentAlignment(model, 3, sketch_dim=8, centered=False),
+        "uncentered": TangentAlignment(model, 3, sketch_dim=8, centered=False),
         "seed": TangentAlignment(model, 3, sketch_dim=8, seed=1),
         "size": TangentAlignment(model, 3, sketch_dim=9),
         "params": TangentAlignment(model, 3, sketch_dim=8, params="0.*"),
@@ -285,18 +285,18 @@ def test_collection_shares_what_is_equal_and_nothing_else():
         "twin": TangentAlignment(twin, 3, sketch_dim=8),
         "function": TangentAlignment(model, 3, sketch_dim=8, forward_fn=lambda model, x: model(x)),
         "exact": TangentAlignment(model, 3, method="exact"),
-        "exact uncentred": TangentAlignment(model, 3, method="exact", centered=False),
+        "exact uncentered": TangentAlignment(model, 3, method="exact", centered=False),
     }
     names = {key: frozenset(metric.metric_state) for key, metric in variants.items()}
-    assert len(set(names.values())) == 6  # "a", "same", "uncentred", "twin", "function" alike, both exact ones alike
+    assert len(set(names.values())) == 6  # "a", "same", "uncentered", "twin", "function" alike, both exact ones alike
     collection = MetricCollection({key: metric.clone() for key, metric in variants.items()})
     for rows in (slice(0, 30), slice(30, 60)):
         collection.update(x[rows], y[rows])
         for metric in variants.values():
             metric.update(x[rows], y[rows])
     groups = {frozenset(group) for group in collection.compute_groups.values()}
-    assert frozenset({"a", "same", "uncentred"}) in groups
-    assert frozenset({"exact", "exact uncentred"}) in groups
+    assert frozenset({"a", "same", "uncentered"}) in groups
+    assert frozenset({"exact", "exact uncentered"}) in groups
     assert sum(len(group) > 1 for group in groups) == 2
     values = collection.compute()
     for key, metric in variants.items():

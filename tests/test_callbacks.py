@@ -74,25 +74,25 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_regularised_weights_are_those_of_a_plain_loop(runs, tmp_path, way):
+def test_regularized_weights_are_those_of_a_plain_loop(runs, tmp_path, way):
     expected = trained_plainly(Keywords(), 36)
-    far = runs.regularised(tmp_path, 36, expected, **WAYS[way](runs))
+    far = runs.regularized(tmp_path, 36, expected, **WAYS[way](runs))
     print(f"\n{way}, one process: weights differ by {far:.1e}")
     assert far <= TOLERANCE
 
 
-def test_lightning_trains_regularised_as_a_plain_loop(runs, tmp_path):
-    assert runs.lightning_regularised(tmp_path) <= TOLERANCE
+def test_lightning_trains_regularized_as_a_plain_loop(runs, tmp_path):
+    assert runs.lightning_regularized(tmp_path) <= TOLERANCE
 
 
 @pytest.mark.parametrize("way", [*WAYS, "lightning"])
-def test_regularised_weights_of_two_ranks_are_those_of_a_plain_loop(two_ranks, way):
+def test_regularized_weights_of_two_ranks_are_those_of_a_plain_loop(two_ranks, way):
     for found in two_ranks:
         print(f"\n{way}, two processes: weights differ by {found['weights'][way]:.1e}")
         assert found["weights"][way] <= TOLERANCE
 
 
-def test_resumed_regulariser_goes_on(runs, tmp_path):
+def test_resumed_regularizer_goes_on(runs, tmp_path):
     options = {"eval_strategy": "no", "save_strategy": "epoch", "gradient_accumulation_steps": 2}
     whole = runs.trainer(tmp_path, 36, 8, regularizer=runs.penalty, options=options)
     whole.train()

@@ -151,7 +151,7 @@ def test_wrappers_and_state_dicts(name):
         (nn.PReLU, r"'1' \(PReLU\)"),
         (lambda: nn.Sequential(nn.Conv1d(3, 3, 1)), r"'1\.0' \(Conv1d\)"),
         (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), r"'1' \(ParametrizedLinear\)"),
-        (lambda: nn.LazyLinear(3), r"uninitialised"),
+        (lambda: nn.LazyLinear(3), r"uninitialized"),
     ],
 )
 def test_modules_without_a_definition(name, other, message):

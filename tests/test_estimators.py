@@ -42,7 +42,7 @@ def feature_sketches():
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
 def test_feature_sketch_is_unbiased(feature_sketches, distribution, m, centered):
     draws, jac, y = feature_sketches
-    K = oracles.kernel(oracles.centred_features(jac) if centered else jac)
+    K = oracles.kernel(oracles.centered_features(jac) if centered else jac)
     target = (y - y.mean(0)).flatten()
     truth = {
         "trace": torch.einsum("ikik->", K),
@@ -53,7 +53,7 @@ def test_feature_sketch_is_unbiased(feature_sketches, distribution, m, centered)
     samples = {key: [] for key in truth}
     for z in draws[distribution, m]:
         batch = moments.of(z, y)
-        gram = batch.centred() if centered else batch.gram
+        gram = batch.centered() if centered else batch.gram
         samples["trace"].append(moments.trace(batch, centered=centered))
         samples["frobenius2"].append(moments.frobenius2(batch, centered=centered))
         samples["trace2"].append(estimators.trace2(gram))
@@ -65,8 +65,8 @@ def test_feature_sketch_is_unbiased(feature_sketches, distribution, m, centered)
 def test_naive_frobenius_would_be_caught(feature_sketches):
     """The power of the test above: the biased estimate is far outside."""
     draws, jac, y = feature_sketches
-    truth = oracles.kernel(oracles.centred_features(jac)).square().sum()
-    naive = [moments.of(z, y).centred().square().mean() for z in draws["gaussian", 8]]
+    truth = oracles.kernel(oracles.centered_features(jac)).square().sum()
+    naive = [moments.of(z, y).centered().square().mean() for z in draws["gaussian", 8]]
     assert z_score(naive, truth) > 10
 
 
@@ -74,12 +74,12 @@ def test_naive_frobenius_would_be_caught(feature_sketches):
 def test_probe_sketch_is_unbiased(distribution):
     features, x, jac, _ = problem()
     n, c, m = 6, 3, 4
-    K = oracles.kernel(oracles.centred_features(jac))
+    K = oracles.kernel(oracles.centered_features(jac))
     truth = (torch.einsum("ikik->", K), K.square().sum(), torch.einsum("ikik->", K).square())
     omega = torch.cat(
         [sketches.probes(m, n, c, seed=3, step=t, distribution=distribution, like=x) for t in range(DRAWS)]
     )
-    omega = omega - omega.mean(1, keepdim=True)  # centring the probes centres the kernel
+    omega = omega - omega.mean(1, keepdim=True)  # centering the probes centers the kernel
     back = features.pullback(x, omega)
     g = torch.cat([value.flatten(1) for value in back.values()], dim=1).unflatten(0, (DRAWS, m))
     grams = g @ g.mT
@@ -105,7 +105,7 @@ def test_probes_over_ranks_are_one_global_draw():
 def test_cross_estimate_holds_for_structured_sketches():
     """CountSketch: columns are not independent. The column formula is biased, two independent sketches are not."""
     _, _, jac, _ = problem()
-    phi = oracles.matrix(oracles.centred_features(jac))
+    phi = oracles.matrix(oracles.centered_features(jac))
     p, m = phi.shape[1], 8
     generator = torch.Generator().manual_seed(4)
 

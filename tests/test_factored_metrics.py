@@ -38,7 +38,7 @@ def test_factored_sketches_against_their_directions(kind, centered):
     if kind is TangentAlignment:
         projection = (
             oracles.alignment(jac, oracles.one_hot(y, 3), centered)
-            * oracles.kernel(oracles.centred_features(jac) if centered else jac).square().sum().sqrt()
+            * oracles.kernel(oracles.centered_features(jac) if centered else jac).square().sum().sqrt()
         )
         value, without = projection / norm2.sqrt(), projection / norms2.sqrt()
     elif kind is TangentTrace:

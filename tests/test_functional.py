@@ -76,10 +76,10 @@ def random_kernel(n=7, c=3, rank=9):
     return (phi @ phi.T).reshape(n, c, n, c), phi
 
 
-def test_center_is_the_kernel_of_centred_features():
+def test_center_is_the_kernel_of_centered_features():
     K, phi = random_kernel()
-    centred = phi.reshape(7, 3, -1) - phi.reshape(7, 3, -1).mean(0)
-    expected = torch.einsum("ikp,jlp->ikjl", centred, centred)
+    centered = phi.reshape(7, 3, -1) - phi.reshape(7, 3, -1).mean(0)
+    expected = torch.einsum("ikp,jlp->ikjl", centered, centered)
     torch.testing.assert_close(functional.center(K), expected, rtol=1e-9, atol=1e-11)
 
 
@@ -117,7 +117,7 @@ def test_eigenvector_alignment(centered):
     shares = functional.eigenvector_alignment(K, y, centered=centered)
     assert shares.shape == (21,)
     assert float(shares.sum()) == pytest.approx(1, rel=1e-12)
-    features = oracles.centred_features({"w": phi.reshape(7, 3, -1)})["w"].reshape(21, -1) if centered else phi
+    features = oracles.centered_features({"w": phi.reshape(7, 3, -1)})["w"].reshape(21, -1) if centered else phi
     target = (y - y.mean(0)).flatten()
     vectors = torch.linalg.svd(features)[0].T
     expected = [float((u @ target) ** 2 / (target @ target)) for u in vectors]

@@ -140,7 +140,7 @@ def test_every_route_gives_the_same(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "attention, tokens reshaped", "layers without gradients"])
 def test_outputs_one_after_the_other(name, monkeypatch, by_rules):
-    """The way taken where torch cannot vectorise a backward pass."""
+    """The way taken where torch cannot vectorize a backward pass."""
     features, x, oracle = features_of(name)
 
     def fails(*_, **__):
@@ -259,7 +259,7 @@ def test_batches_that_mix_examples_have_no_kernel():
         mixing.kernel(x)
 
     class Shuffled(nn.Module):
-        """Neither normalisation nor rule."""
+        """Neither normalization nor rule."""
 
         def __init__(self):
             super().__init__()

@@ -26,7 +26,7 @@ def run(model, steps):
     return model
 
 
-def test_the_optimal_metric_minimises_the_bound():
+def test_the_optimal_metric_minimizes_the_bound():
     n, P = 8, 20
     phi, y, _ = data(n, P)
     U, S, Vh = torch.linalg.svd(phi, full_matrices=False)
@@ -88,8 +88,8 @@ def test_against_matrices(gauge, loss, shape, steps, eps):
 
 
 @pytest.mark.parametrize("gauge", GAUGES)
-def test_the_reparametrisation_leaves_the_outputs(gauge):
-    """After the first step, taken in the parametrisation at the start, both models have the same f, but not the λ."""
+def test_the_reparametrization_leaves_the_outputs(gauge):
+    """After the first step, taken in the parametrization at the start, both models have the same f, but not the λ."""
     phi, y, new = data()
     plain, super_nat = run(GradientDescent(phi, y, 0.1), 1), run(SuperNat(phi, y, 0.1, gauge=gauge), 1)
     close(super_nat.outputs, plain.outputs, 1e-13)
@@ -107,7 +107,7 @@ def test_the_reparametrisation_leaves_the_outputs(gauge):
 def test_gradient_descent_is_that_of_torch(loss):
     phi, y, new = data(loss=loss)
     w = torch.zeros(17, dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.SGD([w], lr=0.2)
+    optimizer = torch.optim.SGD([w], lr=0.2)
     model = GradientDescent(phi, y, 0.2, loss)
     first = model.eigenvalues
     close(first, torch.linalg.eigvalsh(phi @ phi.T).flip(0))
@@ -115,9 +115,9 @@ def test_gradient_descent_is_that_of_torch(loss):
         f = phi @ w
         value = (f - y).square().mean() / 2 if loss == "squared" else torch.log1p(torch.exp(-y * f)).mean()
         close(model.loss_value, value.detach())
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         value.backward()
-        optimiser.step()
+        optimizer.step()
         model.step()
         close(model.weights, w.detach())
         close(model.predict(new), new @ w.detach())

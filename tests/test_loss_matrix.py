@@ -114,9 +114,9 @@ def test_replicas_stay_equal(two_ranks, kind):
 def test_unsynced_ways_raise_and_others_do_not(two_ranks, kind):
     for found in two_ranks:
         ways = found[f"{kind}/ways"]
-        for way in ("together", "regulariser_first_no_sync", "accumulated"):
+        for way in ("together", "regularizer_first_no_sync", "accumulated"):
             assert ways[way] is True, way
-        for way in ("alone", "task_first", "regulariser_first", "past_the_wrapper"):
+        for way in ("alone", "task_first", "regularizer_first", "past_the_wrapper"):
             assert "call backward() once" in str(ways[way]), way
 
 

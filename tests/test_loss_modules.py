@@ -92,7 +92,7 @@ def test_linear_model_has_constant_features(kind):
 
 def test_one_example():
     model, x, _ = problem()
-    assert make("complexity", model, weight=1.0)(x[:1]) == 0  # centred, nothing is left of it
+    assert make("complexity", model, weight=1.0)(x[:1]) == 0  # centered, nothing is left of it
     trace = TangentFeatures(model).trace(x[:1])
     value = make("complexity", model, weight=1.0, centered=False, probes=3000)(x[:1]).detach()
     assert float(value) == pytest.approx(float(trace) / 3, rel=0.1)
@@ -201,7 +201,7 @@ def test_defaults(kind):
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_schedule_sees_optimiser_steps(kind):
+def test_schedule_sees_optimizer_steps(kind):
     model, x, y = problem()
     seen = []
 
@@ -224,7 +224,7 @@ def test_schedule_sees_optimiser_steps(kind):
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_stride_counts_optimiser_steps_under_accumulation(kind):
+def test_stride_counts_optimizer_steps_under_accumulation(kind):
     model, x, y = problem()
     reg = make(kind, model, weight=1.0, examples=5, probes=4, every_n_steps=2, gradient_accumulation_steps=3)
     values = [float(reg(x, y).detach()) for _ in range(9)]
@@ -296,7 +296,7 @@ def test_outputs_of_another_function_are_not_reused(case, kind):
 
 
 @pytest.mark.parametrize("kind", ["alignment", "complexity", "participation ratio"])
-def test_outputs_of_a_training_pass_serve_where_it_normalises_by_the_batch(kind):
+def test_outputs_of_a_training_pass_serve_where_it_normalizes_by_the_batch(kind):
     model, x, y = problem("batchnorm in train mode")
     passes = []
     model.register_forward_hook(lambda *_: passes.append(1))

@@ -68,10 +68,10 @@ def test_additive():
     torch.testing.assert_close(added.gram, moments.of(z, y).gram, rtol=1e-10, atol=1e-10)
 
 
-def test_centred_gram():
+def test_centered_gram():
     z, y = torch.randn(5, 2, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
-    centred = (z - z.mean(0)).flatten(0, 1)
-    torch.testing.assert_close(moments.of(z, y).centred(), centred.T @ centred, rtol=1e-10, atol=1e-12)
+    centered = (z - z.mean(0)).flatten(0, 1)
+    torch.testing.assert_close(moments.of(z, y).centered(), centered.T @ centered, rtol=1e-10, atol=1e-12)
 
 
 def test_numerator_of_one_batch_is_exact():
@@ -120,7 +120,7 @@ def test_error_bars_cover(m, centered):
     """
     features, x, y, jac = problem()
     draws = 500
-    lam = torch.from_numpy(oracles.eigenvalues(oracles.kernel(oracles.centred_features(jac) if centered else jac)))
+    lam = torch.from_numpy(oracles.eigenvalues(oracles.kernel(oracles.centered_features(jac) if centered else jac)))
     truth = {
         "alignment": oracles.alignment(jac, y, centered),
         "trace": lam.sum(),
@@ -168,7 +168,7 @@ def test_participation_ratio_converges():
     z = features.pushforward(x, sketches.gaussian(m, seed=0))
     batch = moments.of(z, y)
     for centered in (True, False):
-        lam = torch.from_numpy(oracles.eigenvalues(oracles.kernel(oracles.centred_features(jac) if centered else jac)))
+        lam = torch.from_numpy(oracles.eigenvalues(oracles.kernel(oracles.centered_features(jac) if centered else jac)))
         expected = lam.sum() ** 2 / (lam**2).sum()
         got = moments.participation_ratio(batch, centered=centered)
         assert abs(got / expected - 1) < 0.1

@@ -134,8 +134,8 @@ def test_batches_add_and_shifts_change_nothing():
 def test_samples_tell_of_their_population():
     """Numerator and norms, sketched from eight examples, against those of the finite population that they are from."""
     phi, y = sample(40, 2, 5, seed=3)
-    centred, wanted = phi - phi.mean(0), y - y.mean(0)
-    K, L = kernel(centred), kernel(wanted[..., None])
+    centered, wanted = phi - phi.mean(0), y - y.mean(0)
+    K, L = kernel(centered), kernel(wanted[..., None])
     whole = {"products": (K * L).mean((0, 2)).sum(), "squares": K.square().mean((0, 2)).sum()}
     whole["targets"] = L.square().mean((0, 2)).sum()
     generator = torch.Generator().manual_seed(0)
@@ -211,7 +211,7 @@ def test_what_is_undefined():
         lambda: functional.alignment(kernel(phi), y, centered=False, unbiased=True),
         lambda: TangentAlignment(network(), 3, centered=False, unbiased=True),
     ):
-        with pytest.raises(ValueError, match="expected the centred kernel"):
+        with pytest.raises(ValueError, match="expected the centered kernel"):
             call()
     z = phi[..., :4]
     for function in (population.alignment, standard_error):

@@ -59,7 +59,9 @@ def test_numbers_of_the_paper_code(name, centered):
         errors[layer] = by_layer[layer] / value - 1
         errors[f"alignment/{layer}"] = got[f"alignment/{layer}"] / value - 1
     worst = max(errors, key=lambda key: abs(errors[key]))
-    print(f"{name}, centred {centered}: {len(errors)} numbers, largest error {abs(float(errors[worst])):.1e} ({worst})")
+    print(
+        f"{name}, centered {centered}: {len(errors)} numbers, largest error {abs(float(errors[worst])):.1e} ({worst})"
+    )
     assert abs(errors[worst]) <= 1e-9, worst
 
 

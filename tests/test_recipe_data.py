@@ -93,7 +93,7 @@ def test_image_sets_from_folders(name, kind, tmp_path):
         assert data.train_x.shape[0] >= 30
         assert set(data.train_y.tolist()) == set(range(data.num_classes))
         return
-    # Normalised by channel over the training split, and each image with its own label.
+    # Normalized by channel over the training split, and each image with its own label.
     torch.testing.assert_close(data.train_x.mean((0, 2, 3)), torch.zeros(SHAPES[name][0]), atol=1e-5, rtol=0)
     torch.testing.assert_close(data.train_x.std((0, 2, 3)), torch.ones(SHAPES[name][0]), atol=1e-5, rtol=0)
     pixels = np.stack([np.asarray(p) for p in parts["train"][image]]).astype(np.float64) / 255

@@ -47,8 +47,8 @@ def test_vgg_as_published(name):
     assert sum(p.numel() for p in net.parameters()) == expected
     assert [m.out_channels for m in net if isinstance(m, nn.Conv2d)] == PLANS[name]
     assert sum(isinstance(m, nn.MaxPool2d) for m in net) == 5
-    normalised = load("training.models").build(name, (3, 32, 32), 10, batch_norm=True, hidden=4)
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in normalised) == len(PLANS[name])
+    normalized = load("training.models").build(name, (3, 32, 32), 10, batch_norm=True, hidden=4)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in normalized) == len(PLANS[name])
 
 
 def test_resnet18_as_published():

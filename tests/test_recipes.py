@@ -121,7 +121,7 @@ def test_figure_has_its_title(first, tmp_path, monkeypatch):
     assert titles == [
         "accuracy",
         "alignment with the labels, ± 2 s.e.",
-        "rank of the centred tangent kernel",
+        "rank of the centered tangent kernel",
         "path complexity",
     ]
 

@@ -28,7 +28,7 @@ def number(kind, jac, y, centered):
     """The oracle of each metric."""
     if kind is TangentAlignment:
         return oracles.alignment(jac, y, centered)
-    lam = oracles.eigenvalues(oracles.kernel(oracles.centred_features(jac) if centered else jac))
+    lam = oracles.eigenvalues(oracles.kernel(oracles.centered_features(jac) if centered else jac))
     return lam.sum() if kind is TangentTrace else lam.sum() ** 2 / (lam**2).sum()
 
 
@@ -108,7 +108,7 @@ def test_a_group_is_the_metric_of_its_examples(kind, target_mean):
     torch.testing.assert_close(found["total"], total, rtol=1e-10, atol=0)
 
 
-def test_with_one_centring_groups_sum_to_the_total():
+def test_with_one_centering_groups_sum_to_the_total():
     model, x, y, group = problem()
     metric = feed(TangentAlignment(model, 3, sketch_dim=8, groups=2, target_mean=[0.4, 0.3, 0.3]), x, y, group)
     states = {name.rpartition("_")[0]: value for name, value in metric.metric_state.items()}

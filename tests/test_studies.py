@@ -170,7 +170,7 @@ def test_quantities_are_what_they_say(tmp_path):
     }
     x, y = data.train_x[:n], data.train_y[:n]
     double = copy.deepcopy(model).double()
-    K = oracles.kernel(oracles.centred_features(oracles.jacobian(double, x.double())))
+    K = oracles.kernel(oracles.centered_features(oracles.jacobian(double, x.double())))
     eigenvalues = oracles.eigenvalues(K)
     for name in ("ranks", "spectrum"):
         assert found[name]["train/effective_rank"] == pytest.approx(oracles.effective_rank(K), rel=1e-3)

@@ -38,7 +38,7 @@ OWN_DEFAULTS = {"KARELoss": {"examples"}}
 
 
 @pytest.mark.parametrize("kind", PUBLIC)
-def test_options_are_spelt_out(kind):
+def test_options_are_spelled_out(kind):
     """And where a class hands them on, with the defaults of its base."""
     given = inspect.signature(kind).parameters
     assert [p.name for p in given.values() if p.kind is p.VAR_KEYWORD] in ([], ["metric_kwargs"])

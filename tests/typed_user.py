@@ -60,7 +60,7 @@ def features(model: nn.Module, x: Tensor, y: Tensor) -> None:
     assert_type(complexity.spectral_product(model), Tensor)
 
 
-def regularise(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+def regularize(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
     """Losses, as in the README."""
     regs = [
         losses.ComplexityPenalty(model, weight=0.016, examples=32),

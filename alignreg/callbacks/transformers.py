@@ -57,7 +57,7 @@ class TangentMixin(Trainer, ABC):
         self._unpack = unpack or unpack_batch
         self._batches: int | None = None  # of this evaluation so far; None outside
         self._regularized: tuple[nn.Module, TangentLoss] | None = None
-        self._last = (-1, 0)  # step of the optimiser, micro-batch within it
+        self._last = (-1, 0)  # step of the optimizer, micro-batch within it
         super().__init__(*args, **kwargs)
 
     def evaluation_loop(
@@ -148,8 +148,8 @@ class TangentTrainer(TangentMixin):
     metrics sync by themselves. What is undefined is NaN, with a warning. ``predict()`` measures nothing.
 
     The regularizer is made of the wrapped model and added to the Trainer's loss, whose scaling for gradient
-    accumulation it follows: an optimiser step has the mean over micro-batches and ranks. It counts the Trainer's
-    optimiser steps, also after a checkpoint; its ``gradient_accumulation_steps`` is set to the Trainer's. The loss that
+    accumulation it follows: an optimizer step has the mean over micro-batches and ranks. It counts the Trainer's
+    optimizer steps, also after a checkpoint; its ``gradient_accumulation_steps`` is set to the Trainer's. The loss that
     is logged in training is the sum of both.
 
     Args:

@@ -1,7 +1,7 @@
 r"""Measures of complexity to set beside the path's: a Rademacher bound, the margin, and norms of the weights.
 
 The norms are of a network of ``nn.Linear`` and ``nn.Conv2d`` layers W_1, ..., W_L, in the order in which its modules
-are registered, each counted once. Modules without parameters pass; a normalisation, or any other module with
+are registered, each counted once. Modules without parameters pass; a normalization, or any other module with
 parameters, is an error, since the norms would leave it out. The kernel of a convolution counts as the matrix
 (out, in/groups·kh·kw) (as in Yoshida & Miyato 2017), whose norm is not that of the map of whole images; with groups
 as the block matrix with those rows, whose spectral norm is the largest of its blocks'. Biases count where it is said.

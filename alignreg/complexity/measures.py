@@ -26,7 +26,7 @@ def rademacher_bound(lengths: Tensor, traces: Tensor, num_examples: int) -> Tens
 
     Args:
         lengths: m_t ≥ 0, lengths of the steps in parameter space, ``(T,)``.
-        traces: tr K_t ≥ 0 at the start of each step, of the n examples, uncentred, ``(T,)``.
+        traces: tr K_t ≥ 0 at the start of each step, of the n examples, uncentered, ``(T,)``.
         num_examples: their number n.
 
     Raises:

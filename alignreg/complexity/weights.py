@@ -26,7 +26,7 @@ def layers(model: nn.Module) -> dict[str, Layer]:
 
     Raises:
         TypeError: if the model is no module, or sharded.
-        ValueError: if it has another module with parameters or a normalisation, a layer under two names, none at all,
+        ValueError: if it has another module with parameters or a normalization, a layer under two names, none at all,
             or parameters that are empty, complex or not finite.
 
     Example:
@@ -47,8 +47,8 @@ def layers(model: nn.Module) -> dict[str, Layer]:
         if (own and not plain) or isinstance(module, _NORMALIZATIONS) or (isinstance(module, Layer) and not plain):
             raise ValueError(
                 f"model: expected nn.Linear and nn.Conv2d layers as the only modules with parameters and no "
-                f"normalisation, got {named(path, module)}, for which the measures are not defined. Fold a batch "
-                "normalisation into the layer before it, remove a parametrization, or measure another part."
+                f"normalization, got {named(path, module)}, for which the measures are not defined. Fold a batch "
+                "normalization into the layer before it, remove a parametrization, or measure another part."
             )
         if not isinstance(module, Layer):
             continue
@@ -161,7 +161,7 @@ def named(path: str, module: nn.Module) -> str:
 
 
 def _check(value: Tensor, name: str) -> None:
-    absent = "an uninitialised one" if isinstance(value, nn.UninitializedParameter) else ""
+    absent = "an uninitialized one" if isinstance(value, nn.UninitializedParameter) else ""
     absent = "one on the meta device" if value.is_meta else absent
     if absent or value.is_complex() or not value.numel() or not bool(torch.isfinite(value).all()):
         got = absent or "empty, complex, NaN or infinite ones"

@@ -1,4 +1,4 @@
-r"""The metric of SuperNat, and the bound that it minimises."""
+r"""The metric of SuperNat, and the bound that it minimizes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from alignreg import checks
 
 
 def optimal_metric(correlations: Tensor, kappa: float = 1.0, eps: float = 1e-12) -> Tensor:
-    r"""Metric that minimises :func:`one_step_bound`: ν_j = κ/|a_j|, for any κ > 0.
+    r"""Metric that minimizes :func:`one_step_bound`: ν_j = κ/|a_j|, for any κ > 0.
 
     By Cauchy-Schwarz √(Σ ν_jλ_ja_j²)·√(Σ λ_j/ν_j) ≥ Σ λ_j|a_j|, with equality if and only if ν_j ∝ 1/|a_j| wherever
     λ_j a_j ≠ 0 (Baratin et al., "Implicit Regularization via Neural Feature Alignment", AISTATS 2021: the metric of
@@ -43,7 +43,7 @@ def optimal_metric(correlations: Tensor, kappa: float = 1.0, eps: float = 1e-12)
 def one_step_bound(eigenvalues: Tensor, correlations: Tensor, nu: Tensor) -> Tensor:
     r"""Complexity of one gradient step in the metric A_ν, √(Σ_j ν_jλ_ja_j²) · √(Σ_j λ_j/ν_j).
 
-    It is ‖A_νᵀδw‖·‖A_ν⁻¹Φ‖_F for the step δw = −η∇_w L of the parametrisation *before* A_ν, over η (Baratin et al.
+    It is ‖A_νᵀδw‖·‖A_ν⁻¹Φ‖_F for the step δw = −η∇_w L of the parametrization *before* A_ν, over η (Baratin et al.
     2021: n times a term of the Rademacher bound of a learning flow). Multiplying ν by a constant leaves it as it is.
 
     Args:

@@ -65,16 +65,16 @@ class LinearModel(ABC):
         self.lr = float(self._n / (S[0].square() * self._loss.curvature)) if lr is None else lr
         # Logarithms: of two modes, one may be stretched by 1/eps over the other at every step.
         self._log_eigenvalues = 2 * self._S.log()
-        # In the parametrisation of the features as given, where no reparametrisation changes them.
+        # In the parametrization of the features as given, where no reparametrization changes them.
         self._w = torch.zeros_like(self._S)
         self._complexity = torch.zeros((), dtype=torch.float64, device=features.device)
 
     @abstractmethod
-    def _reparametrise(self, log_eigenvalues: Tensor, correlations: Tensor) -> Tensor:
+    def _reparametrize(self, log_eigenvalues: Tensor, correlations: Tensor) -> Tensor:
         """Return log λ of the next step."""
 
     def step(self) -> None:
-        """Take one step of gradient descent in the current parametrisation, then choose that of the next.
+        """Take one step of gradient descent in the current parametrization, then choose that of the next.
 
         Raises:
             RuntimeError: if that diverges; the model stays as it was.
@@ -85,7 +85,7 @@ class LinearModel(ABC):
         complexity = self._complexity + torch.linalg.vector_norm(change) * eigenvalues.sum().sqrt() / self._n
         correlations = self._correlations(w)
         finite = bool(torch.isfinite(correlations).all()) and bool(torch.isfinite(complexity))
-        new = self._reparametrise(self._log_eigenvalues, correlations) if finite else self._log_eigenvalues
+        new = self._reparametrize(self._log_eigenvalues, correlations) if finite else self._log_eigenvalues
         if not finite or not bool(torch.isfinite(new.exp()).all()):
             raise RuntimeError(
                 f"step: expected finite outputs and eigenvalues, got others with lr={self.lr:g}. Lower lr; "
@@ -94,7 +94,7 @@ class LinearModel(ABC):
         self._w, self._complexity, self._log_eigenvalues = w, complexity, new
 
     def predict(self, features: Tensor) -> Tensor:
-        """Return f ``(m,)`` at new points, given by their features ``(m, P)`` in the parametrisation at the start.
+        """Return f ``(m,)`` at new points, given by their features ``(m, P)`` in the parametrization at the start.
 
         Raises:
             TypeError: if they are no real tensor.
@@ -105,7 +105,7 @@ class LinearModel(ABC):
 
     @property
     def weights(self) -> Tensor:
-        """Weights w ``(P,)`` for the features as given: f = Φw in the parametrisation at the start."""
+        """Weights w ``(P,)`` for the features as given: f = Φw in the parametrization at the start."""
         w: Tensor = self._w @ self._Vh
         return w
 
@@ -127,13 +127,13 @@ class LinearModel(ABC):
 
     @property
     def eigenvalues(self) -> Tensor:
-        """Eigenvalues λ ``(r,)`` of the kernel in the current parametrisation, in the order of those at the start."""
+        """Eigenvalues λ ``(r,)`` of the kernel in the current parametrization, in the order of those at the start."""
         eigenvalues: Tensor = self._log_eigenvalues.exp()
         return eigenvalues
 
     @property
     def complexity(self) -> Tensor:
-        """Σ_t ‖δw_t‖ ‖Φ_t‖_F / n over the steps so far, each in its own parametrisation, a scalar."""
+        """Σ_t ‖δw_t‖ ‖Φ_t‖_F / n over the steps so far, each in its own parametrization, a scalar."""
         return self._complexity.clone()
 
     def _outputs(self, w: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class LinearModel(ABC):
 
 @final
 class GradientDescent(LinearModel):
-    """Plain gradient descent: the parametrisation stays; arguments and errors are those of :class:`LinearModel`.
+    """Plain gradient descent: the parametrization stays; arguments and errors are those of :class:`LinearModel`.
 
     Example:
         >>> import torch
@@ -158,13 +158,13 @@ class GradientDescent(LinearModel):
         tensor([1.0000, 0.2500], dtype=torch.float64)
     """
 
-    def _reparametrise(self, log_eigenvalues: Tensor, correlations: Tensor) -> Tensor:  # noqa: ARG002
+    def _reparametrize(self, log_eigenvalues: Tensor, correlations: Tensor) -> Tensor:  # noqa: ARG002
         return log_eigenvalues
 
 
 @final
 class SuperNat(LinearModel):
-    r"""Gradient descent that reparametrises after each step with the metric that minimises the complexity of the next.
+    r"""Gradient descent that reparametrizes after each step with the metric that minimizes the complexity of the next.
 
     λ_j ← λ_j/ν_j, ν_j = κ/|a_j| at the new f (Baratin et al. 2021, the SuperNat algorithm, as we read it): modes that
     correlate with the residual are stretched, the others shrink. f does not change, on new points neither. Among equal
@@ -209,7 +209,7 @@ class SuperNat(LinearModel):
         super().__init__(features, targets, lr, loss)
         self._gauge, self._eps = gauge, eps
 
-    def _reparametrise(self, log_eigenvalues: Tensor, correlations: Tensor) -> Tensor:
+    def _reparametrize(self, log_eigenvalues: Tensor, correlations: Tensor) -> Tensor:
         if not bool(correlations.any()):
             return log_eigenvalues
         stretched = log_eigenvalues - optimal_metric(correlations, eps=self._eps).log()

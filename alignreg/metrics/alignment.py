@@ -30,7 +30,7 @@ class TangentAlignment(SketchMetric):
     for up to a few thousand rows n·c.
 
     With ``groups``, ``update(inputs, target, group)`` also gives the alignment within each group (easy and difficult
-    examples, domains), with its own centring, from the same pushforward. A group costs m² + P numbers, and a backward
+    examples, domains), with its own centering, from the same pushforward. A group costs m² + P numbers, and a backward
     pass for each batch in which some but not all examples belong to it. Groups of unlike size are not comparable:
     alignment depends on the number of examples.
 
@@ -66,7 +66,7 @@ class TangentAlignment(SketchMetric):
             state then has (8m)² + P numbers. ``"auto"``: factored for up to m/64 outputs, where it is several times
             cheaper. The attribute ``sketch`` says which it is.
         seed: of the directions. Nothing is drawn from torch's global random state.
-        centered: centre the kernel over the examples; ``False`` leaves it as it is. Targets are always centred.
+        centered: center the kernel over the examples; ``False`` leaves it as it is. Targets are always centered.
         target_mean: expected mean of the targets ``(c,)``, if known; each batch's own mean otherwise. It changes the
             error alone, and little.
         groups: how many groups of examples there are, or their names.
@@ -114,7 +114,7 @@ class TangentAlignment(SketchMetric):
         **metric_kwargs: Any,
     ) -> None:
         if checks.flag("unbiased", unbiased) and not checks.flag("centered", centered):
-            raise ValueError("unbiased: expected the centred kernel with it. Leave centered out, or unbiased.")
+            raise ValueError("unbiased: expected the centered kernel with it. Leave centered out, or unbiased.")
         super().__init__(
             model,
             num_outputs,

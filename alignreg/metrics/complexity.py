@@ -35,12 +35,12 @@ class PathComplexity(TangentMetric):
     r"""Complexity of a training path, C = Σ_t ‖δw_t‖₂ ‖Φ_t‖_F with ‖Φ_t‖_F = √tr K_t.
 
     The measure that Baratin et al. ("Implicit Regularization via Neural Feature Alignment", AISTATS 2021, section 4)
-    derive from a bound on the Rademacher complexity of a sequence of tangent kernels. K_t is uncentred and its trace
+    derive from a bound on the Rademacher complexity of a sequence of tangent kernels. K_t is uncentered and its trace
     exact: n·c backward passes an update, for a fixed probe set of one to a few hundred examples.
 
     ``update()`` at changed weights closes an interval and begins a *moment*; updates at unchanged weights add to the
     trace of the same moment. δw_t is the change of the weights from one moment to the next: the chord. Call
-    :meth:`step` after each optimiser step to measure the length of the way along the steps instead, which is never
+    :meth:`step` after each optimizer step to measure the length of the way along the steps instead, which is never
     shorter. The path begins at the first update; ``reset()`` begins a new one.
 
     Over ranks the traces of a moment are added before the root is taken, and lengths are taken once: weights are
@@ -143,7 +143,7 @@ class PathComplexity(TangentMetric):
     @torch.no_grad()
     @eager
     def step(self) -> None:
-        """Add the way since the last call, or the last update, to the interval: after each optimiser step.
+        """Add the way since the last call, or the last update, to the interval: after each optimizer step.
 
         It costs a copy of the weights and no pass of the model. Before the first update, where no path has begun, it
         does nothing but warn.

@@ -24,7 +24,7 @@ Layers = dict[str, Tensor] | dict[str, Estimate]
 class LayerwiseAlignment(ProbeSetMetric):
     r"""Alignment of each layer's own tangent kernel with the targets, A_l = yᵀK_l y / (‖K_l‖_F ‖y − ȳ‖²), in [0, 1].
 
-    K_l is the kernel of the parameters that layer l owns, centred; the layers' kernels sum to K (Baratin et al.,
+    K_l is the kernel of the parameters that layer l owns, centered; the layers' kernels sum to K (Baratin et al.,
     "Implicit Regularization via Neural Feature Alignment", AISTATS 2021, section 3.3). The metric takes *inputs* and
     keeps up to ``max_examples`` of them. Evaluate it at one moment of training, and ``reset()`` before the next.
 
@@ -47,7 +47,7 @@ class LayerwiseAlignment(ProbeSetMetric):
         model: the model, possibly wrapped (DDP, ``torch.compile``, Accelerate); never registered, copied or
             changed. Clones of the metric watch the same live model.
         num_outputs: their number c.
-        centered: centre the kernels over the examples; ``False`` leaves them as they are. Targets are always centred.
+        centered: center the kernels over the examples; ``False`` leaves them as they are. Targets are always centered.
         max_examples: how many examples are kept: the first ones, of several ranks in turn. The exact kernel of each
             layer has (max_examples · c)² numbers.
         method: ``"exact"`` or ``"sketch"``.

@@ -14,7 +14,7 @@ from alignreg.metrics.sketch import SketchMetric
 
 @final
 class TangentParticipationRatio(SketchMetric):
-    r"""Participation ratio of the (centred) tangent kernel, (tr K_c)² / ‖K_c‖_F²: a rank that needs no eigenvalues.
+    r"""Participation ratio of the (centered) tangent kernel, (tr K_c)² / ‖K_c‖_F²: a rank that needs no eigenvalues.
 
     It falls as tangent features are compressed to fewer directions, as the effective rank does that Baratin et al.
     ("Implicit Regularization via Neural Feature Alignment", AISTATS 2021, section 3.2) follow; it is another number,
@@ -43,7 +43,7 @@ class TangentParticipationRatio(SketchMetric):
         sketch_dim: m ≥ 3 directions.
         sketch: ``"gaussian"``, ``"factored"`` or ``"auto"``, as for :class:`TangentAlignment`.
         seed: of the directions.
-        centered: centre the kernel over the examples, each group by itself; ``False`` leaves it as it is.
+        centered: center the kernel over the examples, each group by itself; ``False`` leaves it as it is.
         target_mean: as for :class:`TangentAlignment`, to share with it.
         groups: how many groups of examples there are, or their names.
         method: ``"sketch"`` or ``"exact"``.
@@ -60,7 +60,7 @@ class TangentParticipationRatio(SketchMetric):
         >>> import torch
         >>> from alignreg.metrics import TangentParticipationRatio
         >>> metric = TangentParticipationRatio(torch.nn.Linear(3, 2), num_outputs=2, method="exact")
-        >>> metric.update(torch.eye(3))  # centred: two directions for each of two outputs
+        >>> metric.update(torch.eye(3))  # centered: two directions for each of two outputs
         >>> round(float(metric.compute()), 4)
         4.0
     """

@@ -15,7 +15,7 @@ class Sketched(NamedTuple):
     """Tables over the m columns of a sketch, any of which may be left out, and what is known besides."""
 
     gram: Tensor
-    """Products of the columns ``(m, m)``, of centred features where the metric centres."""
+    """Products of the columns ``(m, m)``, of centered features where the metric centers."""
     numerators: Tensor
     """yᵀK_c y from each column, ``(m,)``."""
     pairs: Columns | None
@@ -51,9 +51,9 @@ class Kept(NamedTuple):
     y: Tensor
     """Values ``(n, c)``, NaN where they are not known."""
     centered: bool
-    """Whether the metric centres the kernel."""
+    """Whether the metric centers the kernel."""
 
     @property
     def kernel(self) -> Tensor:
-        """The kernel, centred where the metric centres."""
+        """The kernel, centered where the metric centers."""
         return functional.center(self.K) if self.centered else self.K

@@ -51,7 +51,7 @@ class SketchMetric(ProbeSetMetric, ABC):
         sketch_dim: m ≥ 3 directions; of a factored sketch, 2m vectors for each side of a weight.
         sketch: ``"gaussian"``, ``"factored"`` or ``"auto"``.
         seed: of the directions.
-        centered: centre the kernel over the examples.
+        centered: center the kernel over the examples.
         target_mean: expected mean of the targets ``(c,)``, if known.
         groups: how many groups of examples there are, or their names.
         method: ``"sketch"`` or ``"exact"``.
@@ -153,7 +153,7 @@ class SketchMetric(ProbeSetMetric, ABC):
                     deferred.look((now != before.to(now.device)).any(), self._warn_of_change)
                 sums = self._sums(batch, y, members)
             if y is None:
-                sums["unlabelled"] = torch.full((), float(size(batch)), dtype=torch.float64, device=self.device)
+                sums["unlabeled"] = torch.full((), float(size(batch)), dtype=torch.float64, device=self.device)
             holds = doubts.held(self.device) if doubts else None
             for field, value in sums.items():
                 state = self._get(field)
@@ -258,7 +258,7 @@ class SketchMetric(ProbeSetMetric, ABC):
         for field, value in start.items():
             rows = value.new_zeros(1 + len(self.groups), *value.shape)
             self.add_state(self._name(field), rows, dist_reduce_fx="sum")
-        self.add_state(self._name("unlabelled"), torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state(self._name("unlabeled"), torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     @abstractmethod
     def _of_sketch(self, seen: Sketched) -> Tensor:
@@ -294,7 +294,7 @@ class SketchMetric(ProbeSetMetric, ABC):
     def _sketched(self, sums: Moments, pairs: PairSums | None = None) -> Sketched:
         unknown = torch.full_like(sums.n, torch.nan)
         return Sketched(
-            gram=sums.centred() if self.centered else sums.gram,
+            gram=sums.centered() if self.centered else sums.gram,
             numerators=moments.numerators(sums),
             pairs=None if pairs is None else population.columns(sums, pairs),
             rows=sums.n * self.num_outputs,
@@ -326,7 +326,7 @@ class SketchMetric(ProbeSetMetric, ABC):
         if not counts[0]:
             raise ValueError(f"{type(self).__name__}: no examples have been added. Call update() first.")
         if self._needs_targets:
-            _require_targets(int(self._get("unlabelled")), counts[0])
+            _require_targets(int(self._get("unlabeled")), counts[0])
         return [sample if count else None for count, sample in zip(counts, zip(*kinds, strict=True), strict=True)]
 
     def _sums(self, batch: Batch, y: Tensor | None, members: Tensor) -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ class TangentSpectrum(ProbeSetMetric):
         num_outputs: their number c.
         k: for which trace ratios; with more than n·c they are 1.
         per_layer: whether to give the alignment of each layer. The kernels of all layers are then held together.
-        centered: centre the kernel over the examples, as the paper does; ``False`` leaves it as it is.
+        centered: center the kernel over the examples, as the paper does; ``False`` leaves it as it is.
         max_examples: how many examples are kept: the first ones, of several ranks in turn. The kernel has
             (max_examples · c)² numbers, and its eigenvalues take the cube of that in time.
         params: glob pattern or patterns of parameter names.

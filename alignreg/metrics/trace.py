@@ -14,16 +14,16 @@ from alignreg.metrics.sketch import SketchMetric
 
 @final
 class TangentTrace(SketchMetric):
-    r"""Trace of the (centred) tangent kernel, tr K_c = Σ_ik ‖Φ_ik − mean_i Φ_ik‖²: the size of the tangent features.
+    r"""Trace of the (centered) tangent kernel, tr K_c = Σ_ik ‖Φ_ik − mean_i Φ_ik‖²: the size of the tangent features.
 
     √tr K is the ‖Φ‖_F of the complexity measure Σ_t ‖δw_t‖‖Φ_t‖_F of Baratin et al. ("Implicit Regularization via
-    Neural Feature Alignment", AISTATS 2021, section 4), there uncentred: ``centered=False``. It is a sum over examples
-    and outputs; divide by n·c for the mean squared norm that :class:`~alignreg.losses.ComplexityPenalty` penalises.
+    Neural Feature Alignment", AISTATS 2021, section 4), there uncentered: ``centered=False``. It is a sum over examples
+    and outputs; divide by n·c for the mean squared norm that :class:`~alignreg.losses.ComplexityPenalty` penalizes.
 
     The metric takes *inputs*, runs the live model on them by itself and accumulates over batches and ranks. With
     ``method="sketch"`` it is estimated, without bias, from m random directions, with a relative error of
     √(2/(m·r)), r the participation ratio. With ``method="exact"`` the inputs are kept and
-    ``compute()`` takes the exact kernel. For the exact uncentred trace of one batch see
+    ``compute()`` takes the exact kernel. For the exact uncentered trace of one batch see
     :meth:`alignreg.TangentFeatures.trace`.
 
     Options, groups and sharing in a ``MetricCollection`` are those of :class:`TangentAlignment`, whose states it holds.
@@ -45,7 +45,7 @@ class TangentTrace(SketchMetric):
         sketch_dim: m ≥ 3 directions.
         sketch: ``"gaussian"``, ``"factored"`` or ``"auto"``, as for :class:`TangentAlignment`.
         seed: of the directions.
-        centered: centre the kernel over the examples, each group by itself; ``False`` leaves it as it is.
+        centered: center the kernel over the examples, each group by itself; ``False`` leaves it as it is.
         target_mean: as for :class:`TangentAlignment`, to share with it.
         groups: how many groups of examples there are, or their names.
         method: ``"sketch"`` or ``"exact"``.

@@ -108,7 +108,7 @@ for name in ("train accuracy", "test accuracy"):
     axes[1, 1].plot(at, [found[name] for found in history], marker=".", label=name)
 axes[1, 1].legend(frameon=False)
 for axis in axes[1]:
-    axis.set(xscale="log", xlabel="optimiser steps + 1")
+    axis.set(xscale="log", xlabel="optimizer steps + 1")
 plt.show()
 
 # %%

@@ -42,7 +42,7 @@ def rotated_digits() -> Split:
 
 
 def disk() -> Split:
-    """1000 training and 1000 test points, uniform in [-1, 1]^2; class 1 inside the centred disk of half the area."""
+    """1000 training and 1000 test points, uniform in [-1, 1]^2; class 1 inside the centered disk of half the area."""
     x = _points()
     return _split(x, _in_disk(x))
 

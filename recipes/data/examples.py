@@ -47,7 +47,7 @@ def load(
     """Load a data set, keep some training examples, redraw the labels of a share, and add some of another data set.
 
     Redrawn labels are uniform over all classes, so that about 1/num_classes of them stay right; as many of those held
-    out for validation are redrawn. Test labels are clean, and of the first data set. Images are normalised by mean and
+    out for validation are redrawn. Test labels are clean, and of the first data set. Images are normalized by mean and
     standard deviation of each channel over the training split; digits and points stay as they are.
     The options are the flags of their names.
 

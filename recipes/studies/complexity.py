@@ -1,4 +1,4 @@
-r"""Does the complexity of the path tell how large the generalisation gap is?
+r"""Does the complexity of the path tell how large the generalization gap is?
 
 MLPs with one hidden layer, trained until the cross-entropy is below 0.01: over the width, and at width 256 over the
 share of redrawn labels. Path complexity Σ ‖δw‖ ‖Φ‖ and norm-based measures, with and without the margin (the tenth
@@ -100,7 +100,7 @@ def _color(key: str | None) -> str:
 
 
 def _name(key: str | None) -> str:
-    return {None: "generalisation gap", PATH: "path complexity"}.get(key, str(key).removeprefix("norm/"))
+    return {None: "generalization gap", PATH: "path complexity"}.get(key, str(key).removeprefix("norm/"))
 
 
 STUDY = study.Study(

@@ -58,7 +58,7 @@ def draw(runs: study.Runs, figure: Path) -> None:
         axes[0].set_ylabel(f"step {step}", fontsize=9)
     axis = drawing.add_subplot(grid[:, -2:])
     study.band(axis, found, "plane/ratio_20", color=COLORS[0], label="kernel as it is")
-    study.band(axis, found, "plane/ratio_20_centered", color=COLORS[1], label="centred")
+    study.band(axis, found, "plane/ratio_20_centered", color=COLORS[1], label="centered")
     finish(axis, "20th eigenvalue / 1st")
     drawing.suptitle("seed 0; the line is where f = 0", fontsize=9)
     save(drawing, figure)
@@ -70,7 +70,7 @@ def findings(runs: study.Runs) -> list[str]:
     parts = []
     for key, name in (
         ("plane/ratio_20", "20th eigenvalue over the 1st"),
-        ("plane/ratio_20_centered", "of the centred kernel"),
+        ("plane/ratio_20_centered", "of the centered kernel"),
         ("plane/alignment", "alignment"),
     ):
         first, last = ([log[i][key] for log in found] for i in (0, -1))

@@ -1,6 +1,6 @@
 r"""Does the tangent kernel lose rank in training, and what do random labels do to that?
 
-Effective rank, trace ratio and the largest eigenvalues of the centred tangent kernel of 50 training examples, along
+Effective rank, trace ratio and the largest eigenvalues of the centered tangent kernel of 50 training examples, along
 training, with 0, 20 and 50 % of the labels redrawn. The paper finds that the rank falls early, and with heavy noise
 rises again while test accuracy falls.
 

@@ -139,7 +139,7 @@ class PathSoFar:
 
 
 def ranks(seen: Seen) -> Measure:
-    """Effective rank and participation ratio of the centred kernel of ``kernel_size`` training examples."""
+    """Effective rank and participation ratio of the centered kernel of ``kernel_size`` training examples."""
     features = TangentFeatures(seen.model)
 
     def measure(*_: object) -> Values:
@@ -179,7 +179,7 @@ def layers(seen: Seen) -> Measure:
 
 
 def groups(seen: Seen) -> Measure:
-    """Alignment within ``kernel_size`` easy and as many difficult training examples, each with its own centring."""
+    """Alignment within ``kernel_size`` easy and as many difficult training examples, each with its own centering."""
     features, data, size = TangentFeatures(seen.model), seen.data, seen.config.kernel_size
     marks = {"easy": ~data.difficult, "difficult": data.difficult}
     rows = {name: mark.nonzero()[:size, 0] for name, mark in marks.items()}
@@ -233,11 +233,11 @@ def plane(seen: Seen, grid: Tensor | None = None) -> Measure:
         arrays = {key: value.contiguous().cpu() for key, value in arrays.items()}
         save_file(arrays, folder / f"plane-{step}.safetensors")
         whole = kernel.reshape(n, 1, n, 1)
-        centred = functional.spectrum(functional.center(whole))
+        centered = functional.spectrum(functional.center(whole))
         last = min(19, n - 1)
         return {
             "plane/ratio_20": float(eigenvalues[last] / eigenvalues[0]),
-            "plane/ratio_20_centered": float(centred[last] / centred[0]),
+            "plane/ratio_20_centered": float(centered[last] / centered[0]),
             "plane/alignment": float(functional.alignment(whole, 2.0 * y[:, None].double() - 1)),
         }
 

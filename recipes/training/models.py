@@ -35,7 +35,7 @@ def build(
         num_classes: how many outputs.
         hidden: the width; 0 for the network's own.
         depth: layers with weights (mlp, cnn), or blocks (transformer); 0 for the network's own.
-        batch_norm: normalise after every convolution (vgg, resnet18).
+        batch_norm: normalize after every convolution (vgg, resnet18).
         init: "torch" for what torch does, "kaiming" for normal weights of variance 2/fan_in and zero biases.
     """
     width = hidden or WIDTHS[name]

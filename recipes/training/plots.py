@@ -48,7 +48,7 @@ def save(figure: Any, path: Path, dpi: int = 150) -> None:
 PANELS = {
     "accuracy": {"test/accuracy": "test", "train/accuracy": "train"},
     "alignment with the labels, ± 2 s.e.": {"test/alignment": "test", "train/alignment": "train"},
-    "rank of the centred tangent kernel": {
+    "rank of the centered tangent kernel": {
         "train/effective_rank": "effective rank",
         "train/participation_ratio": "participation ratio",
     },
@@ -94,7 +94,7 @@ def task(config: dict[str, Any]) -> str:
 
 
 def label(config: dict[str, Any]) -> str:
-    """Name a run by what regularised it."""
+    """Name a run by what regularized it."""
     parts = [f"weight decay {config['weight_decay']:g}"] if config["weight_decay"] else []
     if config["regularizer"] != "none":
         parts.append(f"{config['regularizer']} {config['weight']:g}")

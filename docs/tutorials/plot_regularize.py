@@ -1,9 +1,9 @@
 """
-Regularise under label noise
+Regularize under label noise
 ============================
 
-A network that can memorise wrong labels will, if it is trained for long. :class:`~alignreg.losses.ComplexityPenalty`
-penalises the size of the tangent features, tr K_c/(n·c), and takes one line of the training loop. Here it trains beside
+A network that can memorize wrong labels will, if it is trained for long. :class:`~alignreg.losses.ComplexityPenalty`
+penalizes the size of the tangent features, tr K_c/(n·c), and takes one line of the training loop. Here it trains beside
 the same network without it, on the same data from the same initial weights.
 """
 
@@ -82,7 +82,7 @@ for axis, title, values in zip(axes, titles, range(3), strict=True):
         for curve in run[..., values]:
             axis.plot([step + 1 for step in MOMENTS], curve, color=color, alpha=0.35, linewidth=0.8)
         axis.plot([step + 1 for step in MOMENTS], run[..., values].mean(0), color=color, label=name)
-    axis.set(xscale="log", xlabel="optimiser steps + 1", title=title)
+    axis.set(xscale="log", xlabel="optimizer steps + 1", title=title)
     axis.title.set_fontsize(10)
 axes[0].legend(frameon=False)
 axes[2].set_yscale("log")
@@ -108,7 +108,7 @@ for name, run in runs.items():
 # How much to believe
 # -------------------
 # Three seeds of one network on one small data set can show whether the penalty works as meant *here*. They cannot say
-# whether it beats what is cheaper. The first row has two effects in one: a network that memorises less, and a network
+# whether it beats what is cheaper. The first row has two effects in one: a network that memorizes less, and a network
 # stopped at a bad moment; the second row takes the latter away. Weight decay and strong label smoothing also keep
-# networks from memorising. :doc:`/comparison` compares all of them, each tuned, over ten seeds, eight settings and
+# networks from memorizing. :doc:`/comparison` compares all of them, each tuned, over ten seeds, eight settings and
 # two networks; :doc:`plot_compare` shows in small how.

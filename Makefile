@@ -24,7 +24,7 @@ demo: $(STAMP)
 
 test: $(STAMP) $(ADAPTERS)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-	OMP_NUM_THREADS=1 $(ADAPTERS)/bin/python -m pytest tests/test_callbacks.py alignreg/callbacks
+	OMP_NUM_THREADS=1 $(ADAPTERS)/bin/python -m pytest tests/callbacks/test_callbacks.py alignreg/callbacks
 
 # An environment on top of the other: torchmetrics imports transformers wherever it is installed, which takes seconds.
 $(ADAPTERS)/installed: $(STAMP)

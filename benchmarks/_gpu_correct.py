@@ -200,9 +200,9 @@ def modes(checks, budget, part):
 
 def files():
     """Return the files of tests that have a case for CUDA and need nothing of the recipes."""
-    found = sorted((ROOT / "tests").glob("test_*.py"))
-    mine = [path for path in found if "cuda" in path.read_text().lower() and "recipe" not in path.name]
-    return [path for path in mine if path.name != "test_gpu_benchmark.py"]
+    found = sorted((ROOT / "tests").rglob("test_*.py"))
+    mine = [path for path in found if "cuda" in path.read_text().lower()]
+    return [path for path in mine if path.parent.name not in ("recipes", "benchmarks")]
 
 
 def tests(device, budget, part):

@@ -2,7 +2,8 @@ import signal
 
 import pytest
 import torch
-from recipe_runs import RECIPES, forget
+from paths import RECIPES
+from recipe_runs import forget
 
 
 @pytest.fixture(autouse=True)

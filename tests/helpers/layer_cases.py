@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from cases import MODELS, Case, batch_of, tokens_of
+from oracles import call, double, jacobian
 from torch import nn
+
+from alignreg import TangentFeatures
 
 
 class Twice(nn.Module):
@@ -326,3 +329,10 @@ def build(name):
     torch.manual_seed(1)
     case = MODELS[name] if name in MODELS else LAYERS[name][0]
     return case.build(), case.inputs(), case.forward_fn
+
+
+def features_of(name, **options):
+    """Features of a model or layer, its inputs, and its Jacobian."""
+    model, x, forward_fn = build(name)
+    oracle = jacobian(model, x, forward_fn or call)
+    return TangentFeatures(model.double(), forward_fn=forward_fn, **options), double(x), oracle

@@ -7,8 +7,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from paths import RECIPES
 from PIL import Image
-from recipe_runs import RECIPES, TINY, load, read, recipe
+from recipe_runs import TINY, load, read, recipe
 from safetensors.torch import load_file
 
 SHAPES = {

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 SUFFIXES = {".py", ".md", ".toml", ".yaml", ".yml", ".cff"}
 FOLDERS = ("alignreg", "recipes", "tests", "benchmarks", "docs", ".github")
 GENERATED = {"_build", "api", "learn", "benchmarks.md", "gpu.md"}

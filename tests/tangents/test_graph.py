@@ -3,9 +3,9 @@
 import pytest
 import torch
 from cases import MODELS
+from layer_cases import features_of
 from loss_cases import make
 from oracles import matrix
-from test_tangents import features_of
 from torch import nn
 
 from alignreg import TangentFeatures

@@ -8,7 +8,7 @@ import oracles
 import pytest
 import torch
 from cases import build
-from test_functional import EXPECTED, oracle_case
+from paper_cases import EXPECTED, oracle_case
 from torch import nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from callback_cases import VALIDATED, Keywords, Scaled, data, difference, distance, flat, measured, trained_plainly
+from pages import python_blocks, run_blocks
+from paths import DOCS
 from ranks import run_two
-from test_docs import python_blocks, run_blocks
 from torch import nn
 from torchmetrics import SumMetric
 
 from alignreg.callbacks.monitor import unpack_batch
 from alignreg.metrics import PathComplexity, TangentAlignment
 
-DOCS = Path(__file__).parent.parent / "docs" / "adapters.md"
+PAGE = DOCS / "adapters.md"
 TOLERANCE = 1e-10  # models are in float64
 
 
@@ -248,5 +249,5 @@ def test_errors(runs):
 
 def test_documented_code_runs(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert len(python_blocks(DOCS)) == 3
-    run_blocks(DOCS)
+    assert len(python_blocks(PAGE)) == 3
+    run_blocks(PAGE)

@@ -4,32 +4,18 @@ import ast
 import importlib.util
 import json
 import re
-from pathlib import Path
 
 import pytest
+from pages import python_blocks, run_blocks
+from paths import BENCHMARKS, DOCS, PACKAGE, README, ROOT
 from recipe_runs import load
 
-README = Path(__file__).parent.parent / "README.md"
-DOCS = README.parent / "docs"
-BENCHMARKS = README.parent / "benchmarks"
 WRITTEN = ("_build", "api", "learn")  # by the build of the site
 PAGES = [
     page
     for page in sorted(DOCS.rglob("*.md"))
     if page.relative_to(DOCS).parts[0] not in (*WRITTEN, "benchmarks.md", "gpu.md")
 ]
-
-
-def python_blocks(page):
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-
-
-def run_blocks(page):
-    """Run a page's blocks in one namespace, in order."""
-    names = {"__name__": "__main__"}
-    for block in python_blocks(page):
-        exec(compile(block, str(page), "exec"), names)
-    return names
 
 
 def module(path):
@@ -63,7 +49,7 @@ def test_every_page_is_in_a_table_of_contents():
 
 
 def test_every_public_module_has_a_page():
-    package = ast.parse((README.parent / "alignreg" / "__init__.py").read_text())
+    package = ast.parse((PACKAGE / "__init__.py").read_text())
     imports = [node for node in package.body if isinstance(node, ast.ImportFrom) and node.module == "alignreg"]
     modules = {f"alignreg.{name.name}" for node in imports for name in node.names}
     assert len(modules) > 5
@@ -88,11 +74,11 @@ def test_tables_of_benchmarks():
 
 def test_page_of_benchmarks_has_each_command(tmp_path):
     page = tmp_path / "benchmarks.md"
-    generator("_benchmarks").write(README.parent / "benchmarks", page)
+    generator("_benchmarks").write(BENCHMARKS, page)
     found = page.read_text()
-    for benchmark in README.parent.glob("benchmarks/*.json"):
+    for benchmark in BENCHMARKS.glob("*.json"):
         assert f"\npython benchmarks/{benchmark.stem}.py" in found
-    assert found.count("\n## ") == len(list(README.parent.glob("benchmarks/*.json")))
+    assert found.count("\n## ") == len(list(BENCHMARKS.glob("*.json")))
 
 
 def test_readme_python_runs():
@@ -128,7 +114,7 @@ def test_tables_of_training_are_those_of_its_json():
     ],
 )
 def test_tables_of_the_comparison_are_those_of_its_json(text, source):
-    comparison, written = load("comparison.report"), (README.parent / text).read_text()
-    found = json.loads((README.parent / "docs" / f"{source}.json").read_text())
+    comparison, written = load("comparison.report"), (ROOT / text).read_text()
+    found = json.loads((DOCS / f"{source}.json").read_text())
     assert written.count("<!-- comparison: ") == written.count("<!-- end -->") > 0
     assert comparison.filled(written, found) == written

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 import torch
+from paths import RECIPES
 from ranks import PATIENCE
-from recipe_runs import ASCII, RECIPES, load, read
+from recipe_runs import ASCII, load, read
 
 TINY = "--noise_features 2 6 --seeds 2 --steps 30 --n 12 --n_validation 40 --d_signal 3 --lr 0.05 --noise 0.5"
 METHODS = ["gd", "supernat-max", "supernat-0.05"]

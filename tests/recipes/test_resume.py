@@ -122,7 +122,7 @@ MODELS = {
     "transformer": "--model transformer --hidden 8",
 }
 SIGNALS = {"killed": signal.SIGKILL, "terminated": signal.SIGTERM}
-# Each way of ending, each launcher; all of them: pytest -m thorough tests/test_resume.py
+# Each way of ending, each launcher; all of them: pytest -m thorough tests/recipes/test_resume.py
 SOME = [
     ("cnn", "killed", "one process"),
     ("vgg11", "terminated", "two processes"),

@@ -15,10 +15,10 @@ import oracles
 import psutil
 import pytest
 import torch
+from paths import RECIPES
 from ranks import PATIENCE
-from recipe_runs import ASCII, RECIPES, TINY, forget, parse, run
+from recipe_runs import ASCII, STUDIES, TINY, forget, parse, run
 from safetensors.torch import load_file
-from test_recipes_alike import STUDIES
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("recipes_in_this_process")

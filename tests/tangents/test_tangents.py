@@ -6,18 +6,12 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from cases import MODELS, Noisy, build
-from layer_cases import LAYERS
+from layer_cases import LAYERS, features_of
 from layer_cases import build as build_layers
 from oracles import call, double, jacobian, kernel, matrix
 from torch import nn
 
 from alignreg import TangentFeatures, sketches
-
-
-def features_of(name, **options):
-    model, x, forward_fn = build(name)
-    oracle = jacobian(model, x, forward_fn or call)
-    return TangentFeatures(model.double(), forward_fn=forward_fn, **options), double(x), oracle
 
 
 @pytest.mark.parametrize("name", MODELS)

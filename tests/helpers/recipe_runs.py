@@ -6,17 +6,16 @@ import os
 import struct
 import subprocess
 import sys
-from pathlib import Path
 
+from paths import RECIPES
 from ranks import PATIENCE
 
-ROOT = Path(__file__).parent.parent
-RECIPES = ROOT / "recipes"
 TINY = "--steps 6 --train_size 128 --hidden 16 --sketch_dim 4 --probe_size 110 --kernel_size 10 --cpu"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(RECIPES / "configs/single.yaml")]
 SPAWN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 """An environment in which files and terminals are ASCII if nobody says otherwise."""
+STUDIES = [path.stem for path in sorted(RECIPES.glob("studies/*.py")) if "study.main(" in path.read_text()]
 KEYS = ["step"]
 for _quantities in (("loss", "accuracy"), ("alignment", "alignment_std_error")):
     KEYS += [f"{part}/{key}" for part in ("train", "test") for key in _quantities]

@@ -10,7 +10,8 @@ import types
 
 import pytest
 import torch
-from recipe_runs import RECIPES, module, parse, plan, read, row
+from paths import RECIPES
+from recipe_runs import module, parse, plan, read, row
 
 pytestmark = pytest.mark.usefixtures("recipes_in_this_process")
 TINY = "--tasks few100 --networks mlp --seeds 2 --tuning_seeds 1 --steps 6 --hidden 8 --kernel_size 10"

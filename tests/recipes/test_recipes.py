@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from recipe_runs import KEYS, RECIPES, ROOT, SPAWN, TINY, finish, load, parse, read, read_wandb, recipe, run, start
+from paths import RECIPES, ROOT
+from recipe_runs import KEYS, SPAWN, TINY, finish, load, parse, read, read_wandb, recipe, run, start
 from safetensors.torch import load_file
 
 

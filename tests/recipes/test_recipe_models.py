@@ -7,7 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 import yaml
-from recipe_runs import LAUNCH, RECIPES, SPAWN, finish, load, parse, read, recipe, start
+from paths import RECIPES
+from recipe_runs import LAUNCH, SPAWN, finish, load, parse, read, recipe, start
 from safetensors.torch import load_file
 from test_recipe_data import write
 from torch import nn
@@ -196,7 +197,7 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
     [
         ("vgg11", "alignment", SPAWN),
         ("resnet18 --batch_norm", "complexity", ACCELERATE),
-        # The other pairs: pytest -m thorough tests/test_recipe_models.py
+        # The other pairs: pytest -m thorough tests/recipes/test_recipe_models.py
         pytest.param("vgg11", "complexity", ACCELERATE, marks=pytest.mark.thorough),
         pytest.param("resnet18 --batch_norm", "alignment", SPAWN, marks=pytest.mark.thorough),
     ],

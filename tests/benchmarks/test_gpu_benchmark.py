@@ -3,11 +3,10 @@
 import json
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 PART = """
 import os, time
 def run(device, small, budget, part):

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import MODELS
-from layer_cases import LAYERS, build
-from oracles import call, double, jacobian, kernel, matrix
+from layer_cases import LAYERS, build, features_of
+from oracles import double, jacobian, kernel, matrix
 from torch import nn
 
 from alignreg import TangentFeatures
@@ -45,12 +45,6 @@ def by_rules(monkeypatch):
 
     monkeypatch.setattr(recorder, "visit", spy)
     return taken
-
-
-def features_of(name, **options):
-    model, x, forward_fn = build(name)
-    oracle = jacobian(model, x, forward_fn or call)
-    return TangentFeatures(model.double(), forward_fn=forward_fn, **options), double(x), oracle
 
 
 def own(oracle, layer):

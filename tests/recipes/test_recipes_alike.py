@@ -4,11 +4,11 @@ import ast
 import json
 
 import pytest
-from recipe_runs import RECIPES, TINY, read, recipe
+from paths import RECIPES
+from recipe_runs import STUDIES, TINY, read, recipe
 
 FILES = sorted(RECIPES.glob("*.py"))
 NAMES = [path.stem for path in FILES if "loop.train(" in path.read_text()]
-STUDIES = [path.stem for path in sorted(RECIPES.glob("studies/*.py")) if "study.main(" in path.read_text()]
 OTHERS = {"overlay", "supernat", "compare"}  # train no network, or have a test of their own
 pytestmark = pytest.mark.usefixtures("recipes_in_this_process")
 SMALL = {"train": "--regularizer complexity --weight 0.1"}

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 import torch
-from recipe_runs import RECIPES, ROOT, TINY, module, parse, read, recipe
+from paths import RECIPES, ROOT
+from recipe_runs import TINY, module, parse, read, recipe
 
 pytestmark = pytest.mark.usefixtures("recipes_in_this_process")
 PLAIN = [*TINY.split(), "--measure=", "--no-figure"]

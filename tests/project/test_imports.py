@@ -3,9 +3,9 @@
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent / "alignreg"
+from paths import HELPERS, PACKAGE
+
 # A module may import those in rows above its own.
 ORDER = [
     {"checks", "distributed"},
@@ -54,7 +54,7 @@ def test_functional_never_sees_a_model():
 
 def test_oracles_import_nothing_of_ours():
     for name in ("oracles.py", "complexity_oracles.py"):
-        assert not any(module.startswith("alignreg") for module in imported(Path(__file__).parent / name))
+        assert not any(module.startswith("alignreg") for module in imported(HELPERS / name))
 
 
 def test_import_brings_nothing_optional():

@@ -3,14 +3,13 @@
 import inspect
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from paths import HELPERS, ROOT
 
 from alignreg import losses, metrics
 
-ROOT = Path(__file__).parent.parent
 pytest.importorskip("mypy")
 
 
@@ -25,7 +24,7 @@ def complaints(program, folder):
 
 
 def test_a_program_of_the_public_names_is_strict(tmp_path):
-    assert complaints((ROOT / "tests" / "typed_user.py").read_text(), tmp_path).startswith("Success")
+    assert complaints((HELPERS / "typed_user.py").read_text(), tmp_path).startswith("Success")
 
 
 PUBLIC = [

@@ -1,17 +1,22 @@
 r"""Unbiased estimators from the Gram matrix of a sketch.
 
-One set of formulas serves both sketches of Φ, since both have i.i.d. columns: the feature sketch ``z_a = Φ s_a`` with
+The same formulas serve both sketches of Φ, because both have i.i.d. columns: the feature sketch ``z_a = Φ s_a`` with
 ``G = ZᵀZ``, and the probe sketch ``g_a = Φᵀω_a`` with ``G = (g_a·g_b)``. G is ``(m, m)`` and carries no 1/m. Sums over
 pairs of *different* columns keep the noise of a column out of its own square:
 
     E G_ab² = ‖K‖_F²,  E G_aa G_bb = (tr K)²  for a ≠ b,
 
 while E G_aa² = (tr K)² + 2‖K‖_F² for Gaussian entries, hence the upward bias of the naive ‖ZᵀZ‖_F²/m².
-Columns of structured sketches (:func:`alignreg.sketches.factored`) come in independent blocks of dependent ones: with
-``block``, their size, a ≠ b are taken from different blocks, and the jackknife leaves out blocks. For a sketch without
-such copies, :func:`cross_frobenius2` of two independent ones is right.
-All functions are differentiable. Half precision is computed in float32. That G is symmetric is taken for granted: what
-centering leaves of it may be rounding errors alone.
+
+The columns of structured sketches (:func:`alignreg.sketches.factored`) come in blocks: columns of one block depend on
+each other, and different blocks are independent. ``block`` is the number of consecutive columns in a block; a ≠ b are
+then taken from different blocks, and the jackknife leaves out whole blocks. For a sketch without independent blocks,
+use :func:`cross_frobenius2` of two independent sketches.
+
+All functions are differentiable, and compute half precision in float32. They assume that G is symmetric without
+checking it, because a centered G may consist of rounding errors only. They raise ``TypeError`` for an argument that is
+not a real tensor, and ``ValueError`` for one that has the wrong shape, too few columns or values that are not finite,
+and for a ``block`` that does not divide m.
 """
 
 from __future__ import annotations
@@ -30,24 +35,17 @@ class Estimate(NamedTuple):
     """An estimate and its standard error."""
 
     value: Tensor
-    """The estimate."""
+    """The estimated number."""
     standard_error: Tensor
-    """Its standard deviation, as far as that is known."""
+    """Its estimated standard deviation; NaN if unknown."""
 
 
 def gram(columns: Mapping[str, Tensor]) -> Tensor:
-    """Return the Gram matrix G_ab = g_a·g_b of m vectors in parameter space.
+    """Return the Gram matrix G_ab = g_a·g_b of m vectors in parameter space, ``(m, m)``, in float32 at least.
 
     Args:
-        columns: the vectors by parameter name, ``(m, *shape)`` each, as
-            :meth:`~alignreg.TangentFeatures.pullback` returns them.
-
-    Returns:
-        ``(m, m)``, in float32 at least.
-
-    Raises:
-        TypeError: if they are no real tensors by name.
-        ValueError: if there are none, not equally many of each parameter, or their products are not finite.
+        columns: the vectors ``(m, *shape)`` by parameter name, as :meth:`~alignreg.TangentFeatures.pullback` returns
+            them.
 
     Example:
         >>> import torch
@@ -65,7 +63,7 @@ def gram(columns: Mapping[str, Tensor]) -> Tensor:
 
 
 def inner_products(columns: Tensor) -> Tensor:
-    """Return the products ``(m, m)`` of m vectors ``(m, *shape)``, in float32 at least: :func:`gram` unchecked.
+    """Return the products ``(m, m)`` of m vectors ``(m, *shape)``, in float32 at least; :func:`gram` without checks.
 
     Example:
         >>> import torch
@@ -80,14 +78,7 @@ def inner_products(columns: Tensor) -> Tensor:
 
 
 def trace(G: Tensor) -> Tensor:
-    """Estimate tr K by tr G / m, unbiased.
-
-    Args:
-        G: Gram matrix of m i.i.d. columns, ``(m, m)``.
-
-    Raises:
-        TypeError: if G is no real tensor.
-        ValueError: if G is not a finite square matrix of at least one column.
+    """Estimate tr K by tr G / m, which is unbiased.
 
     Example:
         >>> import torch
@@ -100,15 +91,7 @@ def trace(G: Tensor) -> Tensor:
 
 
 def frobenius2(G: Tensor, block: int = 1) -> Tensor:
-    """Estimate ‖K‖_F² by Σ_{a≠b} G_ab² / (m(m−1)), unbiased for i.i.d. columns.
-
-    Args:
-        G: Gram matrix of m i.i.d. columns, ``(m, m)``.
-        block: how many columns in a row depend on each other.
-
-    Raises:
-        TypeError: if G is no real tensor.
-        ValueError: if G is not a finite square matrix of at least two columns.
+    """Estimate ‖K‖_F² by Σ_{a≠b} G_ab² / (m(m−1)), which is unbiased for i.i.d. columns.
 
     Example:
         >>> import torch
@@ -117,19 +100,11 @@ def frobenius2(G: Tensor, block: int = 1) -> Tensor:
         tensor(1.)
     """
     G, _ = _columns(G, at_least=2, block=block)
-    return _mean_of_pairs(_of_blocks(G.square(), block))
+    return _mean_of_pairs(G.square(), block)
 
 
 def off_diagonal_mean(G: Tensor, block: int = 1) -> Tensor:
-    """Return the mean over pairs of different columns, of a symmetric statistic of two columns.
-
-    Args:
-        G: the statistic of each pair, ``(m, m)``.
-        block: how many columns in a row depend on each other.
-
-    Raises:
-        TypeError: if G is no real tensor.
-        ValueError: if G is not a finite square matrix of at least two columns.
+    """Return the mean over pairs of different columns of a symmetric statistic G ``(m, m)`` of two columns.
 
     Example:
         >>> import torch
@@ -138,19 +113,11 @@ def off_diagonal_mean(G: Tensor, block: int = 1) -> Tensor:
         tensor(1.)
     """
     G, _ = _columns(G, at_least=2, block=block)
-    return _mean_of_pairs(_of_blocks(G, block))
+    return _mean_of_pairs(G, block)
 
 
 def trace2(G: Tensor, block: int = 1) -> Tensor:
-    """Estimate (tr K)² by Σ_{a≠b} G_aa G_bb / (m(m−1)), unbiased; the square of :func:`trace` is not.
-
-    Args:
-        G: Gram matrix of m i.i.d. columns, ``(m, m)``.
-        block: how many columns in a row depend on each other.
-
-    Raises:
-        TypeError: if G is no real tensor.
-        ValueError: if G is not a finite square matrix of at least two columns.
+    """Estimate (tr K)² by Σ_{a≠b} G_aa G_bb / (m(m−1)), which is unbiased, unlike the square of :func:`trace`.
 
     Example:
         >>> import torch
@@ -158,9 +125,9 @@ def trace2(G: Tensor, block: int = 1) -> Tensor:
         >>> estimators.trace2(torch.tensor([[2.0, 1.0], [1.0, 4.0]]))
         tensor(8.)
     """
-    t = _traces(G, block, at_least=2)
-    m = len(t)
-    return (t.sum().square() - t.square().sum()) / (m * (m - 1))
+    G, blocks = _columns(G, at_least=2, block=block)
+    t = G.diagonal().reshape(blocks, block).mean(1)
+    return (t.sum().square() - t.square().sum()) / (blocks * (blocks - 1))
 
 
 def cross_frobenius2(G12: Tensor) -> Tensor:
@@ -168,10 +135,6 @@ def cross_frobenius2(G12: Tensor) -> Tensor:
 
     Args:
         G12: products of the columns of one sketch with those of the other, ``(m1, m2)``.
-
-    Raises:
-        TypeError: if G12 is no real tensor.
-        ValueError: if G12 is not a finite matrix of at least one entry.
 
     Example:
         >>> import torch
@@ -188,18 +151,14 @@ def cross_frobenius2(G12: Tensor) -> Tensor:
 def alignment(projection: Tensor, frobenius2: Tensor) -> Tensor:
     """Return the alignment A = yᵀKy / (‖K‖_F ‖y‖²) in [0, 1], given yᵀKy/‖y‖² and ‖K‖_F² or estimates of them.
 
-    No kernel has ‖K‖_F < yᵀKy/‖y‖², so an estimate of the norm below that bound is raised to it.
+    Every kernel has ‖K‖_F ≥ yᵀKy/‖y‖², so an estimate of the norm below that bound is raised to it.
 
     Args:
         projection: yᵀKy/‖y‖².
-        frobenius2: ‖K‖_F², of the same shape; a scalar serves for all.
+        frobenius2: ‖K‖_F², of the same shape; one of the two may be a scalar.
 
     Returns:
-        Of that shape; NaN where both are zero.
-
-    Raises:
-        TypeError: if they are no real tensors.
-        ValueError: if they are not finite or not of one shape.
+        A tensor of that shape, NaN where both are zero.
 
     Example:
         >>> import torch
@@ -220,16 +179,12 @@ def jackknife(leave_one_out: Tensor) -> Tensor:
     """Return the delete-one jackknife standard error √((m−1)/m · Σ_j (θ_j − mean θ)²).
 
     Args:
-        leave_one_out: the statistic without column j, ``(m,)``; NaN where it is undefined, as the error is then.
-
-    Raises:
-        TypeError: if that is no real tensor.
-        ValueError: if it is no vector of at least two.
+        leave_one_out: the statistic without column j, ``(m,)``. If a value is NaN, so is the error.
 
     Example:
         >>> import torch
         >>> from alignreg import estimators
-        >>> x = torch.tensor([1.0, 2.0, 4.0])  # of a mean, it is the usual standard error
+        >>> x = torch.tensor([1.0, 2.0, 4.0])  # for a mean, it is the usual standard error
         >>> estimators.jackknife((x.sum() - x) / 2), x.std() / 3**0.5
         (tensor(0.8819), tensor(0.8819))
     """
@@ -241,20 +196,15 @@ def jackknife(leave_one_out: Tensor) -> Tensor:
 
 
 def standard_error(statistic: Callable[..., Tensor], *tables: Tensor, block: int = 1) -> Tensor:
-    """Return the :func:`jackknife` standard error of a statistic of m columns, each block of them left out in turn.
+    """Return the :func:`jackknife` standard error of a statistic of m columns, leaving out each block in turn.
 
     Args:
         statistic: a function of the tables that returns a scalar.
-        tables: numbers of each column ``(m,)``, or of each pair of columns ``(m, m)``.
-        block: how many columns in a row depend on each other, and are left out together.
+        tables: numbers of each column ``(m,)`` or of each pair of columns ``(m, m)``, in at least two blocks.
+        block: the number of consecutive columns that depend on each other and are left out together.
 
     Returns:
-        A scalar, NaN where the statistic is NaN without some block.
-
-    Raises:
-        TypeError: if the tables are no real tensors, or the statistic no function that returns a tensor.
-        ValueError: if the tables are not finite, or not of the same columns in at least two blocks; or if the
-            statistic returns no scalar.
+        A scalar, NaN if the statistic is NaN without some block.
 
     Example:
         >>> import torch
@@ -264,53 +214,41 @@ def standard_error(statistic: Callable[..., Tensor], *tables: Tensor, block: int
         (tensor(0.8819), tensor(0.8819))
     """
     checks.function("statistic", statistic, "of the tables")
-    some = [checks.values("tables", table, integers=False) for table in tables]
-    shapes = [tuple(table.shape) for table in some]
+    tables = tuple(checks.values("tables", table, integers=False) for table in tables)
+    shapes = [tuple(table.shape) for table in tables]
     m = shapes[0][0] if shapes and shapes[0] else 0
     if not shapes or any(shape not in ((m,), (m, m)) for shape in shapes):
         raise ValueError(f"tables: expected (m,) or (m, m) of the same m columns, got shapes {checks.shown(shapes)}.")
     if (count := _count_blocks(m, block)) < 2:
-        raise ValueError(f"tables: expected those of at least two blocks of columns, got {count}.")
-    columns = torch.arange(m, device=some[0].device)
+        raise ValueError(f"tables: expected at least two blocks of columns, got {count}.")
+    columns = torch.arange(m, device=tables[0].device)
     without = []
     for start in range(0, m, block):
         kept = torch.cat([columns[:start], columns[start + block :]])
-        value = statistic(*(table[kept] if table.ndim == 1 else table[kept][:, kept] for table in some))
+        value = statistic(*(table[kept] if table.ndim == 1 else table[kept][:, kept] for table in tables))
         if checks.real("statistic", value).ndim:
             raise ValueError(f"statistic: expected a scalar, got shape {tuple(value.shape)}.")
         without.append(value)
     return jackknife(torch.stack(without))
 
 
-def _mean_of_pairs(G: Tensor) -> Tensor:
-    m = len(G)
-    return (G.sum() - G.diagonal().sum()) / (m * (m - 1))
-
-
-def _of_blocks(G: Tensor, block: int) -> Tensor:
-    """Return the means over pairs of blocks of a statistic of two columns, ``(m / block, m / block)``."""
-    count = len(G) // block
-    return G if block == 1 else G.reshape(count, block, count, block).mean((1, 3))
-
-
-def _traces(G: Tensor, block: int, *, at_least: int) -> Tensor:
-    """Return the mean of the diagonal in each block."""
-    G, count = _columns(G, at_least=at_least, block=block)
-    return G.diagonal().reshape(count, block).mean(1)
+def _mean_of_pairs(G: Tensor, block: int) -> Tensor:
+    """Return the mean of a statistic over pairs of columns from different blocks."""
+    blocks = len(G) // block
+    if block > 1:
+        G = G.reshape(blocks, block, blocks, block).mean((1, 3))
+    return (G.sum() - G.diagonal().sum()) / (blocks * (blocks - 1))
 
 
 def _columns(G: Tensor, *, at_least: int, block: int = 1) -> tuple[Tensor, int]:
-    """Return a Gram matrix in float32 at least, and how many independent blocks of columns there are."""
-    G, block = checks.real("G", G), checks.count("block", block)
-    if G.ndim != 2 or G.shape[0] != G.shape[1] or G.shape[0] < at_least * block:
-        raise ValueError(
-            f"G: expected the Gram matrix (m, m) of at least {at_least * block} columns, got shape {tuple(G.shape)}."
-        )
+    """Return a Gram matrix in float32 at least, and the number of independent blocks of columns."""
+    G, least = checks.real("G", G), at_least * checks.count("block", block)
+    if G.ndim != 2 or G.shape[0] != G.shape[1] or G.shape[0] < least:
+        raise ValueError(f"G: expected the Gram matrix (m, m) of at least {least} columns, got shape {tuple(G.shape)}.")
     return checks.finite("G", G), _count_blocks(len(G), block)
 
 
 def _count_blocks(m: int, block: int) -> int:
-    block = checks.count("block", block)
-    if m % block:
+    if m % checks.count("block", block):
         raise ValueError(f"block: expected a number that divides the {m} columns, got {block!r}.")
     return m // block

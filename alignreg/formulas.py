@@ -1,8 +1,8 @@
 """Formulas that several modules share: eigenvalues of a kernel, and means over different examples.
 
-Centering a kernel that is nearly constant leaves rounding errors, which need be neither symmetric nor positive. Numbers
-of such a rest are noise, and computed here like any others. :mod:`.functional` refuses it: who hands over a tensor may
-have no kernel at all.
+Centering a kernel that is nearly constant over the examples leaves rounding errors, which need be neither symmetric nor
+positive. The functions here compute with such a kernel as with any other; :mod:`.functional` rejects it, because a
+tensor from the user may not be a kernel at all.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ def matrix(K: Tensor) -> Tensor:
 
 def symmetric(K: Tensor) -> Tensor:
     """Return the symmetric part of a kernel, as a matrix."""
-    found = matrix(K)
-    return (found + found.T) / 2
+    rows = matrix(K)
+    return (rows + rows.T) / 2
 
 
 def eigenvalues(K: Tensor) -> Tensor:
-    """Return all eigenvalues of a kernel, descending; rounding makes some negative."""
-    found: Tensor = torch.linalg.eigvalsh(symmetric(K))
-    return found.flip(0)
+    """Return all eigenvalues of a kernel in descending order; rounding can make some negative."""
+    ascending: Tensor = torch.linalg.eigvalsh(symmetric(K))
+    return ascending.flip(0)
 
 
 def effective_rank(values: Tensor) -> Tensor:
-    """Return exp(−Σ_j μ_j log μ_j), μ_j = λ_j / Σλ, of the positive ones of some eigenvalues; 0 without any."""
+    """Return exp(−Σ_j μ_j log μ_j), μ_j = λ_j / Σλ, over the positive eigenvalues; 0 if there are none."""
     values = values[values > 0]
     if len(values) == 0:
         return values.sum()
@@ -41,19 +41,19 @@ def effective_rank(values: Tensor) -> Tensor:
 
 
 def participation_ratio(K: Tensor) -> Tensor:
-    """Return (tr K)² / ‖K‖_F² of a kernel, 0 for zero."""
-    found = matrix(K)
-    return ratio(found.diagonal().sum(), found.square().sum())
+    """Return (tr K)² / ‖K‖_F² of a kernel; 0 for K = 0."""
+    rows = matrix(K)
+    return ratio(rows.diagonal().sum(), rows.square().sum())
 
 
 def ratio(trace: Tensor, squares: Tensor) -> Tensor:
-    """Return trace² / squares, 0 where both are zero."""
+    """Return trace² / squares; 0 where both are zero."""
     return trace.square() / torch.where(squares > 0, squares, torch.ones_like(squares))
 
 
 def ratio_of_estimates(trace2: Tensor, frobenius2: Tensor, rows: Tensor) -> Tensor:
-    """Return (tr K)² / ‖K‖_F² of estimates, in [1, n·c] with ``rows`` = n·c; 0 for K = 0."""
-    # (tr K)²/(n·c) ≤ ‖K‖_F² ≤ (tr K)² for any kernel, also where the noise of the estimates says otherwise.
+    """Return (tr K)² / ‖K‖_F² from estimates of both, in [1, n·c] with ``rows`` = n·c; 0 for K = 0."""
+    # Any kernel has (tr K)²/(n·c) ≤ ‖K‖_F² ≤ (tr K)², which noisy estimates can violate.
     norm2 = torch.minimum(torch.maximum(frobenius2, trace2 / rows), trace2)
     return torch.where(trace2 > 0, trace2 / norm2, torch.zeros_like(trace2))
 
@@ -62,8 +62,8 @@ def unbiased_alignment(K: Tensor, y: Tensor) -> Tensor:
     """Return :func:`.population.alignment` from the exact kernel ``(n, c, n, c)`` and targets as values ``(n, c)``.
 
     Raises:
-        TypeError: if they are no real tensors.
-        ValueError: if the shapes do not fit, or values are not finite.
+        TypeError: if they are not real tensors.
+        ValueError: if the shapes do not match, or values are not finite.
     """
     K, y = checks.real("K", K), checks.real("y", y, integers=True)
     if K.ndim != 4 or y.ndim != 2 or K.shape != (*y.shape, *y.shape) or K.numel() == 0:
@@ -102,12 +102,12 @@ def mean_of_different(
 
 
 def quotient(product: Tensor, norm2: Tensor, target_norm2: Tensor) -> Tensor:
-    """Return the alignment, NaN where it is undefined."""
-    defined = (norm2 > 0) & (target_norm2 > 0) & product.isfinite()  # not of fewer than four examples
+    """Return the alignment; NaN where it is undefined, as for fewer than four examples."""
+    defined = (norm2 > 0) & (target_norm2 > 0) & product.isfinite()
     return torch.where(defined, product / torch.where(defined, norm2 * target_norm2, 1.0).sqrt(), torch.nan)
 
 
 def norm2_of_targets(outer: Tensor, fourth: Tensor, n: Tensor | int) -> Tensor:
-    """Return h of the targets with themselves, from Σ ỹỹᵀ and Σ ‖ỹ‖⁴."""
+    """Return h of the targets with themselves (:mod:`.population`), from Σ ỹỹᵀ and Σ ‖ỹ‖⁴."""
     square = outer.square().sum()
     return mean_of_different(outer.trace().square() - fourth, square - fourth, square, fourth, fourth, n)

@@ -1,10 +1,14 @@
 r"""Functions of an exact tangent kernel K ``(n, c, n, c)``: alignment, spectrum, ranks.
 
-All are differentiable with respect to K. Alignment centers K by default; the rank functions take K as it is, so pass
+All are differentiable with respect to K. Alignment centers K by default; the rank functions use K as it is, so pass
 ``center(K)`` for a centered spectrum.
 
-All expect a kernel: a real tensor ``(n, c, n, c)`` of finite numbers, symmetric and positive semi-definite up to
-rounding errors of a hundredth. Half precision is computed in float32.
+K must be a kernel: a real tensor ``(n, c, n, c)`` of finite numbers, symmetric and positive semi-definite up to
+rounding errors of one percent. Half precision is computed in float32. Targets y are class indices ``(n,)`` or values
+``(n, c)`` (:func:`alignreg.targets.encode`), and are always centered over the examples, per output.
+
+All functions raise ``TypeError`` if K or y is not a real tensor, and ``ValueError`` if K is not a kernel or the shapes
+do not match. References: Baratin et al., "Implicit Regularization via Neural Feature Alignment", AISTATS 2021.
 """
 
 from __future__ import annotations
@@ -18,10 +22,10 @@ from alignreg import checks, formulas
 from alignreg.targets import ConstantTargetError, encode
 
 ROUNDING = 0.01
-"""The relative error beyond which a tensor is no kernel; the errors of bfloat16 stay below it."""
+"""The relative error above which a tensor is rejected as a kernel; the errors of bfloat16 stay below it."""
 _INDEFINITE = (
-    "K: expected a positive semi-definite kernel, of products of features, got one with negative eigenvalues. Where "
-    "only rounding errors are left of a centered one, compute it in float64."
+    "K: expected a positive semi-definite kernel, of products of features, got one with negative eigenvalues. If "
+    "centering leaves only rounding errors, compute the kernel in float64."
 )
 
 
@@ -29,13 +33,6 @@ def center(K: Tensor) -> Tensor:
     r"""Center a kernel per output over the examples: K_c = (C_n ⊗ I_c) K (C_n ⊗ I_c), C_n = I − 11ᵀ/n.
 
     This is the kernel of the tangent features minus, output by output, their mean over the examples.
-
-    Args:
-        K: kernel ``(n, c, n, c)``.
-
-    Raises:
-        TypeError: if K is no real tensor.
-        ValueError: if K is no kernel.
 
     Example:
         >>> import torch
@@ -47,33 +44,31 @@ def center(K: Tensor) -> Tensor:
     K = _kernel(K)
     rest = K - K.mean(0, keepdim=True)
     rest = rest - rest.mean(2, keepdim=True)
-    # What rounding leaves of a kernel that is constant over the examples is none.
+    # Return exact zeros for a kernel that is constant over the examples, instead of its rounding errors.
     left, whole = (torch.linalg.vector_norm(values.detach()) for values in (rest, K))
     return torch.where(left < 10 * torch.finfo(K.dtype).eps * whole, torch.zeros_like(rest), rest)
 
 
 def alignment(K: Tensor, y: Tensor, centered: bool = True, *, unbiased: bool = False) -> Tensor:
-    r"""Alignment of a kernel with the targets, A = yᵀK_c y / (‖K_c‖_F ‖y‖²), in [0, 1].
+    r"""Return the alignment of a kernel with the targets, A = yᵀK_c y / (‖K_c‖_F ‖y‖²), in [0, 1].
 
-    It is the centered kernel alignment CKA(K, yyᵀ) (Baratin et al. 2021, section 3.3; Cortes et al. 2012). y is
-    always centered over the examples, per output. A is invariant to the scale of K and y, to the order of the examples
-    and to an orthogonal mixing of the outputs of both.
+    This is the centered kernel alignment CKA(K, yyᵀ) (Baratin et al., section 3.3; Cortes et al. 2012). A is invariant
+    to the scale of K and y, to the order of the examples, and to an orthogonal mixing of the outputs of both.
 
     Args:
         K: kernel ``(n, c, n, c)``.
-        y: class indices ``(n,)`` or values ``(n, c)``; see :func:`alignreg.targets.encode`.
-        centered: center K as well; ``False`` leaves K as it is.
-        unbiased: estimate the alignment of the population, of which these examples are a sample, from pairs of
-            different ones alone (:mod:`alignreg.population`); it may lie outside [0, 1].
+        y: class indices ``(n,)`` or values ``(n, c)``.
+        centered: center K as well; ``False`` uses K as it is.
+        unbiased: estimate the alignment of the population that these examples are sampled from, using only pairs of
+            different examples (:mod:`alignreg.population`). The estimate may lie outside [0, 1].
 
     Returns:
-        A scalar; NaN if (centered) K is zero, which has no direction to be aligned. Unbiased, NaN where the estimate of
-        a squared norm is not positive, and for fewer than four examples.
+        A scalar. It is NaN if (centered) K is zero. With ``unbiased``, it is NaN if the estimate of a squared norm is
+        not positive, and for fewer than four examples.
 
     Raises:
-        TypeError: if K or y is no real tensor.
-        ConstantTargetError: if y is constant: alignment is then undefined.
-        ValueError: if K is no kernel, the shapes do not fit, or ``unbiased`` comes with ``centered=False``.
+        ConstantTargetError: if y is constant, because alignment is then undefined.
+        ValueError: if ``unbiased`` is combined with ``centered=False``.
 
     Example:
         >>> import torch
@@ -84,7 +79,7 @@ def alignment(K: Tensor, y: Tensor, centered: bool = True, *, unbiased: bool = F
     """
     K = _kernel(K)
     if checks.flag("unbiased", unbiased) and not checks.flag("centered", centered):
-        raise ValueError("unbiased: expected the centered kernel with it. Leave centered out, or unbiased.")
+        raise ValueError("unbiased: expected the centered kernel, got centered=False. Omit one of the two options.")
     checks.flag("centered", centered)
     targets = _centered_targets(K, y)
     if unbiased:
@@ -99,13 +94,6 @@ def alignment(K: Tensor, y: Tensor, centered: bool = True, *, unbiased: bool = F
 def spectrum(K: Tensor) -> Tensor:
     """Return all n·c eigenvalues of a kernel, descending and ≥ 0.
 
-    Args:
-        K: kernel ``(n, c, n, c)``.
-
-    Raises:
-        TypeError: if K is no real tensor.
-        ValueError: if K is no kernel.
-
     Example:
         >>> import torch
         >>> from alignreg.functional import spectrum
@@ -116,17 +104,10 @@ def spectrum(K: Tensor) -> Tensor:
 
 
 def effective_rank(K: Tensor) -> Tensor:
-    r"""Effective rank exp(−Σ_j μ_j log μ_j), μ_j = λ_j / Σλ (Roy & Vetterli 2007; Baratin et al. 2021, Eq. 5).
+    r"""Return the effective rank exp(−Σ_j μ_j log μ_j), μ_j = λ_j / Σλ (Roy & Vetterli 2007; Baratin et al., Eq. 5).
 
-    0·log 0 counts as 0. It lies between 1 and n·c; the zero kernel has rank 0. Not the same as
+    0·log 0 counts as 0. The effective rank lies between 1 and n·c, and is 0 for the zero kernel. It differs from the
     :func:`participation_ratio`.
-
-    Args:
-        K: kernel ``(n, c, n, c)``, taken as it is.
-
-    Raises:
-        TypeError: if K is no real tensor.
-        ValueError: if K is no kernel.
 
     Example:
         >>> import torch
@@ -138,16 +119,9 @@ def effective_rank(K: Tensor) -> Tensor:
 
 
 def participation_ratio(K: Tensor) -> Tensor:
-    r"""Participation ratio (tr K)² / ‖K‖_F² = (Σλ)² / Σλ²: a second rank, without eigenvalues.
+    r"""Return the participation ratio (tr K)² / ‖K‖_F² = (Σλ)² / Σλ², a rank that needs no eigenvalues.
 
-    It lies between 1 and n·c, at most the :func:`effective_rank`; the zero kernel has 0.
-
-    Args:
-        K: kernel ``(n, c, n, c)``, taken as it is.
-
-    Raises:
-        TypeError: if K is no real tensor.
-        ValueError: if K is no kernel.
+    It lies between 1 and n·c, is at most the :func:`effective_rank`, and is 0 for the zero kernel.
 
     Example:
         >>> import torch
@@ -159,17 +133,14 @@ def participation_ratio(K: Tensor) -> Tensor:
 
 
 def trace_ratio(K: Tensor, k: int) -> Tensor:
-    r"""Trace ratio T_k = Σ_{j≤k} λ_j / Σ_j λ_j: the share of the k largest (Baratin et al. 2021, Eq. 6).
+    r"""Return the trace ratio T_k = Σ_{j≤k} λ_j / Σ_j λ_j, the share of the k largest (Baratin et al., Eq. 6).
 
     Args:
-        K: kernel ``(n, c, n, c)``, taken as it is.
-        k: how many eigenvalues, at least 1; all of them if there are fewer.
+        K: kernel ``(n, c, n, c)``.
+        k: the number of eigenvalues, at least 1; all of them if there are fewer.
 
     Returns:
         A scalar in [0, 1]; NaN for the zero kernel.
-
-    Raises:
-        ValueError: if K is no kernel, or ``k`` is no positive integer.
 
     Example:
         >>> import torch
@@ -182,20 +153,21 @@ def trace_ratio(K: Tensor, k: int) -> Tensor:
 
 
 def summary(eigenvalues: Tensor, k: Sequence[int] = ()) -> dict[str, Tensor]:
-    r"""What a spectrum comes to, from one eigenvalue decomposition.
+    r"""Return a summary of a spectrum.
 
     Args:
-        eigenvalues: of a kernel, descending, as :func:`spectrum` gives them.
-        k: for which trace ratios.
+        eigenvalues: the descending eigenvalues of a kernel, as :func:`spectrum` returns them.
+        k: the numbers k of the trace ratios.
 
     Returns:
-        ``effective_rank``, ``participation_ratio`` and ``trace_ratio_k`` for each k, as the functions of these names;
-        ``largest_eigenvalue``, ``mean_eigenvalue``, ``median_eigenvalue`` (the mean of the two in the middle).
+        ``effective_rank``, ``participation_ratio`` and ``trace_ratio_k`` for each k, as the functions of these names
+        compute them; ``largest_eigenvalue``, ``mean_eigenvalue``, and ``median_eigenvalue`` (the mean of the middle two
+        for an even number).
 
     Raises:
-        TypeError: if they are no real tensor.
-        ValueError: if there are none, they are not finite, not descending or negative, or a ``k`` is no positive
-            integer.
+        TypeError: if the eigenvalues are not a real tensor.
+        ValueError: if there are none, if they are not finite, not descending or negative, or if a ``k`` is not a
+            positive integer.
 
     Example:
         >>> import torch
@@ -211,7 +183,7 @@ def summary(eigenvalues: Tensor, k: Sequence[int] = ()) -> dict[str, Tensor]:
         eigenvalues,
         lambda v: (v.diff() <= 0).all() & (v[-1] >= 0),
         lambda: ValueError(
-            "eigenvalues: expected descending ones, none below 0, as spectrum(K) gives them, got others."
+            "eigenvalues: expected descending values of at least 0, got others. Compute them with spectrum(K)."
         ),
     )
     ratios = [checks.count("k", value) for value in checks.each(k)]
@@ -228,25 +200,23 @@ def summary(eigenvalues: Tensor, k: Sequence[int] = ()) -> dict[str, Tensor]:
 
 
 def eigenvector_alignment(K: Tensor, y: Tensor, k: int | None = None, centered: bool = True) -> Tensor:
-    r"""How much of the targets each leading eigenvector carries: (u_jᵀy)² / ‖y‖² for the k largest eigenvalues.
+    r"""Return the share (u_jᵀy)² / ‖y‖² of the targets in each of the k leading eigenvectors u_j.
 
-    Σ_j λ_j (u_jᵀy)² / ‖y‖² over all of them is yᵀKy / ‖y‖², the numerator of :func:`alignment`: this is where it comes
-    from (Baratin et al. 2021, section 3.2, Figure 1, looks at the leading eigenvectors themselves). y is always
-    centered over the examples, per output. Within equal eigenvalues only the sum has a meaning.
+    The sum Σ_j λ_j (u_jᵀy)² / ‖y‖² over all eigenvectors is yᵀKy / ‖y‖², the numerator of :func:`alignment`, so the
+    shares show where the alignment comes from (Baratin et al., section 3.2 and Figure 1, plot the leading eigenvectors
+    themselves). For equal eigenvalues only the sum of the shares has a meaning.
 
     Args:
         K: kernel ``(n, c, n, c)``.
-        y: class indices ``(n,)`` or values ``(n, c)``; see :func:`alignreg.targets.encode`.
-        k: how many eigenvectors; all n·c by default, whose shares sum to 1.
+        y: class indices ``(n,)`` or values ``(n, c)``.
+        k: the number of eigenvectors; by default all n·c, whose shares sum to 1.
         centered: center K as well.
 
     Returns:
         Shares ``(k,)``, in the order of descending eigenvalues.
 
     Raises:
-        TypeError: if K or y is no real tensor.
         ConstantTargetError: if y is constant.
-        ValueError: if K is no kernel, the shapes do not fit, or ``k`` is no positive integer.
 
     Example:
         >>> import torch
@@ -267,21 +237,18 @@ def eigenvector_alignment(K: Tensor, y: Tensor, k: int | None = None, centered: 
 
 
 def kare(K: Tensor, y: Tensor, ridge: float) -> Tensor:
-    r"""Kernel alignment risk estimate of ridge regression with K.
+    r"""Return the kernel alignment risk estimate (KARE) of ridge regression with K.
 
-    KARE = [yᵀ(K/N + ρI)⁻²y / N] / [tr (K/N + ρI)⁻¹ / N]², N = n·c (Jacot et al. 2020, arXiv 2006.09796): an
-    estimate, from training data alone, of the risk of kernel regression. y is centered over the examples, K is taken
-    as it is.
+    KARE = [yᵀ(K/N + ρI)⁻²y / N] / [tr (K/N + ρI)⁻¹ / N]², N = n·c (Jacot et al. 2020, arXiv 2006.09796), estimates the
+    risk of kernel regression from training data only. K is used as it is.
 
     Args:
         K: kernel ``(n, c, n, c)``.
-        y: class indices ``(n,)`` or values ``(n, c)``; see :func:`alignreg.targets.encode`.
+        y: class indices ``(n,)`` or values ``(n, c)``.
         ridge: ρ > 0.
 
     Raises:
-        TypeError: if K or y is no real tensor.
-        ValueError: if K is no kernel, the shapes do not fit, ``ridge`` is not positive, or K has an eigenvalue of
-            −N·ρ or below.
+        ValueError: if ``ridge`` is not positive, or K has an eigenvalue of −N·ρ or below.
 
     Example:
         >>> import torch
@@ -301,8 +268,8 @@ def kare(K: Tensor, y: Tensor, ridge: float) -> Tensor:
         info,
         lambda failed: failed == 0,
         lambda: ValueError(
-            f"K: expected a positive semi-definite kernel, up to errors below ridge = {ridge:g} in K/{N}, got one that "
-            "is not. Where rounding of a large kernel is to blame, raise ridge or compute the kernel in float64."
+            f"K: expected a positive semi-definite kernel, up to errors below ridge = {ridge:g} in K/{N}, got another. "
+            "If these are rounding errors of a large kernel, increase ridge or compute the kernel in float64."
         ),
     )
     inverse = torch.cholesky_inverse(factor)
@@ -310,7 +277,7 @@ def kare(K: Tensor, y: Tensor, ridge: float) -> Tensor:
 
 
 def _kernel(K: Tensor, ridge: float = 0.0) -> Tensor:
-    """Return a kernel in float32 at least; with a ridge, rounding errors below it do not count."""
+    """Return a kernel in float32 at least; with a ridge, tolerate rounding errors below it."""
     K = checks.real("K", K)
     if K.ndim != 4 or K.shape[:2] != K.shape[2:] or K.numel() == 0:
         raise ValueError(f"K: expected a kernel (n, c, n, c), got shape {tuple(K.shape)}.")
@@ -320,8 +287,8 @@ def _kernel(K: Tensor, ridge: float = 0.0) -> Tensor:
         K,
         lambda v: (v - v.permute(2, 3, 0, 1)).abs_().amax() <= ROUNDING * v.abs().amax() + slack,
         lambda: ValueError(
-            "K: expected a symmetric kernel, got another tensor. Take the kernel of one batch with itself; where only "
-            "rounding errors are left of a centered one, compute it in float64."
+            "K: expected a symmetric kernel, got another tensor. Compute the kernel of one batch with itself; if "
+            "centering leaves only rounding errors, compute the kernel in float64."
         ),
     )
     if not ridge:
@@ -330,13 +297,13 @@ def _kernel(K: Tensor, ridge: float = 0.0) -> Tensor:
 
 
 def _may_be_semidefinite(K: Tensor) -> Tensor:
-    """Say whether no entry is larger than the largest on the diagonal, and none there is negative."""
+    """Return whether no entry is larger than the largest on the diagonal, and no diagonal entry is negative."""
     diagonal, largest = formulas.matrix(K).diagonal(), K.abs().amax()
     return (diagonal.amin() >= -ROUNDING * largest) & (largest <= (1 + ROUNDING) * diagonal.amax().clamp(min=0))
 
 
 def _semidefinite(eigenvalues: Tensor) -> Tensor:
-    """Return eigenvalues, descending, of which none is negative beyond rounding errors."""
+    """Return descending eigenvalues after checking that none is negative beyond rounding errors."""
     checks.require(eigenvalues, lambda v: v[-1] >= -ROUNDING * v[0], lambda: ValueError(_INDEFINITE))
     return eigenvalues
 

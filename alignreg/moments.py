@@ -1,20 +1,21 @@
 r"""Moments of sketched tangent features: raw sums that add over batches, ranks and groups.
 
-With ``z_ik = Sᵀ∇_w f_k(x_i)`` (m numbers, no 1/√m inside) and targets y_ik, all sums are in float64 and uncentered;
-centering happens late, so that ``moments(a ++ b) == moments(a) + moments(b)``.
+With ``z_ik = Sᵀ∇_w f_k(x_i)`` (m numbers, without a factor 1/√m) and targets y_ik, all sums are in float64 and
+uncentered; centering comes last, so that ``moments(a ++ b) == moments(a) + moments(b)``.
 
 The numerator of alignment, yᵀK_c y = ‖Φᵀ(y − ȳ)‖², needs the mean ȳ of *all* targets, which no batch knows. Each
-batch b therefore contributes the exact ``a_b = Φ_bᵀ(y_b − 1π_bᵀ)`` with a guess π_b, and the rest,
-``Φᵀ(ȳ − π)``, is estimated with the sketch: with s_a = Sᵀa and s_b = Sᵀ(Φᵀ(ȳ − π)), both known from sums,
+batch b therefore contributes the exact ``a_b = Φ_bᵀ(y_b − 1π_bᵀ)`` with a guess π_b, and the rest, ``Φᵀ(ȳ − π)``, is
+estimated with the sketch. With s_a = Sᵀa and s_b = Sᵀ(Φᵀ(ȳ − π)), both of which follow from sums,
 
     ‖Φᵀ(y − ȳ)‖² = ‖a − b‖² ≈ ‖a‖² − 2 s_a·s_b/m + ‖s_b‖²/m,
 
-unbiased, and exact when π_b = ȳ. A batch of one row, whose own mean leaves nothing, comes entirely from the sketch.
+which is unbiased, and exact if π_b = ȳ. A batch of one row is its own mean, so its contribution comes only from the
+sketch.
 
-``block`` is the ``block_size`` of the sketch: how many of its directions in a row depend on each other.
+``block`` is the ``block_size`` of the sketch: the number of consecutive directions that depend on each other.
 
-All functions raise ``TypeError`` for what are no :class:`Moments`, and ``ValueError`` where these are not finite, have
-too few directions, or ``block`` does not divide them.
+All functions raise ``TypeError`` for an argument that is not :class:`Moments`, and ``ValueError`` if the moments are
+not finite or have too few directions, or if ``block`` does not divide their number.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from alignreg.targets import ConstantTargetError
 
 
 class Moments(NamedTuple):
-    """Raw sums over examples i and outputs k; see the module's text for the symbols.
+    """Raw sums over examples i and outputs k; the text of the module defines the symbols.
 
     Example:
         >>> import torch
@@ -55,17 +56,12 @@ class Moments(NamedTuple):
     targets2: Tensor
     """Σ_ik y_ik², ()."""
     pullback: Tensor
-    """a = Σ_b Φ_bᵀ(y_b − 1π_bᵀ), (P,); empty where every numerator is to come from the sketch."""
+    """a = Σ_b Φ_bᵀ(y_b − 1π_bᵀ), (P,); empty if every numerator comes from the sketch."""
     guess: Tensor
     """s_π = Σ_b Σ_k π_bk Σ_{i∈b} z_ik, (m,)."""
 
     def merge(self, other: Moments) -> Moments:
-        """Return the moments of both samples together.
-
-        Raises:
-            TypeError: if the other are no moments.
-            ValueError: if their shapes differ, or they are not finite.
-        """
+        """Return the moments of both samples together; their shapes must be equal."""
         check(other, "other")
         for field, mine, theirs in zip(self._fields, self, other, strict=True):
             if mine.shape != theirs.shape:
@@ -76,11 +72,11 @@ class Moments(NamedTuple):
         return Moments(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
     def add(self, z: Tensor, y: Tensor, *, pullback: Tensor | None = None, guess: Tensor | None = None) -> Moments:
-        """Return the moments with a batch added; arguments as for :func:`of`."""
+        """Return the moments with a batch added; the arguments are those of :func:`of`."""
         return self.merge(of(z, y, pullback=pullback, guess=guess))
 
     def centered(self) -> Tensor:
-        """Return Σ z zᵀ − n Σ_k μ_k μ_kᵀ, μ_k = Σ_i z_ik / n: the Gram matrix ``(m, m)`` of the centered sketch."""
+        """Return the Gram matrix ``(m, m)`` of the centered sketch, Σ z zᵀ − n Σ_k μ_k μ_kᵀ with μ_k = Σ_i z_ik / n."""
         return self.gram - self.features.T @ self.features / self.n.clamp(min=1)
 
 
@@ -90,20 +86,20 @@ def of(z: Tensor, y: Tensor, *, pullback: Tensor | None = None, guess: Tensor | 
     Args:
         z: pushforward ΦS of the batch, ``(n, c, m)``.
         y: targets as values, ``(n, c)``.
-        pullback: Φᵀ(y − 1πᵀ), flat ``(P,)``, for the π of ``guess``; without it the numerator of alignment comes from
+        pullback: Φᵀ(y − 1πᵀ), flat ``(P,)``, for the π of ``guess``; by default the numerator of alignment comes from
             the sketch.
-        guess: π, a guess of the targets' mean, ``(c,)``; zero without it.
+        guess: π, a guess of the mean of the targets, ``(c,)``; zero by default.
 
     Raises:
-        TypeError: if an argument is no real tensor.
-        ValueError: if the shapes do not fit, or values are not finite.
+        TypeError: if an argument is not a real tensor.
+        ValueError: if the shapes do not match, or values are not finite.
     """
     z, y = sample(z, y)
     s1 = z.sum(0)
     cross = torch.einsum("ikm,ik->m", z, y)
     flat = z.flatten(0, 1)
     if pullback is None:
-        # No exact part: the guess is y itself, a = 0.
+        # There is no exact part: the guess is y itself, so a = 0.
         a, s_pi = z.new_zeros(0), cross
     else:
         a = _vector("pullback", pullback).to(z)
@@ -124,12 +120,7 @@ def of(z: Tensor, y: Tensor, *, pullback: Tensor | None = None, guess: Tensor | 
 
 
 def sample(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the features ``(n, c, m)`` and targets ``(n, c)`` of a batch, detached and in float64.
-
-    Raises:
-        TypeError: if they are no real tensors.
-        ValueError: if the shapes do not fit, or values are not finite.
-    """
+    """Return the features ``(n, c, m)`` and targets ``(n, c)`` of a batch, checked as for :func:`of`, in float64."""
     z, y = checks.real("z", z).detach(), checks.real("y", y, integers=True).detach()
     if z.ndim != 3 or z.shape[:2] != y.shape:
         raise ValueError(f"z, y: expected (n, c, m) and (n, c), got {tuple(z.shape)} and {tuple(y.shape)}.")
@@ -137,23 +128,19 @@ def sample(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def zeros(c: int, m: int, p: int) -> Moments:
-    """Return the moments of no examples, for c outputs, m directions and p parameters.
-
-    Raises:
-        ValueError: if a number is no positive integer; p may be 0.
-    """
+    """Return the moments of no examples, for c ≥ 1 outputs, m ≥ 1 directions and p ≥ 0 parameters."""
     c, m, p = checks.count("c", c), checks.count("m", m), checks.count("p", p, 0)
     shapes = ((), (c, m), (m, m), (m,), (c,), (), (p,), (m,))
     return Moments(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
 
 def trace(moments: Moments, *, centered: bool = True) -> Tensor:
-    """Estimate tr K_c (or tr K), unbiased."""
+    """Estimate tr K_c (or tr K) without bias."""
     return estimators.trace(_gram(moments, centered=centered))
 
 
 def frobenius2(moments: Moments, *, centered: bool = True, block: int = 1) -> Tensor:
-    """Estimate ‖K_c‖_F² (or ‖K‖_F²), unbiased and not negative."""
+    """Estimate ‖K_c‖_F² (or ‖K‖_F²) without bias, by a number ≥ 0."""
     return estimators.frobenius2(_gram(moments, centered=centered), block)
 
 
@@ -165,21 +152,23 @@ def participation_ratio(moments: Moments, *, centered: bool = True, block: int =
 
 
 def numerators(moments: Moments) -> Tensor:
-    """Estimate yᵀK_c y from each direction, ``(m,)``: equal where it is exact; their mean is unbiased."""
-    product, square = _correction(check(moments))
-    return moments.pullback.square().sum() - 2 * product + square
+    """Estimate yᵀK_c y from each direction, ``(m,)``; their mean is unbiased, and they are equal if it is exact."""
+    mean = check(moments).targets / moments.n.clamp(min=1)
+    s_a = moments.features_targets - moments.guess
+    s_b = mean @ moments.features - moments.guess
+    return moments.pullback.square().sum() - 2 * (s_a * s_b) + s_b.square()
 
 
 def numerator(moments: Moments) -> Tensor:
-    """Estimate yᵀK_c y = ‖Φᵀ(y − ȳ)‖² ≥ 0: exact for one batch, else unbiased up to the clamp at zero."""
+    """Estimate yᵀK_c y = ‖Φᵀ(y − ȳ)‖² ≥ 0, exact for one batch and otherwise unbiased up to the clamp at zero."""
     return numerators(moments).mean().clamp(min=0)
 
 
 def alignment(moments: Moments, *, centered: bool = True, block: int = 1) -> Tensor:
     r"""Estimate the alignment A = yᵀK_c y / (‖K_c‖_F ‖y − ȳ‖²), in [0, 1].
 
-    The numerator is :func:`numerator`; the norm is the root of an unbiased estimate. As a ratio, A is consistent in
-    m rather than unbiased; :func:`alignreg.estimators.alignment` keeps it in its range.
+    The numerator is :func:`numerator`; the norm is the square root of an unbiased estimate. The ratio is consistent in
+    m rather than unbiased, and :func:`alignreg.estimators.alignment` keeps it in its range.
 
     Raises:
         ConstantTargetError: if the targets of all examples are equal.
@@ -190,14 +179,9 @@ def alignment(moments: Moments, *, centered: bool = True, block: int = 1) -> Ten
 
 
 def check(moments: Moments, name: str = "moments") -> Moments:
-    """Return moments that are some, and finite.
-
-    Raises:
-        TypeError: if they are no :class:`Moments`.
-        ValueError: if a sum is not finite.
-    """
+    """Return the moments after checking that they are :class:`Moments`, and finite."""
     if not isinstance(moments, Moments):
-        raise TypeError(f"{name}: expected Moments, got {type(moments).__name__}. Make them with moments.of.")
+        raise TypeError(f"{name}: expected Moments, got {type(moments).__name__}. Create them with moments.of.")
     sums = [checks.real(f"{name}.{field}", value).sum() for field, value in moments._asdict().items()]
     checks.finite(name, torch.stack(sums))
     return moments
@@ -215,24 +199,12 @@ def _gram(moments: Moments, *, centered: bool) -> Tensor:
     return moments.centered() if checks.flag("centered", centered) else moments.gram
 
 
-def _correction(moments: Moments) -> tuple[Tensor, Tensor]:
-    mean = moments.targets / moments.n.clamp(min=1)
-    s_a = moments.features_targets - moments.guess
-    s_b = mean @ moments.features - moments.guess
-    return s_a * s_b, s_b.square()
-
-
 def require_different_targets(moments: Moments) -> Tensor:
-    """Return ‖y − ȳ‖².
-
-    Raises:
-        ConstantTargetError: if it is zero.
-        ValueError: if there are no examples.
-    """
+    """Return ‖y − ȳ‖², with the errors of :func:`alignment`."""
     if not float(check(moments).n) > 0:
         raise ValueError("alignment: no examples have been added.")
     variance = moments.targets2 - moments.targets.square().sum() / moments.n
-    # The difference of two sums of N terms: what rounding leaves of a constant target is no variance.
+    # The variance of a constant target is the rounding error of a difference of two sums.
     if float(variance) <= 1e-12 * float(moments.targets2):
         raise ConstantTargetError
     return variance

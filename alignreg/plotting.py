@@ -1,8 +1,9 @@
-"""Figures of values, spectra, layers, paths and functions of the plane.
+"""Figures of values, spectra, layers, paths, and functions on the plane.
 
-Each function takes tensors or results of ``compute()`` and, as ``ax``, the matplotlib axes to draw on (new ones by
-default), and returns the figure and the axes. matplotlib is imported only when something is drawn. What is of another
-kind than described is a ``TypeError``.
+Each function draws tensors or results of ``compute()`` on the matplotlib axes ``ax`` (new ones by default), and returns
+the figure and the axes. matplotlib is imported only when something is drawn; without it the functions raise
+``ImportError``. An argument of another type than described is a ``TypeError``; one with another shape, length or number
+of axes is a ``ValueError``. ``steps`` are the training steps of the values; by default values are numbered.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ Value = Number | Mapping[str, Number]
 
 
 class Path(Protocol):
-    """A path through the space of weights, as :class:`~alignreg.metrics.PathHistory`."""
+    """The interface of a path through the space of weights, such as :class:`~alignreg.metrics.PathHistory`."""
 
     @property
     def lengths(self) -> Tensor:
-        """‖δw_t‖ of the interval that begins at moment t, ``(T + 1,)``; the last one is still open."""
+        """‖δw_t‖ of the interval that begins at record t, ``(T + 1,)``; the last one is still open."""
 
     @property
     def traces(self) -> Tensor:
-        """The trace of K at moment t, ``(T + 1,)``."""
+        """The trace of K at record t, ``(T + 1,)``."""
 
 
 def estimates(
@@ -46,26 +47,19 @@ def estimates(
 
     Args:
         values: a scalar, an estimate, or a dict of them; or a sequence of these, drawn as curves.
-        ax: matplotlib axes; new ones by default.
-        label: what the values are.
-        bounds: between which they lie, as far as that is known.
-        steps: of training, one for each value of a curve; without them values are numbered.
-
-    Returns:
-        Figure and axes.
-
-    Raises:
-        ImportError: if matplotlib is missing.
-        ValueError: if there are not as many steps as values.
+        ax: matplotlib axes.
+        label: the name of the values.
+        bounds: the range of the values, as far as it is known.
+        steps: the training step of each value of a curve.
     """
     single = isinstance(values, (Estimate, Mapping, Real)) or (isinstance(values, Tensor) and values.ndim == 0)
-    moments = [values] if single else checks.each(values)
-    curves = _by_name(moments)
+    records = [values] if single else checks.each(values)
+    curves = _by_name(records)
     label, (low, high) = checks.text("label", label), _bounds(bounds)
     figure, ax = _single(ax, (5, 3.2))
     if any(math.isfinite(error) and error > 0 for curve in curves.values() for _, error in curve):
         label += ", ± 2 s.e."
-    at, axis_label = _steps(steps, len(moments))
+    at, axis_label = _steps(steps, len(records))
     for index, (name, curve) in enumerate(curves.items()):
         points = [float(value) for value, _ in curve]
         errors = [2 * float(error) for _, error in curve]
@@ -92,19 +86,12 @@ def estimates(
 
 
 def spectrum(eigenvalues: Tensor, layers: Mapping[str, Number] | None = None, ax: Any = None) -> tuple[Any, list[Any]]:
-    """Draw eigenvalues and the share of the trace that the largest hold, and bars for layers if there are any.
+    """Draw eigenvalues, the share of the trace in the largest ones, and bars for layers if given.
 
     Args:
-        eigenvalues: descending, ``(n·c,)``, as of :func:`~alignreg.functional.spectrum`.
+        eigenvalues: descending, ``(n·c,)``, as :func:`~alignreg.functional.spectrum` returns them.
         layers: the alignment of each layer.
-        ax: two or three matplotlib axes; new ones by default.
-
-    Returns:
-        Figure and the list of axes.
-
-    Raises:
-        ImportError: if matplotlib is missing.
-        ValueError: if the number of axes does not fit.
+        ax: a sequence of two matplotlib axes, or of three with ``layers``.
     """
     eigenvalues = checks.values("eigenvalues", eigenvalues, integers=False).detach().cpu()
     if eigenvalues.ndim != 1 or not len(eigenvalues):
@@ -114,7 +101,7 @@ def spectrum(eigenvalues: Tensor, layers: Mapping[str, Number] | None = None, ax
     plots = 3 if layers else 2
     figure, axes = _several(ax, plots, (4 * plots, 3.2))
     index = range(1, len(eigenvalues) + 1)
-    # Centering leaves c eigenvalues that are zero up to rounding.
+    # Centering leaves c eigenvalues that are zero up to rounding errors.
     above = eigenvalues[eigenvalues > 1e-8 * eigenvalues[0]]
     axes[0].loglog(index[: len(above)], above)
     axes[0].set(xlabel="index j", ylabel="eigenvalue λ_j")
@@ -126,25 +113,19 @@ def spectrum(eigenvalues: Tensor, layers: Mapping[str, Number] | None = None, ax
 
 
 def bars(values: Mapping[str, Number], ax: Any = None, *, label: str = "alignment") -> tuple[Any, Any]:
-    """Draw one bar a layer, the first layer on top, with an error bar of ± 2 standard errors for an estimate.
+    """Draw one bar for each layer, the first layer on top, with an error bar of ± 2 standard errors for an estimate.
 
     Args:
         values: a number for each layer, such as a result of :class:`~alignreg.metrics.LayerwiseAlignment`.
-        ax: matplotlib axes; new ones by default.
-        label: what the values are.
-
-    Returns:
-        Figure and axes.
-
-    Raises:
-        ImportError: if matplotlib is missing.
+        ax: matplotlib axes.
+        label: the name of the values.
     """
-    found = {layer: curve[0] for layer, curve in _by_layer("values", [values]).items()}
+    by_layer = {layer: curve[0] for layer, curve in _by_layer("values", [values]).items()}
     label = checks.text("label", label)
-    figure, ax = _single(ax, (5, 1 + 0.25 * len(found)))
-    lengths = [float(estimate.value) for estimate in found.values()]
-    errors = [2 * float(estimate.standard_error) for estimate in found.values()]
-    ax.barh(_layers(found), lengths, xerr=errors)
+    figure, ax = _single(ax, (5, 1 + 0.25 * len(by_layer)))
+    lengths = [float(estimate.value) for estimate in by_layer.values()]
+    errors = [2 * float(estimate.standard_error) for estimate in by_layer.values()]
+    ax.barh(_layers(by_layer), lengths, xerr=errors)
     ax.invert_yaxis()
     ax.set(xlabel=label, ylabel="layer", xlim=(0, None))
     return figure, ax
@@ -157,59 +138,45 @@ def heat_map(
     label: str = "alignment",
     steps: Sequence[float] | None = None,
 ) -> tuple[Any, Any]:
-    """Draw a number of each layer along training: a row for each layer, the first on top, a column for each moment.
+    """Draw a number of each layer along training: a row for each layer, the first on top, a column for each record.
 
-    Columns are equally wide, whatever lies between their steps. NaN is gray.
+    All columns have the same width, whatever the steps between them. NaN is gray.
 
     Args:
-        values: results of :class:`~alignreg.metrics.LayerwiseAlignment`, one for each moment.
-        ax: matplotlib axes; new ones by default.
-        label: what the values are.
-        steps: of training, one for each moment; without them moments are numbered.
-
-    Returns:
-        Figure and axes.
-
-    Raises:
-        ImportError: if matplotlib is missing.
-        ValueError: if there are no values, if moments have different layers, or not as many steps as moments.
+        values: results of :class:`~alignreg.metrics.LayerwiseAlignment`, one for each record, with the same layers.
+        ax: matplotlib axes.
+        label: the name of the values.
+        steps: the training step of each record.
     """
-    moments = checks.each(values) if not isinstance(values, Mapping) else (values,)
-    found = _by_layer("values", moments)
-    if not moments or any(list(one) != list(moments[0]) for one in moments):
-        raise ValueError("values: expected the same layers at each of one or more moments. Take one metric's results.")
+    records = checks.each(values) if not isinstance(values, Mapping) else (values,)
+    by_layer = _by_layer("values", records)
+    if not records or any(list(one) != list(records[0]) for one in records):
+        raise ValueError("values: expected the same layers in one or more records. Pass results of one metric.")
     label = checks.text("label", label)
-    at, axis_label = _steps(steps, len(moments))
-    table = [[float(value) for value, _ in curve] for curve in found.values()]
+    at, axis_label = _steps(steps, len(records))
+    table = [[float(value) for value, _ in curve] for curve in by_layer.values()]
     figure, ax = _single(ax, (5.5, 1.2 + 0.25 * len(table)))
     colors = _pyplot().get_cmap("viridis").with_extremes(bad="0.8")
     image = ax.imshow(table, aspect="auto", interpolation="nearest", cmap=colors, vmin=0)
     shown = range(0, len(at), -(-len(at) // 8))
     ax.set_xticks(shown, [f"{at[index]:g}" for index in shown])
-    ax.set_yticks(range(len(table)), _layers(found))
+    ax.set_yticks(range(len(table)), _layers(by_layer))
     ax.set(xlabel=axis_label, ylabel="layer")
     figure.colorbar(image, ax=ax, label=label)
     return figure, ax
 
 
 def path(history: Path, ax: Any = None, *, steps: Sequence[float] | None = None) -> tuple[Any, list[Any]]:
-    """Draw how far training has gone, C = Σ_t ‖δw_t‖‖Φ_t‖_F, and the factors of each term where its interval begins.
+    """Draw how C = Σ_t ‖δw_t‖‖Φ_t‖_F grows, and the factors of each term at the start of its interval.
 
     Args:
-        history: of :meth:`PathComplexity.history() <alignreg.metrics.PathComplexity.history>`, or lengths and traces
-            ``(T + 1,)`` in a :class:`~alignreg.metrics.PathHistory`.
-        ax: two matplotlib axes; new ones by default.
-        steps: of training, one for each moment; without them moments are numbered.
-
-    Returns:
-        Figure and the list of two axes.
-
-    Raises:
-        ImportError: if matplotlib is missing.
-        ValueError: if the number of axes or of steps does not fit.
+        history: a result of :meth:`PathComplexity.history() <alignreg.metrics.PathComplexity.history>`, or another
+            object with ``lengths`` and ``traces`` ``(T + 1,)``.
+        ax: a sequence of two matplotlib axes.
+        steps: the training step of each record.
     """
     if not (hasattr(history, "lengths") and hasattr(history, "traces")):
-        raise TypeError(f"history: expected a PathHistory, got {type(history).__name__}. Take metric.history().")
+        raise TypeError(f"history: expected a PathHistory, got {type(history).__name__}. Pass metric.history().")
     lengths, traces = (
         checks.values(name, values).detach().cpu()
         for name, values in (("history.lengths", history.lengths), ("history.traces", history.traces))
@@ -223,7 +190,7 @@ def path(history: Path, ax: Any = None, *, steps: Sequence[float] | None = None)
     at, axis_label = _steps(steps, len(lengths))
     figure, axes = _several(ax, 2, (8, 3.2))
     marker = "." if len(lengths) < 50 else ""
-    # What was gone since the last moment has no end yet.
+    # The last interval is still open.
     terms = (lengths * features)[:-1]
     axes[0].plot(at, torch.cat([terms.new_zeros(1), terms.cumsum(0)]), marker=marker)
     axes[0].set(xlabel=axis_label, ylabel="path complexity Σ ‖δw‖‖Φ‖_F", ylim=(0, None))
@@ -244,27 +211,21 @@ def plane(
     boundary: Tensor | None = None,
     signed: bool = True,
 ) -> tuple[Any, list[Any]]:
-    """Draw functions of two variables side by side, such as eigenfunctions of a kernel, each in a scale of its own.
+    """Draw functions of two variables side by side, such as eigenfunctions of a kernel, each with its own color scale.
 
-    An eigenvector u of the kernel K of n points, with eigenvalue λ, is continued to other points by
+    An eigenvector u of the kernel K of n points, with eigenvalue λ, extends to other points by
     u(x) = Σ_i k(x, x_i) u_i / λ: ``features.kernel(torch.cartesian_prod(x, y), points).flatten(1) @ u / λ`` for one
     output.
 
     Args:
         functions: values at the points of ``torch.cartesian_prod(x, y)``, ``(len(x) · len(y), k)``.
-        x: where the columns of the grid lie.
-        y: where its rows lie.
-        ax: k matplotlib axes; new ones by default.
-        names: of the functions; "eigenfunction 1", ... by default.
+        x: the coordinates of the columns of the grid.
+        y: the coordinates of its rows.
+        ax: a sequence of k matplotlib axes.
+        names: the names of the functions; "eigenfunction 1", ... by default.
         boundary: another function ``(len(x) · len(y),)``, whose zeros are drawn as a line.
-        signed: whether values have a sign, as those of eigenfunctions: white is then zero. Norms are drawn from zero.
-
-    Returns:
-        Figure and the list of k axes.
-
-    Raises:
-        ImportError: if matplotlib is missing.
-        ValueError: if sizes do not fit.
+        signed: whether values have a sign, as those of eigenfunctions do; zero is then white. Otherwise, as for norms,
+            the color scale begins at zero.
 
     Example:
         >>> import torch
@@ -295,15 +256,8 @@ def plane(
     zeros = None if boundary is None else boundary.detach().cpu().reshape(len(x), len(y)).T.numpy()
     for axis, name, values in zip(axes, names, maps, strict=True):
         bound = float(abs(values).max())
-        axis.pcolormesh(
-            *at,
-            values,
-            shading="nearest",
-            rasterized=True,
-            cmap="RdBu" if signed else "magma",
-            vmin=-bound if signed else 0,
-            vmax=bound,
-        )
+        scale = {"cmap": "RdBu", "vmin": -bound} if signed else {"cmap": "magma", "vmin": 0}
+        axis.pcolormesh(*at, values, shading="nearest", rasterized=True, vmax=bound, **scale)
         if zeros is not None:
             axis.contour(*at, zeros, [0], colors="k", linewidths=0.6)
         axis.set(aspect="equal", xlabel="x")
@@ -314,7 +268,7 @@ def plane(
 
 
 def _by_name(values: Iterable[Any]) -> dict[str, list[Estimate]]:
-    """Return the estimates by name, "" for those without one; NaN for an error that is not known."""
+    """Return the estimates by name ("" for values without one), with NaN for an unknown error."""
     unknown = torch.tensor(float("nan"))
     curves: dict[str, list[Estimate]] = {}
     for value in values:
@@ -333,7 +287,7 @@ def _by_layer(name: str, values: Iterable[Any]) -> dict[str, list[Estimate]]:
 
 
 def _scalar(value: Any) -> Tensor:
-    """Return a number as a tensor; it may be NaN or infinite."""
+    """Return a number, which may be NaN or infinite, as a tensor."""
     if isinstance(value, Real):
         value = torch.tensor(float(value), dtype=torch.float64)
     number = checks.real("values", value, integers=True)
@@ -343,17 +297,17 @@ def _scalar(value: Any) -> Tensor:
 
 
 def _coordinates(name: str, value: Any) -> Tensor:
-    found = checks.values(name, value)
-    if found.ndim != 1 or len(found) < 2:
-        raise ValueError(f"{name}: expected the coordinates (k,) of a grid, at least 2, got {tuple(found.shape)}.")
-    return found
+    coordinates = checks.values(name, value)
+    if coordinates.ndim != 1 or len(coordinates) < 2:
+        raise ValueError(f"{name}: expected k ≥ 2 coordinates (k,) of a grid, got shape {tuple(coordinates.shape)}.")
+    return coordinates
 
 
 def _bounds(bounds: Any) -> tuple[float | None, float | None]:
-    found = checks.each(bounds)
-    if len(found) != 2:
+    pair = checks.each(bounds)
+    if len(pair) != 2:
         raise ValueError(f"bounds: expected a pair of numbers or None, got {checks.shown(bounds)}.")
-    low, high = (None if bound is None else checks.number("bounds", bound) for bound in found)
+    low, high = (None if bound is None else checks.number("bounds", bound) for bound in pair)
     return low, high
 
 
@@ -362,32 +316,32 @@ def _layers(values: Iterable[str]) -> list[str]:
 
 
 def _steps(steps: Sequence[float] | None, count: int) -> tuple[list[float], str]:
-    """Return where moments lie, and what that is called."""
+    """Return the positions of the records on the axis, and the label of the axis."""
     if steps is None:
-        return list(range(count)), "moment"
-    found = [checks.number("steps", step.item() if isinstance(step, Tensor) else step) for step in checks.each(steps)]
-    if len(found) != count:
-        raise ValueError(f"steps: expected {count}, one for each moment, got {len(found)}.")
-    return found, "step"
+        return list(range(count)), "record"
+    at = [checks.number("steps", step.item() if isinstance(step, Tensor) else step) for step in checks.each(steps)]
+    if len(at) != count:
+        raise ValueError(f"steps: expected {count}, one for each record, got {len(at)}.")
+    return at, "step"
 
 
 def _single(ax: Any, size: tuple[float, float]) -> tuple[Any, Any]:
-    """Return figure and axes, new ones of this size if there are none."""
+    """Return the figure and the axes, new ones of this size by default."""
     figure, (axes,) = _several(ax, 1, size)
     return figure, axes
 
 
 def _several(ax: Any, count: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
-    """Return figure and axes in a row, new ones of this size if there are none."""
+    """Return the figure and a row of axes, new ones of this size by default."""
     if ax is None:
         figure, axes = _pyplot().subplots(1, count, figsize=size, layout="constrained", squeeze=False)
         return figure, list(axes[0])
     axes = list(checks.each(ax))
     odd = [type(axis).__name__ for axis in axes if not hasattr(axis, "figure")]
     if odd:
-        raise TypeError(f"ax: expected matplotlib axes, got {odd[0]}. Take those of plt.subplots().")
+        raise TypeError(f"ax: expected matplotlib axes, got {odd[0]}. Pass those of plt.subplots().")
     if len(axes) != count:
-        raise ValueError(f"ax: expected {count} axes, as of plt.subplots(1, {count}), got {len(axes)}.")
+        raise ValueError(f"ax: expected {count} axes, got {len(axes)}. Pass those of plt.subplots(1, {count}).")
     return axes[0].figure, axes
 
 

@@ -1,23 +1,27 @@
-r"""Sums over different examples alone: the alignment of the population, from a sample of it, without bias.
+r"""The alignment of the population, estimated without bias from a sample by sums over different examples.
 
-The alignment of n examples with their labels depends on n, since in ‖K_c‖_F² and yᵀK_c y every example also meets
-itself. With the block kernels K_ij = φ_iφ_jᵀ and L_ij = y_iy_jᵀ, ``(c, c)``, the mean over all i, j, q, r that differ,
+The alignment of n examples with their labels depends on n, because in ‖K_c‖_F² and yᵀK_c y every example is also paired
+with itself. With the kernels K_ij = φ_iφ_jᵀ and L_ij = y_iy_jᵀ of two examples, ``(c, c)``, the mean over all i, j, q,
+r that differ,
 
     h(K, L) = mean ⟨K_ij, L_ij⟩ − 2⟨K_ij, L_iq⟩ + ⟨K_ij, L_qr⟩,
 
-has for its expectation E⟨k̃(x, x'), ỹỹ'ᵀ⟩ over independent x, x', features and targets centered by their true means.
+has the expectation E⟨k̃(x, x'), ỹỹ'ᵀ⟩ over independent x, x', with features and targets centered by their true means.
 (For c = 1 it is the HSIC_1 of Song et al., "Feature selection via dependence maximization", JMLR 2012.) The corrected
-alignment is h(K, L) / √(h(K, K) h(L, L)). Such sums follow from sums over all examples less those that meet: with
-R_i = Σ_{j≠i} K_ij and S = Σ_i R_i, those of L with a prime,
+alignment is h(K, L) / √(h(K, K) h(L, L)). Such sums over different examples are sums over all examples minus the terms
+with equal indices. With R_i = Σ_{j≠i} K_ij and S = Σ_i R_i, and R'_i and S' for L,
 
     n(n−1)(n−2)(n−3) h = (n²−3n+1) Σ_{i≠j}⟨K_ij, L_ij⟩ + Σ_{i≠j}⟨K_ij, L_ijᵀ⟩ + ⟨S, S'⟩
                          − 2(n−2) Σ_i⟨R_i, R'_i⟩ − 2 Σ_i⟨R_iᵀ, R'_i⟩.
 
-A constant added to features or targets changes nothing; targets are centered here, so R'_i = −ỹ_iỹ_iᵀ.
+A constant added to features or targets does not change h. Targets are centered here, so R'_i = −ỹ_iỹ_iᵀ.
 
-A sketch has a bias of its own: each of its columns z_a makes a kernel of rank one, and h(K, K) is quadratic in K. Its
-mean over pairs of *different* columns is unbiased in both respects (compare Chun et al., arXiv 2502.15104). All comes
-from raw sums over examples, :class:`PairSums`.
+A sketch adds its own bias: each of its columns z_a defines a kernel of rank one, and h(K, K) is quadratic in K. The
+mean over pairs of *different* columns removes both biases (compare Chun et al., arXiv 2502.15104). Everything is
+computed from raw sums over examples, :class:`PairSums`.
+
+The functions raise ``TypeError`` for sums that are not :class:`.Moments` or pairs that are not :class:`PairSums`, and
+``ValueError`` if a sum is not finite.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ from alignreg.moments import Moments
 
 
 class PairSums(NamedTuple):
-    """Raw sums over examples i, of features z_ik ``(m,)`` and targets y_i ``(c,)``, beside :class:`.Moments`."""
+    """Raw sums over examples i of features z_ik ``(m,)`` and targets y_i ``(c,)``, in addition to :class:`.Moments`."""
 
     outer: Tensor
     """Σ_i z_ika z_ilb, (c, m, c, m)."""
@@ -58,31 +62,22 @@ class PairSums(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """h by columns of a sketch; zero, of which no alignment is made, for fewer than four examples."""
+    """h by columns of a sketch; for fewer than four examples it is zero, and the alignment is NaN."""
 
     products: Tensor
-    """Of the kernel of each column with that of the targets, (m,)."""
+    """h of the kernel of each column with that of the targets, (m,)."""
     squares: Tensor
-    """Of the kernels of two columns, (m, m)."""
+    """h of the kernels of two columns, (m, m)."""
     targets: Tensor
-    """Of the kernel of the targets with itself, ()."""
+    """h of the kernel of the targets with itself, ()."""
 
     def alignment(self, block: int = 1) -> Tensor:
-        """Return :func:`.population.alignment`."""
+        """Return the alignment of the population, as :func:`.population.alignment` does."""
         return quotient(self.products.mean(), estimators.off_diagonal_mean(self.squares, block), self.targets)
 
 
 def of(z: Tensor, y: Tensor) -> PairSums:
-    """Return the sums of a batch.
-
-    Args:
-        z: pushforward ΦS of the batch, ``(n, c, m)``.
-        y: targets as values, ``(n, c)``.
-
-    Raises:
-        TypeError: if they are no real tensors.
-        ValueError: if the shapes do not fit, or values are not finite.
-    """
+    """Return the sums of a batch with pushforward z ``(n, c, m)`` and targets as values y ``(n, c)``."""
     z, y = moments.sample(z, y)
     g = torch.einsum("ika,ikb->iab", z, z)
     u = torch.einsum("ik,ika->ia", y, z)
@@ -102,55 +97,44 @@ def of(z: Tensor, y: Tensor) -> PairSums:
 
 
 def zeros(c: int, m: int) -> PairSums:
-    """Return the sums of no examples, for c outputs and m directions.
-
-    Raises:
-        ValueError: if a number is no positive integer.
-    """
+    """Return the sums of no examples, for c ≥ 1 outputs and m ≥ 1 directions."""
     c, m = checks.count("c", c), checks.count("m", m)
     shapes = ((c, m, c, m), (m, m), (m, m, c), (c, c, m), (c, m), (c, m), (m,), (c, c), (c,), ())
     return PairSums(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
 
 def alignment(sums: Moments, pairs: PairSums, *, block: int = 1) -> Tensor:
-    """Estimate the alignment of the population; it may lie outside [0, 1], and is NaN where its norm is not positive.
+    """Estimate the alignment of the population, which may lie outside [0, 1].
 
-    NaN as well for fewer than four examples.
+    It is NaN where the estimate of its norm is not positive, and for fewer than four examples.
 
     Raises:
         ConstantTargetError: if the targets of all examples are equal.
-        TypeError: if the sums are no :class:`.Moments`, or the pairs no :class:`PairSums`.
-        ValueError: if there are no examples, or a sum is not finite.
+        ValueError: if there are no examples.
     """
     return columns(sums, pairs).alignment(block)
 
 
 def columns(sums: Moments, pairs: PairSums) -> Columns:
-    """Return h by columns, of which the jackknife of :func:`alignment` leaves some out.
-
-    Raises:
-        ConstantTargetError: as :func:`alignment`.
-        TypeError: as :func:`alignment`.
-        ValueError: as :func:`alignment`.
-    """
+    """Return h by columns, which the jackknife of :func:`alignment` leaves out; the errors are the same."""
     moments.require_different_targets(sums)
     if not isinstance(pairs, PairSums):
-        raise TypeError(f"pairs: expected PairSums, got {type(pairs).__name__}. Make them with population.of.")
+        raise TypeError(f"pairs: expected PairSums, got {type(pairs).__name__}. Create them with population.of.")
     each = [checks.real(f"pairs.{field}", value).sum() for field, value in pairs._asdict().items()]
     checks.finite("pairs", torch.stack(each))
-    found = _products(sums, pairs), _squares(sums, pairs), _norm2_of_targets(sums, pairs)
-    return Columns(*(found if float(sums.n) >= 4 else map(torch.zeros_like, found)))
+    tables = _products(sums, pairs), _squares(sums, pairs), _norm2_of_targets(sums, pairs)
+    return Columns(*(tables if float(sums.n) >= 4 else map(torch.zeros_like, tables)))
 
 
 def _products(sums: Moments, pairs: PairSums) -> Tensor:
     """Return h of the kernel of each column with the targets, ``(m,)``."""
     f, n, mean = sums.features, sums.n, sums.targets / sums.n
-    blocks = _blocks(pairs)
-    own = pairs.weights2 - 2 * mean @ pairs.weighted + torch.einsum("k,l,kla->a", mean, mean, blocks)
+    diagonal = _diagonal(pairs)
+    own = pairs.weights2 - 2 * mean @ pairs.weighted + torch.einsum("k,l,kla->a", mean, mean, diagonal)
     weighted = pairs.targets_weighted - torch.einsum("k,kla->la", mean, pairs.crossed)
     weighted = weighted + mean[:, None] * (mean @ f - sums.features_targets)
     crossed = pairs.crossed - f[:, None] * mean[:, None]
-    total = torch.einsum("ka,la->kla", f, f) - blocks
+    total = torch.einsum("ka,la->kla", f, f) - diagonal
     rows = own - (f * weighted).sum(0)
     return mean_of_different(
         moments.numerators(sums) - own,
@@ -164,22 +148,22 @@ def _products(sums: Moments, pairs: PairSums) -> Tensor:
 
 def _squares(sums: Moments, pairs: PairSums) -> Tensor:
     """Return h of the kernels of two columns, ``(m, m)``."""
-    f, blocks, N = sums.features, _blocks(pairs), pairs.outer
+    f, diagonal, N = sums.features, _diagonal(pairs), pairs.outer
     totals = f.T @ f
-    inner = torch.einsum("ka,klb,la->ab", f, blocks, f)
+    inner = torch.einsum("ka,klb,la->ab", f, diagonal, f)
     through = torch.einsum("ka,abk->ab", f, pairs.cubes)  # Σ_i g_ab f_a·z_ib
     met = pairs.squares - through - through.T
     return mean_of_different(
         sums.gram.square() - pairs.squares,
         torch.einsum("kalb,lakb->ab", N, N) - pairs.squares,
-        totals.square() - inner - inner.T + torch.einsum("kla,klb->ab", blocks, blocks),
+        totals.square() - inner - inner.T + torch.einsum("kla,klb->ab", diagonal, diagonal),
         sums.gram * totals + met,
         torch.einsum("ka,lb,lakb->ab", f, f, N) + met,
         sums.n,
     )
 
 
-def _blocks(pairs: PairSums) -> Tensor:
+def _diagonal(pairs: PairSums) -> Tensor:
     """Return Σ_i z_ika z_ila, ``(c, c, m)``."""
     return torch.diagonal(pairs.outer, dim1=1, dim2=3)
 

@@ -1,8 +1,8 @@
-"""Directions in parameter space and random probes on outputs, reproducible from a seed.
+"""Random directions in parameter space, random probes on outputs, and other draws that a seed reproduces.
 
-Nothing here uses or changes torch's global random state. Values are drawn in float32 on the device where they are
-needed and then cast, so a float64 model sees the directions of its float32 twin; CPU and CUDA draw different numbers
-from the same seed.
+Nothing here uses or changes torch's global random state. A seed is any integer; a wrong number is a ``ValueError``.
+Values are drawn in float32 on the device where they are needed and then cast, so a float64 model sees the directions of
+its float32 twin; CPU and CUDA draw different numbers from the same seed.
 """
 
 from __future__ import annotations
@@ -23,31 +23,37 @@ _DISTRIBUTIONS = ("gaussian", "rademacher")
 
 
 class Directions(Protocol):
-    """m directions in parameter space, drawn block by block."""
+    """The interface of m directions in parameter space, which are drawn in blocks."""
 
     @property
     def m(self) -> int:
-        """Number of directions."""
+        """The number of directions."""
 
     def block(self, name: str, like: Tensor, start: int, stop: int) -> Tensor:
-        """Return directions ``start:stop`` for the parameter ``name``, ``(stop - start, *like.shape)``."""
+        """Return directions ``start:stop`` for the parameter ``name``.
+
+        Args:
+            name: the name of the parameter.
+            like: a tensor with the shape, dtype and device of the directions.
+            start: the first direction.
+            stop: one past the last direction.
+
+        Returns:
+            ``(stop - start, *like.shape)``.
+        """
 
 
 @final
 class GivenDirections:
-    """Directions given as tensors."""
+    """Directions given as tensors ``(m, *shape)`` by parameter name."""
 
     def __init__(self, directions: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
         if directions.keys() != shapes.keys():
             raise ValueError(
-                f"directions: expected one tensor for each of {list(shapes)}, "
-                f"got {sorted(directions.keys() - shapes.keys())} too many and "
-                f"{sorted(shapes.keys() - directions.keys())} missing."
+                f"directions: expected one tensor for each of {list(shapes)}, got unknown names "
+                f"{sorted(directions.keys() - shapes.keys())} and none for {sorted(shapes.keys() - directions.keys())}."
             )
-        for name, value in directions.items():
-            label = f"directions[{name!r}]"
-            checks.values(label, value)
-        first = next(iter(directions.values()))
+        first, *_ = (checks.values(f"directions[{name!r}]", value) for name, value in directions.items())
         self.m = len(first) if first.ndim else 0
         for name, shape in shapes.items():
             if directions[name].shape != (self.m, *shape):
@@ -64,22 +70,22 @@ class GivenDirections:
 @final
 @dataclass(frozen=True)
 class RandomDirections:
-    """m i.i.d. random directions S with E[SSᵀ] = m·I, drawn block by block and never stored.
+    """m i.i.d. random directions S with E[SSᵀ] = m·I, drawn in blocks and never stored.
 
-    The numbers of a direction depend on (seed, parameter name, direction index) alone: chunk size, parameter
-    filters, order and sharding never change them.
+    The numbers of a direction depend only on (seed, parameter name, direction index); chunk size, parameter filters,
+    order and sharding never change them.
 
     Args:
-        m: number of directions.
+        m: the number of directions.
         seed: any integer.
-        distribution: of the entries, with mean 0 and variance 1.
+        distribution: the distribution of the entries, ``"gaussian"`` or ``"rademacher"``; mean 0, variance 1.
     """
 
     m: int
     seed: int
     distribution: Distribution = "gaussian"
     block_size = 1
-    """How many directions in a row depend on each other."""
+    """The number of consecutive directions that depend on each other."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "m", checks.count("m", self.m))
@@ -87,17 +93,7 @@ class RandomDirections:
         checks.choice("distribution", self.distribution, _DISTRIBUTIONS)
 
     def block(self, name: str, like: Tensor, start: int, stop: int) -> Tensor:
-        """Return directions ``start:stop`` for the parameter ``name``.
-
-        Args:
-            name: the parameter's name.
-            like: tensor whose shape, dtype and device the directions take.
-            start: first direction.
-            stop: one past the last.
-
-        Returns:
-            ``(stop - start, *like.shape)``.
-        """
+        """Return directions ``start:stop`` as :meth:`Directions.block` does."""
         start, stop = _span(start, stop, self.m)
         checks.real("like", like)
         result = torch.empty(stop - start, *like.shape, dtype=torch.float32, device=like.device)
@@ -111,14 +107,14 @@ class RandomDirections:
 class FactoredDirections:
     """copies·rank² random directions that are products of two vectors, one for each side of a weight.
 
-    A weight counts as a matrix, its first axis against the others. Direction (r, u, v) is p_ru q_rvᵀ there, with
-    standard normal p_ru and q_rv, drawn for each parameter; so E[ssᵀ] = I as for any sketch. The rank² directions of a
-    copy are not independent of each other, those of different copies are: statistics of two directions are taken from
+    A weight counts as a matrix of its first axis against the others. Direction (r, u, v) of it is p_ru q_rvᵀ, with
+    standard normal p_ru and q_rv drawn for each parameter, so E[ssᵀ] = I as for any sketch. The rank² directions of a
+    copy depend on each other, and those of different copies are independent: statistics of two directions must use
     different copies (``block=block_size`` in :mod:`.estimators`).
 
     Args:
-        copies: r of them, ≥ 1.
-        rank: how many u, and how many v.
+        copies: the number of copies r, at least 1.
+        rank: the number of vectors u, and of vectors v, in a copy.
         seed: any integer.
     """
 
@@ -133,33 +129,28 @@ class FactoredDirections:
 
     @property
     def m(self) -> int:
-        """Number of directions."""
+        """The number of directions."""
         return self.copies * self.block_size
 
     @property
     def block_size(self) -> int:
-        """How many directions in a row depend on each other."""
+        """The number of consecutive directions that depend on each other."""
         return self.rank**2
 
     def factors(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return p ``(copies, rank, rows)`` and q ``(copies, rank, columns)`` for the parameter ``name``.
-
-        Args:
-            name: the parameter's name.
-            like: tensor whose shape, dtype and device they take.
-        """
+        """Return p ``(copies, rank, rows)`` and q ``(copies, rank, columns)`` for a parameter like ``like``."""
         checks.real("like", like)
         rows = like.shape[0] if like.ndim else 1
-        found = []
+        factors = []
         for side, size in (("rows", rows), ("columns", like.numel() // max(1, rows))):
             values = torch.empty(self.copies, self.rank, size, dtype=torch.float32, device=like.device)
             for copy, value in enumerate(values):
                 _fill(value, "gaussian", f"factors/{self.seed}/{name}/{side}/{copy}")
-            found.append(values.to(like.dtype))
-        return found[0], found[1]
+            factors.append(values.to(like.dtype))
+        return factors[0], factors[1]
 
     def block(self, name: str, like: Tensor, start: int, stop: int) -> Tensor:
-        """Return directions ``start:stop`` for the parameter ``name``, ``(stop - start, *like.shape)``."""
+        """Return directions ``start:stop`` as :meth:`Directions.block` does."""
         start, stop = _span(start, stop, self.m)
         left, right = (factor.flatten(0, 1) for factor in self.factors(name, like))
         index = torch.arange(start, stop, device=like.device)
@@ -169,15 +160,7 @@ class FactoredDirections:
 
 
 def factored(copies: int, rank: int, seed: int) -> FactoredDirections:
-    """Return copies·rank² lazy directions along which features come from the factors of layers.
-
-    Args:
-        copies: independent of each other.
-        rank: of each side.
-        seed: any integer.
-
-    Raises:
-        ValueError: if ``copies`` or ``rank`` is no positive integer, or ``seed`` no integer.
+    """Return copies·rank² lazy directions (:class:`FactoredDirections`), whose pushforward uses the factors of layers.
 
     Example:
         >>> import torch
@@ -191,13 +174,6 @@ def factored(copies: int, rank: int, seed: int) -> FactoredDirections:
 
 def gaussian(m: int, seed: int) -> RandomDirections:
     """Return m lazy directions with independent standard normal entries.
-
-    Args:
-        m: number of directions.
-        seed: any integer.
-
-    Raises:
-        ValueError: if ``m`` is no positive integer, or ``seed`` no integer.
 
     Example:
         >>> import torch
@@ -213,13 +189,6 @@ def gaussian(m: int, seed: int) -> RandomDirections:
 
 def rademacher(m: int, seed: int) -> RandomDirections:
     """Return m lazy directions with independent random signs as entries.
-
-    Args:
-        m: number of directions.
-        seed: any integer.
-
-    Raises:
-        ValueError: if ``m`` is no positive integer, or ``seed`` no integer.
 
     Example:
         >>> import torch
@@ -241,28 +210,25 @@ def probes(
     distribution: Distribution = "gaussian",
     like: Tensor | None = None,
 ) -> Tensor:
-    """Return rows ``offset:offset + n`` of one global draw of m random probes Ω on the outputs.
+    """Return rows ``offset:offset + n`` of one global draw of m random probes Ω on the outputs, ``(m, n, c)``.
 
-    The numbers of an example depend on (seed, step, its global index) alone. Ranks that take their own rows, by an
-    ``offset`` of the examples on the ranks before, therefore hold one global probe; the same probe on two
-    ranks would count the blocks of the kernel between them as if they were equal.
+    The numbers of an example depend only on (seed, step, its global index). Ranks that draw their own rows, with the
+    number of examples on the ranks before them as ``offset``, therefore hold one global set of probes. With equal
+    probes on two ranks, the parts of the kernel between those ranks would be counted as if they were equal.
 
     Args:
-        m: number of probes.
-        n: number of examples.
-        c: number of outputs.
+        m: the number of probes.
+        n: the number of examples.
+        c: the number of outputs.
         seed: any integer.
-        step: redraws the probes when it changes.
-        offset: global index of the first example.
-        distribution: of the entries, with mean 0 and variance 1.
-        like: tensor whose dtype and device the probes take; float32 on the CPU by default.
-
-    Returns:
-        ``(m, n, c)``.
+        step: the optimizer step; another step draws other probes.
+        offset: the global index of the first example.
+        distribution: the distribution of the entries, ``"gaussian"`` or ``"rademacher"``; mean 0, variance 1.
+        like: a tensor with the dtype and device of the probes; by default float32 on the CPU.
 
     Raises:
-        TypeError: if ``like`` is no real tensor.
-        ValueError: if a number is no integer, or out of range, or the distribution unknown.
+        TypeError: if ``like`` is not a real tensor.
+        ValueError: if another argument is out of range.
 
     Example:
         >>> import torch
@@ -286,14 +252,11 @@ def subset(n: int, size: int, *, seed: int, step: int = 0, stream: int = 0) -> T
     """Return ``size`` of the indices below ``n``, drawn uniformly without replacement.
 
     Args:
-        n: number of examples.
-        size: how many of them, at most n.
+        n: the number of examples.
+        size: the number of indices, at most n.
         seed: any integer.
-        step: redraws when it changes.
-        stream: redraws when it changes, for ranks that are to draw different subsets.
-
-    Raises:
-        ValueError: if an argument is no integer, or out of range.
+        step: the optimizer step; another step draws other indices.
+        stream: a further key, with which ranks draw different indices.
 
     Example:
         >>> from alignreg import sketches
@@ -309,25 +272,24 @@ def subset(n: int, size: int, *, seed: int, step: int = 0, stream: int = 0) -> T
 
 
 def count_sketch(vectors: Mapping[str, Tensor], size: int, *, seed: int) -> Tensor:
-    """Return hashes of vectors of parameter space: linear, and ‖hash‖² has the mean ‖vector‖².
+    """Return hashes of vectors in parameter space; a hash is linear, and ‖hash‖² has the mean ‖vector‖².
 
-    Entries of one parameter go in runs of ``size``; each run is turned round by a random shift and given random signs
-    before it is added. Entries with independent signs add their squares, whichever meet; that two of them meet has a
-    probability of 1/``size`` at most, so that the relative standard deviation of ‖hash‖² is at most √(2/size). (After
-    Charikar et al., "Finding frequent items in data streams", 2002.)
+    The entries of one parameter are split into runs of ``size``; each run is rotated by a random shift and multiplied
+    by random signs before it is added. Two entries meet with a probability of at most 1/``size``, and then their
+    product cancels on average because of the signs, so that the relative standard deviation of ‖hash‖² is at most
+    √(2/size). (After Charikar et al., "Finding frequent items in data streams", 2002.)
 
     Args:
-        vectors: r of them, by parameter name, ``(r, *shape)``.
-        size: of a hash.
-        seed: any integer: hashes of equal seeds add.
+        vectors: r vectors ``(r, *shape)`` by parameter name.
+        size: the length of a hash.
+        seed: any integer; hashes with equal seeds can be added.
 
     Returns:
         ``(r, size)``, in float64.
 
     Raises:
-        TypeError: if the vectors are no real tensors by name.
-        ValueError: if ``size`` is no positive integer or ``seed`` no integer, or the vectors are none, not equally many
-            of each parameter, or not finite.
+        TypeError: if the vectors are not real tensors by name.
+        ValueError: if there are no vectors, not equally many for each parameter, or values that are not finite.
 
     Example:
         >>> import torch
@@ -356,7 +318,7 @@ def count_sketch(vectors: Mapping[str, Tensor], size: int, *, seed: int) -> Tens
 def _span(start: int, stop: int, m: int) -> tuple[int, int]:
     start, stop = checks.count("start", start, 0), checks.count("stop", stop, 0)
     if not start <= stop <= m:
-        raise ValueError(f"start, stop: expected a part of the {m} directions, got {start} to {stop}.")
+        raise ValueError(f"start, stop: expected a range within the {m} directions, got {start} to {stop}.")
     return start, stop
 
 
@@ -369,7 +331,7 @@ def _fill(values: Tensor, distribution: Distribution, key: str) -> None:
 
 
 def _generator(key: str, device: torch.device) -> torch.Generator:
-    # A hash, because neighboring seeds may give neighboring streams. torch's CPU generator takes 32 bits of it: two
-    # blocks in some billions of pairs coincide, which is far below what an estimate can show.
+    # The key is hashed because adjacent seeds may give correlated streams. torch's CPU generator uses 32 bits of it, so
+    # one pair of draws in some billions coincides, which no estimate can resolve.
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)

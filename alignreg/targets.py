@@ -1,4 +1,4 @@
-"""Turn targets into values, in the same way everywhere."""
+"""The conversion of targets to values."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from alignreg import checks
 
 IGNORED = -100
-"""The label of examples that torch's losses leave out, unless they are told another."""
+"""The label of examples that torch's losses ignore by default."""
 
 
 @final
 class ConstantTargetError(ValueError):
-    """All examples have the same target, for which alignment is undefined."""
+    """The error for examples with equal targets, for which alignment is undefined."""
 
     def __init__(self, name: str = "target") -> None:
         super().__init__(
@@ -25,21 +25,21 @@ class ConstantTargetError(ValueError):
 
 
 def encode(target: Tensor, num_outputs: int, n: int | None = None, *, name: str = "target") -> Tensor:
-    """Return targets as values y ``(n, c)`` in float64, not centered.
+    """Return targets as values y ``(n, c)`` in float64, uncentered.
 
-    Integers ``(n,)`` with c > 1 are class indices and become one-hot rows. ``(n, c)`` are values, of any dtype. With
-    c = 1, ``(n,)`` are values too, so 0/1 and ±1 labels both serve.
+    With c > 1, integers ``(n,)`` are class indices and become one-hot rows. A tensor ``(n, c)`` of any dtype holds
+    values. With c = 1, a tensor ``(n,)`` also holds values, such as labels 0/1 or ±1.
 
     Args:
         target: class indices or values.
-        num_outputs: their number c.
-        n: the number of examples that there must be, if known.
-        name: what messages call the target.
+        num_outputs: the number c of outputs.
+        n: the required number of examples, if known.
+        name: the name of the target in error messages.
 
     Raises:
-        TypeError: if ``target`` is no real and dense tensor.
-        ValueError: if its shape fits neither reading, its length is not ``n``, a class is outside
-            [0, num_outputs), or a value is NaN or infinite.
+        TypeError: if ``target`` is not a real and dense tensor.
+        ValueError: if its shape is neither of these, its length is not ``n``, a class is outside [0, num_outputs), or a
+            value is NaN or infinite.
 
     Example:
         >>> import torch
@@ -64,8 +64,8 @@ def encode(target: Tensor, num_outputs: int, n: int | None = None, *, name: str 
         hint = ""
         if target.ndim > 1 and c > 1 and not target.is_floating_point():
             hint = (
-                " Labels of several positions need outputs of one: pick a position of each example, in the outputs by "
-                f"forward_fn=lambda model, x: model(x)[:, -1] and in the labels by {name}[:, -1]."
+                " If each example has several positions, select one: in the outputs with "
+                f"forward_fn=lambda model, x: model(x)[:, -1], and in the labels with {name}[:, -1]."
             )
         raise ValueError(
             f"{name}: expected values (n, {c}){' or class indices (n,)' if c > 1 else ' or (n,)'}, "
@@ -87,11 +87,11 @@ def _one_hot(labels: Tensor, c: int, name: str) -> Tensor:
         hint = ""
         if bool((outside == IGNORED).any()):
             hint = (
-                f" {IGNORED} is the ignore_index of torch's losses: leave such examples out first, by "
+                f" {IGNORED} is the ignore_index of torch's losses. Remove these examples first: "
                 f"keep = {name} != {IGNORED}, inputs[keep], {name}[keep]."
             )
         return ValueError(f"{name}: expected class indices in [0, {c}), got {outside[0].item()}.{hint}")
 
-    checks.require(labels, lambda found: ((found >= 0) & (found < c)).all(), error)
-    # Not one_hot of torch, which reads the labels from the device to look at them itself.
+    checks.require(labels, lambda v: ((v >= 0) & (v < c)).all(), error)
+    # torch's one_hot would wait for the device to check the labels again.
     return (labels.unsqueeze(1) == torch.arange(c, device=labels.device)).to(torch.float64)

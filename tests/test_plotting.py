@@ -71,7 +71,7 @@ def test_curves_have_names_and_bands():
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("step", "rank, ± 2 s.e.")
     _, ax = plotting.estimates(torch.tensor([1.0, 3.0]))
     assert (x_of(ax.lines[0]), y_of(ax.lines[0])) == ([0, 1], [1, 3])
-    assert ax.get_xlabel() == "moment"
+    assert ax.get_xlabel() == "record"
     assert ax.get_legend() is None
 
 

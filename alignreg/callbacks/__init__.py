@@ -1,1 +1,1 @@
-"""Metrics and losses in training loops of other packages; a module for each package, which it imports."""
+"""Metrics and losses in the training loops of other packages, with one module for each package that it imports."""

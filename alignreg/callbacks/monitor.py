@@ -1,4 +1,4 @@
-"""Watch a validation loop, whoever runs it."""
+"""The metrics of a validation loop, for the callbacks of any package."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from alignreg.tangents.finite import NonFiniteGradientError, NonFiniteOutputErro
 from alignreg.targets import ConstantTargetError
 
 MakeMetrics = Callable[[nn.Module], "Metric | MetricCollection"]
-"""Makes what to measure, of the model that is trained."""
+"""A function from the trained model to its metrics."""
 Unpack = Callable[[Any], dict[str, Any]]
-"""Makes keywords for ``metric.update`` of a batch."""
+"""A function from a batch to keywords for ``metric.update``."""
 
 
 def unpack_batch(batch: Any) -> dict[str, Any]:
-    """Return ``inputs`` and ``target`` of a batch: a pair of them, or a dict that has the target under ``labels``.
+    """Return ``inputs`` and ``target`` of a batch that is a pair, or a dict with the target under ``labels``.
 
     Raises:
         TypeError: if the batch is neither.
@@ -45,21 +45,11 @@ def unpack_batch(batch: Any) -> dict[str, Any]:
 
 @final
 class Monitor:
-    """Hold the metrics of a model and compute them over one run of a validation loop at a time.
+    """The metrics of a model, over one run of a validation loop at a time.
 
-    Where a value is undefined it is NaN, on all ranks alike, and training goes on: for constant targets, and where the
-    model's outputs are not finite.
-
-    Args:
-        make: model → metric or ``MetricCollection``; called once for each loader of the loop.
-        unpack: batch → keywords for ``metric.update``.
-        max_batches: of each loader and rank; ``None`` for all.
-        prefix: of the names of values, ``PREFIX/NAME``.
-        reset: forget the last run before the next; ``False`` for what is followed along training.
-
-    Raises:
-        TypeError: if ``make`` or ``unpack`` is no function.
-        ValueError: if ``max_batches`` is no positive integer, or ``reset`` no flag.
+    An undefined value is NaN on all ranks, and training continues; this happens for constant targets and for model
+    outputs that are not finite. The options and errors are those of :class:`.lightning.TangentMonitor`, where
+    ``metrics`` is ``make``.
     """
 
     def __init__(
@@ -79,11 +69,11 @@ class Monitor:
         self._reset = checks.flag("reset", reset)
         self._model: nn.Module | None = None
         self._metrics: list[MetricCollection] = []
-        self._failed = SumMetric()  # summed over ranks, so that all of them agree on what is undefined
+        self._failed = SumMetric()  # summed over ranks, so that all agree on which values are undefined
         self._names: list[list[str]] = []
 
     def start(self, model: nn.Module, loaders: int = 1) -> None:
-        """Begin a run, of a loop over so many loaders."""
+        """Begin a run of a loop over one or more loaders."""
         if model is not self._model or loaders != len(self._metrics):
             self._metrics = [_collection(self._make(model)) for _ in range(loaders)]
             self._names = [[f"{self._prefix}/{name}" for name in metrics] for metrics in self._metrics]
@@ -98,7 +88,7 @@ class Monitor:
         self._failed.update(0.0)
 
     def update(self, batch: Any, index: int, loader: int = 0) -> None:
-        """Add the batch with this index."""
+        """Add the batch with this index to the metrics of its loader."""
         if self._max_batches is not None and index >= self._max_batches:
             return
         try:
@@ -108,15 +98,15 @@ class Monitor:
             self._warn(error)
 
     def values(self) -> list[dict[str, Tensor]]:
-        """Return the values of the run by name, of each loader; all ranks must call it."""
+        """Return the values of the run by name, for each loader; all ranks must call it."""
         if self._failed.compute() > 0:
             return [dict.fromkeys(names, _undefined()) for names in self._names]
         values = [dict(self._of(metrics)) for metrics in self._metrics]
-        self._names = [list(found) for found in values]
+        self._names = [list(named) for named in values]
         return values
 
     def _of(self, metrics: MetricCollection) -> Iterator[tuple[str, Tensor]]:
-        # Not metrics.compute(), which drops the names of metrics whose values are dicts.
+        # metrics.compute() would drop the names of metrics whose values are dicts.
         for name, metric in metrics.items(copy_state=False):
             try:
                 value = metric.compute()
@@ -135,7 +125,8 @@ def _collection(made: Metric | MetricCollection) -> MetricCollection:
     if isinstance(made, Metric):
         return MetricCollection({type(made).__name__: made})
     raise TypeError(
-        f"metrics: expected a function that returns a Metric or MetricCollection, it returned a {type(made).__name__}."
+        f"metrics: expected a function that returns a Metric or MetricCollection, got one that returns "
+        f"{type(made).__name__}."
     )
 
 

@@ -1,8 +1,8 @@
-"""Metrics and losses in the Trainer of transformers; this module needs that package.
+"""Metrics and losses in the Trainer of transformers; this module needs the package transformers.
 
-The Trainer tells its callbacks of an evaluation when it has been logged, shows them no batch, and reports to loggers
-before it asks callbacks. So this is no callback, but a Trainer: what it measures is among the metrics of the evaluation
-before anybody sees them.
+This module subclasses the Trainer instead of defining a callback: the Trainer calls its callbacks only after it has
+logged an evaluation, and shows them no batch. The subclass adds its values to the metrics of the evaluation before they
+are logged.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, final
 
 from torch import nn
+from typing_extensions import override
 
 from alignreg import checks
 from alignreg.callbacks.monitor import MakeMetrics, Monitor, Unpack, unpack_batch
@@ -28,9 +29,9 @@ except ImportError as error:
 
 
 class TangentMixin(Trainer, ABC):
-    """For a Trainer of your own: ``class Mine(TangentMixin, Seq2SeqTrainer)`` does what :class:`TangentTrainer` does.
+    """A mixin for other Trainers: ``class Mine(TangentMixin, Seq2SeqTrainer)`` does what :class:`TangentTrainer` does.
 
-    Its arguments are those of :class:`TangentTrainer`, beside those of the other Trainer.
+    It adds the arguments of :class:`TangentTrainer` to those of the other Trainer.
     """
 
     def __init__(
@@ -55,11 +56,12 @@ class TangentMixin(Trainer, ABC):
             checks.function("unpack", unpack, "batch -> keywords for metric.update")
         self._make_loss = regularizer
         self._unpack = unpack or unpack_batch
-        self._batches: int | None = None  # of this evaluation so far; None outside
+        self._batches: int | None = None  # the number of batches of this evaluation so far; None outside one
         self._regularized: tuple[nn.Module, TangentLoss] | None = None
-        self._last = (-1, 0)  # step of the optimizer, micro-batch within it
+        self._last = (-1, 0)  # the optimizer step and the micro-batch within it
         super().__init__(*args, **kwargs)
 
+    @override
     def evaluation_loop(
         self,
         dataloader: Any,
@@ -68,10 +70,9 @@ class TangentMixin(Trainer, ABC):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """Run the Trainer's loop, and add the values to its metrics."""
-        watched = self._monitor is not None and description != "Prediction"
-        if self._monitor is not None and watched:
-            self._monitor.start(self.model)
+        monitor = None if description == "Prediction" else self._monitor
+        if monitor is not None:
+            monitor.start(self.model)
             self._batches = 0
         try:
             output = super().evaluation_loop(
@@ -79,13 +80,13 @@ class TangentMixin(Trainer, ABC):
             )
         finally:
             self._batches = None
-        if self._monitor is not None and watched:
-            (values,) = self._monitor.values()
+        if monitor is not None:
+            (values,) = monitor.values()
             output.metrics.update({f"{metric_key_prefix}_{name}": float(value) for name, value in values.items()})
         return output
 
+    @override
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run the Trainer's step, and show the metrics the batch."""
         if self._monitor is not None and self._batches is not None:
             rows = self._rows(find_batch_size(inputs))
             if rows > 0:
@@ -94,19 +95,19 @@ class TangentMixin(Trainer, ABC):
             self._batches += 1
         return super().prediction_step(model, inputs, *args, **kwargs)
 
+    @override
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """Return the Trainer's loss, in training with the regularizer added."""
         if self._make_loss is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
-        batch = self._unpack(inputs)  # the Trainer may take the labels out
-        regularizer = self._loss_of(model, self._make_loss)  # which must see the wrapper's next forward pass
+        batch = self._unpack(inputs)  # before the Trainer, which may remove the labels
+        regularizer = self._loss_of(model, self._make_loss)  # before the forward pass of the wrapper, which it watches
         task, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         extra = regularizer(batch["inputs"], batch.get("target"))
         loss = task + extra / self._divisor(kwargs.get("num_items_in_batch"))
         return (loss, outputs) if return_outputs else loss
 
     def _rows(self, n: int) -> int:
-        """Return how many examples of this rank's batch count: Accelerate fills the last ones up with others."""
+        """Return how many examples of this rank's batch count; Accelerate pads the last batches with other examples."""
         state = self.accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder <= 0:
             return n
@@ -114,7 +115,7 @@ class TangentMixin(Trainer, ABC):
         return rows
 
     def _loss_of(self, model: nn.Module, make: Callable[[nn.Module], TangentLoss]) -> TangentLoss:
-        """Return the loss, of the model as it is wrapped now, at the Trainer's step, which checkpoints restore."""
+        """Return the loss of the model as it is wrapped now, at the Trainer's step, which checkpoints restore."""
         if self._regularized is None:
             self._regularized = model, make(model)
         bound, loss = self._regularized
@@ -128,7 +129,7 @@ class TangentMixin(Trainer, ABC):
         return loss
 
     def _divisor(self, num_items_in_batch: Any) -> int:
-        """Return by what to divide for the mean over micro-batches, where ``training_step`` will not."""
+        """Return the divisor for the mean over micro-batches, which is 1 if ``training_step`` divides."""
         scaled = getattr(self, "loss_is_scaled_for_ga", None)
         if scaled is None:
             scaled = self.compute_loss_func is not None or (
@@ -139,33 +140,33 @@ class TangentMixin(Trainer, ABC):
 
 @final
 class TangentTrainer(TangentMixin):
-    """The Trainer, with metrics of each evaluation and a regularizer.
+    """A Trainer with metrics of each evaluation and a regularizer.
 
-    Metrics are shown each batch of each evaluation, without the examples that Accelerate repeats to make batches equal
-    on all ranks. Values are among what ``evaluate()`` returns, in ``state.log_history`` and in what goes to loggers,
-    under ``eval_PREFIX/NAME``, those of a metric that returns a dict under ``eval_PREFIX/NAME/KEY``, standard errors,
-    where the metric returns them, under ``.../standard_error``; ``metric_for_best_model`` can name them. Under DDP the
-    metrics sync by themselves. What is undefined is NaN, with a warning. ``predict()`` measures nothing.
+    The metrics are updated with each batch of each evaluation, without the examples that Accelerate repeats to make
+    batches equal on all ranks. Their values are added to the result of ``evaluate()``, to ``state.log_history`` and to
+    the logs under ``eval_PREFIX/NAME``, those of a metric that returns a dict under ``eval_PREFIX/NAME/KEY``, and a
+    standard error under ``.../standard_error``; ``metric_for_best_model`` can name them. Under DDP the metrics sync by
+    themselves. An undefined value is NaN, with a warning. ``predict()`` measures nothing.
 
-    The regularizer is made of the wrapped model and added to the Trainer's loss, whose scaling for gradient
-    accumulation it follows: an optimizer step has the mean over micro-batches and ranks. It counts the Trainer's
-    optimizer steps, also after a checkpoint; its ``gradient_accumulation_steps`` is set to the Trainer's. The loss that
-    is logged in training is the sum of both.
+    The regularizer is created from the wrapped model and added to the Trainer's loss. It follows the Trainer's scaling
+    for gradient accumulation: an optimizer step uses the mean over micro-batches and ranks. It counts the Trainer's
+    optimizer steps, also after resuming from a checkpoint; its ``gradient_accumulation_steps`` is set to the Trainer's.
+    The training loss in the logs is the sum of both.
 
     Args:
-        args: of the Trainer.
-        metrics: model → metric or ``MetricCollection``, of the bare model.
-        regularizer: model → loss, of the wrapped model.
-        unpack: batch → keywords for ``metric.update``, of which the loss takes ``inputs`` and ``target``; by default
-            ``labels`` are the target, everything else the model's inputs.
-        max_batches: how many batches of an evaluation to show the metrics, on each rank; ``None`` for all.
-        prefix: of the names.
-        reset: forget the last evaluation before the next; ``False`` for ``PathComplexity``.
-        kwargs: of the Trainer.
+        args: arguments of the Trainer.
+        metrics: model → metric or ``MetricCollection``, called with the bare model.
+        regularizer: model → loss, called with the wrapped model.
+        unpack: batch → keywords for ``metric.update``, of which the loss receives ``inputs`` and ``target``; by default
+            ``labels`` are the target, and everything else the model's inputs.
+        max_batches: how many batches of an evaluation to use for the metrics, on each rank; ``None`` for all.
+        prefix: prefix of the names.
+        reset: reset the metrics before each evaluation; ``False`` for ``PathComplexity``.
+        kwargs: options of the Trainer.
 
     Raises:
-        TypeError: if ``metrics``, ``regularizer`` or ``unpack`` is no function.
-        ValueError: if ``max_batches`` is no positive integer.
+        TypeError: if ``metrics``, ``regularizer`` or ``unpack`` is not a function.
+        ValueError: if ``max_batches`` is not a positive integer.
 
     Example:
         >>> from alignreg.callbacks.transformers import TangentTrainer

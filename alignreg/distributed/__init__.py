@@ -1,1 +1,1 @@
-"""Models and values that are spread over processes."""
+"""Models and values that are distributed over processes."""

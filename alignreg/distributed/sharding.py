@@ -1,4 +1,4 @@
-"""Models whose parameters ``fully_shard`` has spread over ranks."""
+"""Models whose parameters are sharded over ranks by ``fully_shard``."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from torch import Tensor, nn
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Say whether ``fully_shard`` (FSDP2) was applied to the model or a part of it."""
+    """Return whether ``fully_shard`` (FSDP2) was applied to the model or to a part of it."""
     return any(True for _ in _sharded_modules(model))
 
 
 def is_shard(parameter: Any) -> bool:
-    """Say whether a parameter is a ``DTensor``, of which each rank holds a part."""
-    # Whoever shards has imported this already; importing it here would slow everybody else down.
+    """Return whether a parameter is a ``DTensor``, of which each rank holds a part."""
+    # Code that shards has imported this module already; importing it here would slow down all other users.
     dtensor = sys.modules.get("torch.distributed.tensor")
     return dtensor is not None and isinstance(parameter, dtensor.DTensor)
 
 
 def ranks_of(model: nn.Module) -> int | None:
-    """Return over how many ranks ``fully_shard`` has spread the parameters; ``None`` if it has not."""
+    """Return the number of ranks over which ``fully_shard`` sharded the parameters, or ``None``."""
     sizes = [shard.device_mesh.size() for shard in model.parameters() if is_shard(shard)]  # type: ignore[attr-defined]
     return min(sizes, default=None)
 
 
 def reshard(model: nn.Module) -> None:
-    """Leave each rank with its shards alone: a forward pass leaves some parameters whole."""
+    """Free the whole parameters that a forward pass leaves behind, so that each rank holds only its shards."""
     for module in _sharded_modules(model):
         module.reshard()
 
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Let a sharded model have whole parameters inside the block, and any other be as it is.
+    """Give a sharded model whole parameters inside the ``with`` block; leave any other model unchanged.
 
-    They are tensors with a graph, which gives the shards the mean over ranks of the gradients, as ``fully_shard`` does.
-    All ranks must enter, and go backward through that graph, together.
+    The parameters are tensors with a graph through which the shards receive the mean over ranks of the gradients, as
+    with ``fully_shard``. All ranks must enter the block, and go backward through that graph, together.
     """
     modules = list(_sharded_modules(model))
     if not modules:
@@ -55,7 +55,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     whole = {id(shard): _whole(shard) for _, _, shard in shards}
     try:
         for attributes, place, own in hooks:
-            # These would put parameters of their own in.
+            # The hooks of fully_shard would replace these parameters by its own.
             attributes[place] = OrderedDict((key, hook) for key, hook in own.items() if not _of_fully_shard(hook))
         for owned, name, shard in shards:
             owned[name] = whole[id(shard)]
@@ -75,7 +75,7 @@ def _whole(shard: Any) -> Tensor:
 
 @final
 class _Averaged(torch.autograd.Function):
-    """An identity whose gradient is divided by the number of ranks, over which a sum follows."""
+    """An identity whose gradient is divided by the number of ranks, over which it is then summed."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, ranks: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Find the module inside the wrappers of training, and whether its gradients are averaged over ranks."""
+"""The module inside the wrappers of training, and communication with the other ranks."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils._pytree import tree_leaves
+from typing_extensions import override
 
 from alignreg.distributed.sharding import is_shard, is_sharded
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the user's own module behind ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile``.
+    """Return the user's own module inside ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile``.
 
-    The result is the same object that the wrapper trains: nothing is copied.
+    The result is the object that the wrapper trains; nothing is copied.
 
     Args:
         model: a module, wrapped any number of times.
 
     Raises:
-        TypeError: if ``model`` is no module, or its parameters are shards that nothing here gathers: of FSDP1, of
-            tensor parallelism.
+        TypeError: if ``model`` is not a module, or if its parameters are shards that cannot be gathered (of FSDP1 or of
+            tensor parallelism).
 
     Example:
         >>> import torch
@@ -38,7 +39,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
     for path, kind in _out_of_reach(model):
         raise TypeError(
-            f"model: {path or 'the model itself'} is sharded by {kind}, whose parameters hold one rank's shard only. "
+            f"model: {path or 'the model itself'} is sharded by {kind}, so its parameters hold only one rank's shard. "
             "Use fully_shard (FSDP2) or DistributedDataParallel, or pass a gathered copy."
         )
     *_, bare = _chain(model)
@@ -46,38 +47,38 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def rank(group: dist.ProcessGroup | None = None) -> int:
-    """Return this process's rank in a group, of all by default; 0 where no process group is up."""
+    """Return this process's rank in a group (by default of all processes); 0 without a process group."""
     return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Return the number of processes, 1 where no process group is up."""
+    """Return the number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def counts_of_ranks(
     counts: Sequence[int], device: torch.device, group: dist.ProcessGroup | None = None
 ) -> list[list[int]]:
-    """Return each of some counts on all ranks, in the order of the ranks; on one process its own."""
+    """Return each of the counts on all ranks, in the order of the ranks."""
     if world_size() == 1:
         return [[count] for count in counts]
     mine = torch.tensor(counts, device=device)
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(every, mine, group=group)
-    found: list[list[int]] = torch.stack(every, dim=1).tolist()
-    return found
+    result: list[list[int]] = torch.stack(every, dim=1).tolist()
+    return result
 
 
 def sum_over_ranks(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Return the sum of each rank's value, which can be differentiated once.
+    """Return the sum of the ranks' values, which can be differentiated once.
 
-    Every rank is taken to make the same scalar of the sum. The gradient that comes out at a rank is that of its own
-    value times the number of ranks, so that the *mean* of the parameters' gradients over ranks, which
-    ``DistributedDataParallel`` takes, is the gradient of that scalar.
+    All ranks are assumed to compute the same scalar from the sum. The gradient at a rank is that of its own value times
+    the number of ranks. The *mean* over ranks of the parameters' gradients, as ``DistributedDataParallel`` computes it,
+    is then the gradient of that scalar.
 
     Args:
-        value: of the same shape on all ranks.
-        group: of processes; all by default.
+        value: a tensor of the same shape on all ranks.
+        group: the process group; by default all processes.
     """
     if world_size() == 1:
         return value
@@ -89,9 +90,9 @@ def concatenate_over_ranks(value: Tensor, sizes: list[int], group: dist.ProcessG
     """Return the rows of all ranks, in the order of the ranks.
 
     Args:
-        value: of the same shape on all ranks but for axis 0.
-        sizes: how many rows each rank has.
-        group: of processes; all by default.
+        value: a tensor of the same shape on all ranks except for axis 0.
+        sizes: the number of rows of each rank.
+        group: the process group; by default all processes.
     """
     if len(sizes) == 1:
         return value
@@ -102,14 +103,18 @@ def concatenate_over_ranks(value: Tensor, sizes: list[int], group: dist.ProcessG
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
+def _all_reduce(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    total = value.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
 @final
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         ctx.ranks = dist.get_world_size(group)
-        total = value.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
+        return _all_reduce(value, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -118,33 +123,31 @@ class _Sum(torch.autograd.Function):
 
 @final
 class AllReduce(torch.autograd.Function):
-    """A sum over ranks, differentiable any number of times: the gradient of each part is the sum of all ranks'.
+    """A sum over ranks that is differentiable any number of times: the gradient of each part is the sum over all ranks.
 
-    For what each rank makes differently of the sum, where :func:`sum_over_ranks` takes all to make the same of it.
+    Use it if each rank computes something different from the sum; :func:`sum_over_ranks` assumes the same result.
     """
 
     @staticmethod
     def sum(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """Return the sum over ranks, which must all call this, and go backward through it, together."""
+        """Return the sum over ranks. All ranks must call this, and go backward through it, together."""
         total: Tensor = AllReduce.apply(value, group)  # type: ignore[no-untyped-call]
         return total
 
     @staticmethod
+    @override
     def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """Sum."""
         ctx.group = group
-        total = value.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
+        return _all_reduce(value, group)
 
     @staticmethod
+    @override
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Sum the gradients."""
         return AllReduce.sum(gradient, ctx.group), None
 
 
 def find_ddp(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
-    """Return the ``DistributedDataParallel`` among the wrappers of ``model``, made ready for :func:`require_sync`."""
+    """Return the ``DistributedDataParallel`` among the wrappers of ``model``, prepared for :func:`require_sync`."""
     for module in _chain(model):
         if isinstance(module, nn.parallel.DistributedDataParallel):
             if _note_outputs not in module._forward_hooks.values():  # noqa: SLF001 - hooks have no public list
@@ -154,15 +157,15 @@ def find_ddp(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
 
 
 def require_sync(loss: Tensor, ddp: nn.parallel.DistributedDataParallel) -> None:
-    """Make the backward pass of ``loss`` raise where DDP would not average its gradients over ranks.
+    """Make the backward pass of ``loss`` raise if DDP would not average its gradients over ranks.
 
-    DDP averages the gradients of the backward pass that its own forward pass prepared, and of no other. What reaches
-    the parameters past its forward pass, as the losses of this package do, is averaged along when both are
-    differentiated in **one** backward pass; alone, or in a second one, it stays on its rank and the replicas part.
+    DDP averages the gradients of the backward pass that its own forward pass prepared, and of no other. The losses of
+    this package reach the parameters without that forward pass. Their gradients are averaged if both losses are
+    differentiated in **one** backward pass; otherwise they stay on their rank, and the replicas diverge.
 
     Args:
         loss: a differentiable scalar of the bare module.
-        ddp: what :func:`find_ddp` returned.
+        ddp: the result of :func:`find_ddp`.
     """
     if not loss.requires_grad or ddp.process_group.size() == 1:
         return
@@ -185,15 +188,15 @@ def require_sync(loss: Tensor, ddp: nn.parallel.DistributedDataParallel) -> None
 
 
 _last_backward: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-_UNKNOWN = -2  # no pass has this number; -1 is that of no pass
+_UNKNOWN = -2  # not the number of a backward pass; outside a backward pass, torch gives -1
 
 
 def _backward_pass() -> int:
-    number: int = torch._C._current_graph_task_id()  # noqa: SLF001 - the only name that a backward pass has
+    number: int = torch._C._current_graph_task_id()  # noqa: SLF001 - the only identity of a backward pass
     return number
 
 
-# At module level, so that a model with the hook can still be pickled.
+# The hook is defined at module level, so that a model with it can be pickled.
 def _note_outputs(module: nn.Module, _: Any, output: Any) -> None:
     def note(_: Tensor) -> None:
         _last_backward[module] = _backward_pass()
@@ -203,11 +206,11 @@ def _note_outputs(module: nn.Module, _: Any, output: Any) -> None:
         if tensor.requires_grad:
             tensor.register_hook(note)  # type: ignore[no-untyped-call]
     if not tensors and torch.is_grad_enabled():
-        _last_backward[module] = _UNKNOWN  # an object that cannot be looked into: nothing to hold against it
+        _last_backward[module] = _UNKNOWN  # without tensors in the output, nothing can be checked
 
 
 def hooks_on_outputs(outputs: Tensor) -> bool:
-    """Say whether a tensor has hooks on its gradient, besides those of :func:`find_ddp`."""
+    """Return whether a tensor has hooks on its gradient other than those of :func:`find_ddp`."""
     hooks = outputs._backward_hooks or {}  # noqa: SLF001 - they have no public list
     return any(getattr(hook, "__module__", None) != __name__ for hook in hooks.values())
 
@@ -224,7 +227,7 @@ def _chain(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _out_of_reach(model: nn.Module) -> Iterator[tuple[str, str]]:
-    # Whoever shards has imported this already; importing it here would slow everybody else down.
+    # Code that shards has imported this module already; importing it here would slow down all other users.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None:
         for path, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""What every metric of a live model shares: the reference to it, state names, and errors that lose nothing."""
+"""The base class of all metrics: it refers to the live model, names the states, and keeps them intact on errors."""
 
 from __future__ import annotations
 
@@ -20,23 +20,28 @@ from alignreg.tangents.switches import eager
 
 
 class TangentMetric(Metric, ABC):
-    """A metric that is shown inputs and runs the live model on them by itself.
+    """A metric that receives inputs and runs the live model on them.
 
-    torchmetrics lets metrics with equal states share one update. Names that carry the configuration, and a state that
-    carries which model and ``forward_fn`` these are, keep apart what may become different later.
+    torchmetrics lets metrics with equal states share one update. State names therefore carry the configuration, and one
+    state identifies the model and its ``forward_fn``, so that metrics whose states may come to differ never share.
 
     Args:
-        model: the model, possibly wrapped; never registered, copied or changed. Clones watch the same live model.
-        params: glob pattern or patterns of parameter names.
-        forward_fn: ``(model, inputs) -> (n, c)``.
-        configuration: the kind of states, and whatever else they depend on, with a ``repr`` that tells it apart.
-        gathers: take models under ``fully_shard``: what is computed of them is computed by all ranks together.
-        metric_kwargs: of :class:`torchmetrics.Metric`.
+        model: the model, possibly wrapped (DDP, ``torch.compile``, Accelerate). It is never registered, copied or
+            changed; clones of the metric watch the same live model.
+        params: glob pattern or patterns of the names of the parameters to use; by default all trainable ones.
+        forward_fn: ``(model, inputs) -> (n, c)``, for models with another output.
+        configuration: the kind of the states and everything else they depend on, with a ``repr`` that identifies it.
+        gathers: accept a model under ``fully_shard``, because all ranks evaluate it together.
+        metric_kwargs: options of :class:`torchmetrics.Metric`.
+
+    Raises:
+        TypeError: if the model is sharded, unless by ``fully_shard`` with ``gathers=True``.
+        ValueError: if an argument is out of range, or no parameter is trainable.
     """
 
     is_differentiable: bool = False
     _exact: tuple[str, ...] = ("binding",)
-    """States that another precision would spoil."""
+    """The states that must keep their dtype."""
 
     def __init__(
         self,
@@ -59,10 +64,10 @@ class TangentMetric(Metric, ABC):
         self.add_state(self._name("binding"), self._binding(), dist_reduce_fx="max")
 
     def bind(self, model: nn.Module) -> None:
-        """Watch ``model`` from now on: after unpickling, which drops the model.
+        """Watch ``model`` from now on. Call it after unpickling, which drops the model.
 
         Raises:
-            ValueError: if its selected parameters differ in name or shape.
+            ValueError: if the selected parameters of ``model`` differ in name or shape.
         """
         self._require_whole(model)
         self._features.bind(model)
@@ -72,7 +77,7 @@ class TangentMetric(Metric, ABC):
     @eager
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Add a batch and return the value of that batch alone."""
-        # torchmetrics resets the states for the batch's own value and would lose them if the update raises.
+        # torchmetrics resets the states to compute the value of the batch, and would lose them if the update raised.
         before = {key: list(v) if isinstance(v, list) else v for key, v in self.__dict__.items()}
         self._in_forward = True
         try:
@@ -84,10 +89,10 @@ class TangentMetric(Metric, ABC):
             self._in_forward = False
 
     def set_dtype(self, dst_type: str | torch.dtype) -> TangentMetric:
-        """Hold sums in ``torch.float64``, as is the default, or in ``torch.float32``; the model is left as it is.
+        """Keep the sums in ``torch.float64`` (the default) or ``torch.float32``, without converting the model.
 
         Raises:
-            ValueError: for another precision, in which sums of many examples are lost.
+            ValueError: for another dtype, which is too coarse for sums over many examples.
         """
         known = {str(dtype): dtype for dtype in (torch.float32, torch.float64)}
         tensor_types = {"torch.FloatTensor": "torch.float32", "torch.DoubleTensor": "torch.float64"}
@@ -101,11 +106,26 @@ class TangentMetric(Metric, ABC):
         self._defaults.update(defaults)
         return self
 
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Draw a value of the metric.
+
+        Args:
+            val: a result of ``forward`` or ``compute``, or a sequence of results; ``compute()`` by default.
+            ax: matplotlib axes; new ones by default.
+
+        Returns:
+            The figure and the axes.
+
+        Raises:
+            ImportError: if matplotlib is missing.
+        """
+        raise NotImplementedError
+
     def _require_whole(self, model: nn.Module) -> None:
         if not self._gathers and is_sharded(unwrap(model)):
             raise TypeError(
-                "model: its parameters are sharded by fully_shard, and must be gathered by all ranks together, which "
-                "this metric does not do. Take TangentAlignment, TangentTrace or TangentParticipationRatio with "
+                "model: expected whole parameters, got parameters sharded by fully_shard, which this metric does not "
+                "gather. Use TangentAlignment, TangentTrace or TangentParticipationRatio with "
                 'method="sketch", or pass a gathered copy.'
             )
 
@@ -113,23 +133,20 @@ class TangentMetric(Metric, ABC):
         return f"{field}_{self._fingerprint}"
 
     def _get(self, field: str) -> Any:
-        """Return a state."""
         return getattr(self, self._name(field))
 
     def _put(self, field: str, value: Any) -> None:
-        """Replace a state."""
         setattr(self, self._name(field), value)
 
     def _binding(self) -> Tensor:
-        # Four 16-bit words: exact also under the tolerance with which torchmetrics compares states.
-        key = hashlib.blake2b(
-            f"{id(self._features.model)}/{id(self._features.forward_fn)}".encode(), digest_size=8
-        ).digest()
+        # torchmetrics compares states up to a tolerance, which four 16-bit words exceed wherever they differ.
+        identity = f"{id(self._features.model)}/{id(self._features.forward_fn)}"
+        key = hashlib.blake2b(identity.encode(), digest_size=8).digest()
         return torch.tensor([int.from_bytes(key[i : i + 2], "little") for i in range(0, 8, 2)])
 
     @contextmanager
     def _synced(self) -> Iterator[None]:
-        """Hold the states of all ranks inside the block, as torchmetrics does for ``compute()``."""
+        """Sync the states over ranks inside the ``with`` block, as torchmetrics does for ``compute()``."""
         synced = self.sync_context(
             dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
         )
@@ -149,7 +166,7 @@ class TangentMetric(Metric, ABC):
         try:
             yield
         except BaseException:
-            # torchmetrics would go on with the sums of all ranks in place of this rank's own.
+            # torchmetrics would continue with the sums of all ranks in place of this rank's own.
             if self._is_synced and self._should_unsync:
                 self.unsync()
             raise

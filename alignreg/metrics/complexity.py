@@ -1,4 +1,4 @@
-"""Complexity of the path that training takes through the space of weights."""
+"""The complexity of the path of training through the space of weights."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics.utilities import rank_zero_warn
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
+from typing_extensions import override
 
 from alignreg import checks, plotting
 from alignreg.metrics.base import TangentMetric
@@ -20,53 +21,42 @@ from alignreg.tangents.switches import eager
 
 
 class PathHistory(NamedTuple):
-    """What a path has been so far: T + 1 moments, and the intervals that they begin; float64."""
+    """The path so far, in float64: T + 1 records of the model, and the intervals that begin at them."""
 
     lengths: Tensor
-    """‖δw_t‖ of the interval that begins at moment t, ``(T + 1,)``; the last one is still open."""
+    """‖δw_t‖ of the interval that begins at record t, ``(T + 1,)``; the last one is still open."""
     traces: Tensor
-    """tr K at moment t, summed over its batches and over ranks, ``(T + 1,)``."""
+    """tr K at record t, summed over its batches and over ranks, ``(T + 1,)``."""
     examples: Tensor
-    """Number of examples n of moment t, ``(T + 1,)``."""
+    """The number of examples n of record t, ``(T + 1,)``."""
 
 
 @final
 class PathComplexity(TangentMetric):
     r"""Complexity of a training path, C = Σ_t ‖δw_t‖₂ ‖Φ_t‖_F with ‖Φ_t‖_F = √tr K_t.
 
-    The measure that Baratin et al. ("Implicit Regularization via Neural Feature Alignment", AISTATS 2021, section 4)
-    derive from a bound on the Rademacher complexity of a sequence of tangent kernels. K_t is uncentered and its trace
-    exact: n·c backward passes an update, for a fixed probe set of one to a few hundred examples.
+    Baratin et al. ("Implicit Regularization via Neural Feature Alignment", AISTATS 2021, section 4) derive this measure
+    from a bound on the Rademacher complexity of a sequence of tangent kernels. K_t is uncentered and its trace is
+    exact: an update costs n·c backward passes, so use a fixed set of one to a few hundred examples.
 
-    ``update()`` at changed weights closes an interval and begins a *moment*; updates at unchanged weights add to the
-    trace of the same moment. δw_t is the change of the weights from one moment to the next: the chord. Call
-    :meth:`step` after each optimizer step to measure the length of the way along the steps instead, which is never
+    An ``update()`` at changed weights closes an interval and begins a *record*; updates at unchanged weights add to the
+    trace of the same record. δw_t is the change of the weights from one record to the next: the chord. Call
+    :meth:`step` after each optimizer step to measure the length of the path along the steps instead, which is never
     shorter. The path begins at the first update; ``reset()`` begins a new one.
 
-    Over ranks the traces of a moment are added before the root is taken, and lengths are taken once: weights are
-    expected to be the same on all ranks.
+    Over ranks, the traces of a record are added before the square root. Weights must be the same on all ranks, so
+    lengths are counted once.
 
-    To save a path with ``state_dict()``, call ``persistent(True)`` first; it holds the last weights, P numbers.
+    To save a path with ``state_dict()``, call ``persistent(True)`` first; it includes the last weights, P numbers.
 
-    As input to ``forward`` and ``update`` the metric accepts:
-
-    - ``inputs``: tensor, or tuple or dict of tensors, with the examples on axis 0: the *model's inputs*.
-    - ``target``: ignored, for use in a ``MetricCollection``.
-
-    As output of ``compute`` it returns a float64 scalar; ``forward`` returns 0, for a moment alone is no path.
+    ``compute`` returns a float64 scalar; ``forward`` returns 0, because a single record is not a path.
 
     Args:
-        model: the model, possibly wrapped (DDP, ``torch.compile``, Accelerate); never registered, copied or changed.
-        convention: ``"paper"`` takes Φ at the start of an interval; ``"official"`` as the paper's published code
-            records it, at its end and with tr K / n.
-        normalize_by_n: take tr K / n; by default as the convention does.
-        params: glob pattern or patterns of parameter names.
-        forward_fn: ``(model, inputs) -> (n, c)`` for models with another output.
-        metric_kwargs: of :class:`torchmetrics.Metric`.
+        convention: ``"paper"`` evaluates Φ at the start of an interval; ``"official"`` evaluates it at the end, with
+            tr K / n, as the paper's published code does.
+        normalize_by_n: use tr K / n instead of tr K; by default as the convention does.
 
-    Raises:
-        TypeError: if the model is sharded (FSDP).
-        ValueError: if an argument is out of range, or nothing is trainable.
+    The other options are those of :class:`TangentMetric`, and so are the errors.
 
     Example:
         >>> import torch
@@ -83,7 +73,7 @@ class PathComplexity(TangentMetric):
     """
 
     higher_is_better: bool = False
-    # The value of a batch alone cannot be merged into a path.
+    # A path cannot be merged from the values of single batches.
     full_state_update: bool = True
     plot_lower_bound: float = 0.0
     _exact: tuple[str, ...] = ("binding", "moments", "weights")
@@ -102,20 +92,25 @@ class PathComplexity(TangentMetric):
         normalize = convention == "official"
         if normalize_by_n is not None:
             normalize = checks.flag("normalize_by_n", normalize_by_n)
-        # What is recorded does not depend on these, but metrics that shared it would also have to share step().
+        # The records do not depend on these options, but metrics that shared them would also have to share step().
         configuration = ("path", convention, normalize)
         super().__init__(model, params=params, forward_fn=forward_fn, configuration=configuration, **metric_kwargs)
         self.convention = convention
         self.normalize_by_n = normalize
-        # Rows (index, key of the weights, length of the interval before, tr K, n), one a moment.
+        # One row for each record: index, key of the weights, length of the interval before it, tr K, n.
         self.add_state(self._name("moments"), [], dist_reduce_fx="cat")
-        # Way since the last moment. Of several ranks, the one with the latest moment has gone the least.
+        # Distance since the last record; "min": the rank that recorded last has the shortest open interval.
         self.add_state(self._name("open"), torch.tensor(torch.inf, dtype=torch.float64), dist_reduce_fx="min")
         self.add_state(self._name("weights"), torch.zeros(0), dist_reduce_fx=None)
 
+    @override
     @eager
-    def update(self, inputs: Any, target: Tensor | None = None) -> None:  # noqa: ARG002 - for collections
-        """Add a batch of examples to the trace of this moment.
+    def update(self, inputs: Any, target: Tensor | None = None) -> None:
+        """Add a batch of examples to the trace of the current record.
+
+        Args:
+            inputs: tensor, or tuple or dict of tensors, with the n examples on axis 0: the *model's inputs*.
+            target: ignored, for use in a ``MetricCollection``.
 
         Raises:
             TypeError: if ``inputs`` or the model's output is not made of tensors.
@@ -132,7 +127,7 @@ class PathComplexity(TangentMetric):
             if rows and not float(length) > 0:
                 rows[-1] = torch.cat([rows[-1][:, :3].to(added), rows[-1][:, 3:].to(added) + added], dim=1)
                 return
-            # 48 of the bits, which float64 holds exactly.
+            # float64 represents these 48 bits exactly.
             key = int(digest(self._features.parameters)[:12], 16)
             start = trace.new_tensor([float(len(rows)), float(key), float(length)])
             rows.append(torch.cat([start, added])[None])
@@ -143,7 +138,7 @@ class PathComplexity(TangentMetric):
     @torch.no_grad()
     @eager
     def step(self) -> None:
-        """Add the way since the last call, or the last update, to the interval: after each optimizer step.
+        """Add the distance since the last call, or the last update, to the interval; call it after each optimizer step.
 
         It costs a copy of the weights and no pass of the model. Before the first update, where no path has begun, it
         does nothing but warn.
@@ -151,29 +146,27 @@ class PathComplexity(TangentMetric):
         if self._is_synced:
             raise RuntimeError("step: the metric is synced over ranks. Call unsync() first.")
         if not self._get("weights").numel():
-            rank_zero_warn("step: the path begins with the first update(), which has not come: this step is lost.")
+            rank_zero_warn("step: the path begins with the first update(), so this step is not counted. Call update().")
         self._follow()
         self._computed = None
 
     @eager
     def compute(self) -> Tensor:
-        """Return C over all intervals, those of ``step()`` since the last update included.
+        """Return C over all intervals, including the calls of ``step()`` since the last update.
 
         With the official convention an interval counts from the update that closes it.
 
         Raises:
-            ValueError: if no examples have come.
-            RuntimeError: if ranks went different ways.
+            ValueError: if no examples were added.
+            RuntimeError: if the ranks followed different paths.
         """
         with self._restored_on_error():
             return self._terms(self._history()).sum()
 
     def history(self) -> PathHistory:
-        """Return lengths, traces and examples by moment, synced over ranks as ``compute()`` is.
+        """Return lengths, traces and numbers of examples by record, synced over ranks like ``compute()``.
 
-        Raises:
-            ValueError: if no examples have come.
-            RuntimeError: if ranks went different ways.
+        The errors are those of :meth:`compute`.
         """
         with self._synced():
             return self._history()
@@ -181,15 +174,7 @@ class PathComplexity(TangentMetric):
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
         """Draw C as it has grown, interval by interval; :func:`.plotting.path` also draws the factors of its terms.
 
-        Args:
-            val: a result of ``compute``, or a sequence of them, to draw instead.
-            ax: matplotlib axes; new ones by default.
-
-        Returns:
-            Figure and axes.
-
-        Raises:
-            ImportError: if matplotlib is missing.
+        The arguments are those of :meth:`TangentMetric.plot`.
         """
         if val is None:
             terms = self._terms(self.history())
@@ -206,10 +191,10 @@ class PathComplexity(TangentMetric):
         rows = self._get("moments")
         table = dim_zero_cat(rows) if len(rows) else torch.zeros(0, 5)
         if not len(table):
-            raise ValueError("path complexity: no examples have been added.")
+            raise ValueError("path complexity: no examples have been added. Call update() first.")
         firsts = (table[:, 0] == 0).nonzero().flatten().tolist()
         ranks = [table[a:b] for a, b in zip(firsts, [*firsts[1:], len(table)], strict=True)]
-        # A rank may have had no example at some moments; the longest record has them all.
+        # A rank may have no examples in some records; the rank with the most rows has all records.
         whole = max(ranks, key=len).clone()
         whole[:, 3:] = 0
         for other in ranks:
@@ -223,10 +208,10 @@ class PathComplexity(TangentMetric):
         if not last.numel():
             return
         now = self._flat_weights()
-        way = torch.linalg.vector_norm(now.double() - last.to(now.device).double())
-        if float(way) > 0:
+        distance = torch.linalg.vector_norm(now.double() - last.to(now.device).double())
+        if float(distance) > 0:
             length = self._get("open")
-            self._put("open", length + way.to(length))
+            self._put("open", length + distance.to(length))
             self._put("weights", now)
 
     def _flat_weights(self) -> Tensor:
@@ -234,10 +219,9 @@ class PathComplexity(TangentMetric):
         return torch.cat([part.to(self.device) for part in parts])
 
     def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
-        name = self._name("moments")
-        if len(getattr(self, name)) == 0:
-            setattr(self, name, [torch.zeros(0, 5, dtype=torch.float64, device=self.device)])
-        # The last weights are each rank's own affair, and P numbers: they stay.
+        if not len(self._get("moments")):
+            self._put("moments", [torch.zeros(0, 5, dtype=torch.float64, device=self.device)])
+        # The last weights, P numbers, are not synced: only their own rank uses them.
         reductions = self._reductions
         self._reductions = {key: value for key, value in reductions.items() if key != self._name("weights")}
         try:
@@ -247,15 +231,15 @@ class PathComplexity(TangentMetric):
 
 
 def _add(whole: Tensor, other: Tensor) -> None:
-    """Add the traces and examples of one rank's moments to those of the same weights."""
+    """Add the traces and examples of one rank's records to the records of the same weights."""
     at = 0
     for row in other:
         while at < len(whole) and whole[at, 1] != row[1]:
             at += 1
         if at == len(whole):
             raise RuntimeError(
-                "path complexity: ranks recorded moments at different weights. Update on every rank at the same "
-                "steps, and check that the replicas are equal."
+                "path complexity: expected updates at the same weights on all ranks, got different weights. Call "
+                "update() on every rank at the same steps, and check that the replicas are equal."
             )
         whole[at, 3:] += row[3:]
         at += 1

@@ -1,4 +1,4 @@
-"""Groups of examples: their names, and which examples of a batch belong to each."""
+"""Groups of examples: their names, and the examples of a batch that belong to each."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from alignreg import checks
 
 
 def names(groups: int | Sequence[str] | None) -> tuple[str, ...]:
-    """Return the names of the groups, of which there may be none.
+    """Return the names of the groups, an empty tuple without groups.
 
     Raises:
-        ValueError: if they are no positive integer, nor different names other than "total".
+        ValueError: if ``groups`` is neither a positive integer nor a sequence of different names other than "total".
     """
     if groups is None:
         return ()
@@ -30,18 +30,18 @@ def names(groups: int | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def encode(group: Tensor | None, count: int, n: int) -> Tensor:
-    """Return the group of each of n examples, as indices ``(n,)`` on the CPU; zeros where there are no groups.
+    """Return the group of each of n examples as indices ``(n,)`` on the CPU; zeros without groups.
 
     Raises:
-        TypeError: if ``group`` is no tensor.
-        ValueError: if it is missing, not expected, no indices, or out of range.
+        TypeError: if ``group`` is not a tensor.
+        ValueError: if it is missing, unexpected, not made of indices, or out of range.
     """
     if group is None:
         if count:
-            raise ValueError(f"group: expected indices (n,) of the {count} groups, got none.")
+            raise ValueError(f"group: expected indices (n,) of the {count} groups, got none. Pass group, too.")
         return torch.zeros(n, dtype=torch.long, device="cpu")
     if not count:
-        raise ValueError("group: the metric has no groups. Make it with groups=..., or leave group out.")
+        raise ValueError("group: expected none, as the metric has no groups. Create it with groups=..., or omit group.")
     group = checks.dense("group", group)
     if group.shape != (n,) or group.is_floating_point() or group.is_complex():
         raise ValueError(f"group: expected indices ({n},), got {group.dtype} of shape {tuple(group.shape)}.")
@@ -53,11 +53,11 @@ def encode(group: Tensor | None, count: int, n: int) -> Tensor:
 
 
 def sets(members: Tensor, count: int) -> list[Tensor]:
-    """Return the examples of all groups together, and of each, as indices."""
+    """Return the indices of all examples, and then of the examples of each group."""
     each = (members == index for index in range(count))
     return [torch.arange(len(members), device=members.device), *(member.nonzero().flatten() for member in each)]
 
 
 def named(values: Sequence[Any], names: Sequence[str]) -> Any:
-    """Return the values of all examples and of each group by name, or the one value where there are no groups."""
+    """Return a dict of the values of each group and of all examples (``"total"``), or the one value without groups."""
     return dict(zip((*names, "total"), (*values[1:], values[0]), strict=True)) if names else values[0]

@@ -1,4 +1,4 @@
-"""Alignment of each layer's tangent kernel with the targets."""
+"""The alignment of each layer's tangent kernel with the targets."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from alignreg import checks, estimators, functional, plotting, sketches
 from alignreg.estimators import Estimate
@@ -25,42 +26,29 @@ class LayerwiseAlignment(ProbeSetMetric):
     r"""Alignment of each layer's own tangent kernel with the targets, A_l = yᵀK_l y / (‖K_l‖_F ‖y − ȳ‖²), in [0, 1].
 
     K_l is the kernel of the parameters that layer l owns, centered; the layers' kernels sum to K (Baratin et al.,
-    "Implicit Regularization via Neural Feature Alignment", AISTATS 2021, section 3.3). The metric takes *inputs* and
-    keeps up to ``max_examples`` of them. Evaluate it at one moment of training, and ``reset()`` before the next.
+    "Implicit Regularization via Neural Feature Alignment", AISTATS 2021, section 3.3). The metric receives *inputs* and
+    keeps up to ``max_examples`` of them. Evaluate it at fixed weights, and call ``reset()`` before the next evaluation.
 
-    With ``method="exact"``, ``compute()`` takes the exact kernel of each layer. With ``method="sketch"``, for models or
-    probe sets whose kernels are too large, it takes m + 1 backward passes of the kept examples, which serve all layers:
-    yᵀK_l y = ‖Φ_lᵀ(y − ȳ)‖² is exact, and ‖K_l‖_F² is estimated without bias from the products of m probes
-    Φ_lᵀω, ω Gaussian. That holds m·P numbers; :meth:`standard_error` says how far off the values may be.
+    With ``method="exact"``, ``compute()`` evaluates the exact kernel of each layer. With ``method="sketch"``, for
+    models or numbers of examples whose kernels are too large, it runs m + 1 backward passes over the kept examples,
+    which serve all layers: yᵀK_l y = ‖Φ_lᵀ(y − ȳ)‖² is exact, and ‖K_l‖_F² is estimated without bias from the products
+    of the pullbacks Φ_lᵀω of m Gaussian probes ω. They occupy m·P numbers; :meth:`standard_error` estimates the error.
 
-    As input to ``forward`` and ``update`` the metric accepts:
-
-    - ``inputs``: tensor, or tuple or dict of tensors, with the examples on axis 0: the *model's inputs*, not its
-      predictions. In a ``MetricCollection`` use keywords, ``update(inputs=x, preds=p, target=y)``.
-    - ``target``: class indices ``(n,)``, or values ``(n, c)``; with one output, values ``(n,)``.
-
-    As output of ``forward`` and ``compute`` it returns a dict of float64 scalars by layer, the path of the module that
-    owns the parameters, or of :class:`~alignreg.estimators.Estimate` with ``return_std_error=True``: NaN for a layer
-    with a zero kernel; ``forward`` also returns NaN for a batch of one class.
+    ``forward`` and ``compute`` return a dict with a float64 scalar for each layer (the path of the module that owns the
+    parameters), or an :class:`~alignreg.estimators.Estimate` with ``return_std_error=True``. The value of a layer with
+    a zero kernel is NaN; ``forward`` also returns NaN for a batch of one class.
 
     Args:
-        model: the model, possibly wrapped (DDP, ``torch.compile``, Accelerate); never registered, copied or
-            changed. Clones of the metric watch the same live model.
-        num_outputs: their number c.
-        centered: center the kernels over the examples; ``False`` leaves them as they are. Targets are always centered.
-        max_examples: how many examples are kept: the first ones, of several ranks in turn. The exact kernel of each
-            layer has (max_examples · c)² numbers.
+        num_outputs: the number c of outputs of the model for an example.
+        centered: center the kernels over the examples. Targets are always centered.
+        max_examples: how many examples to keep: the first ones, taken from several ranks in turn. The exact kernel of
+            each layer has (max_examples · c)² numbers.
         method: ``"exact"`` or ``"sketch"``.
-        probes: m ≥ 3 probes of the sketch; the error falls like 1/√m.
-        seed: of the probes. Nothing is drawn from torch's global random state.
+        probes: the number m ≥ 3 of probes of the sketch; the error falls like 1/√m.
+        seed: seed of the probes. Nothing is drawn from torch's global random state.
         return_std_error: return the standard error beside each value.
-        params: glob pattern or patterns of parameter names.
-        forward_fn: ``(model, inputs) -> (n, c)`` for models with another output.
-        metric_kwargs: of :class:`torchmetrics.Metric`.
 
-    Raises:
-        TypeError: if the model is sharded (FSDP).
-        ValueError: if an argument is out of range, or nothing is trainable.
+    The other options and the errors are those of :class:`TangentMetric`.
 
     Example:
         >>> import torch
@@ -97,7 +85,7 @@ class LayerwiseAlignment(ProbeSetMetric):
         probes = checks.count("probes", probes, 3, ", for an unbiased norm and its error")
         seed, centered = checks.seed(seed), checks.flag("centered", centered)
         return_std_error = checks.flag("return_std_error", return_std_error)
-        # Whatever is computed from them, the kept examples are the same.
+        # The kept examples do not depend on the other options, so metrics that differ in these can share them.
         super().__init__(
             model, params=params, forward_fn=forward_fn, configuration=("layers", outputs, examples), **metric_kwargs
         )
@@ -109,17 +97,10 @@ class LayerwiseAlignment(ProbeSetMetric):
         self.return_std_error = return_std_error
         self._hold_examples()
 
+    @override
     @eager
-    def update(self, inputs: Any, target: Tensor) -> None:
-        """Keep a batch: the model's inputs and their targets. Beyond ``max_examples`` nothing is kept.
-
-        Raises:
-            TypeError: if ``inputs`` or the model's output is not made of tensors.
-            ValueError: if ``inputs`` carries a gradient history, is empty, or does not fit ``target``; if a class
-                is outside [0, num_outputs); if the model's output is not a finite ``(n, num_outputs)``.
-            RuntimeError: if the weights changed since the first update.
-        """
-        self._add(inputs, target)
+    def update(self, inputs: Any, target: Tensor) -> None:  # type: ignore[override] # alignment needs every target
+        super().update(inputs, target)
 
     @eager
     def compute(self) -> Layers:
@@ -127,7 +108,7 @@ class LayerwiseAlignment(ProbeSetMetric):
 
         Raises:
             ConstantTargetError: if all examples have the same target.
-            ValueError: if no examples have come.
+            ValueError: if no examples were added.
             RuntimeError: if the weights changed since the first update.
         """
         with self._restored_on_error():
@@ -135,14 +116,9 @@ class LayerwiseAlignment(ProbeSetMetric):
 
     @eager
     def standard_error(self) -> dict[str, Tensor]:
-        """Return the standard error of each value that the sketch causes, synced over ranks as ``compute()`` is.
+        """Return the standard error of each value that is due to the sketch, synced over ranks like ``compute()``.
 
-        It is a jackknife over the probes; zero for ``method="exact"``.
-
-        Raises:
-            ConstantTargetError: as :meth:`compute`.
-            ValueError: as :meth:`compute`.
-            RuntimeError: as :meth:`compute`.
+        It is a jackknife over the probes, and zero for ``method="exact"``. The errors are those of :meth:`compute`.
         """
         with self._synced():
             return {layer: estimate.standard_error for layer, estimate in self._estimates().items()}
@@ -171,7 +147,7 @@ class LayerwiseAlignment(ProbeSetMetric):
 
     def _sketched(self, kept: Examples, *, errors: bool) -> dict[str, Estimate]:
         y = kept.targets - kept.targets.mean(0)
-        # Each example has its own probes, however the examples were dealt to batches and ranks.
+        # Examples are sorted, so that their probes do not depend on how they are split into batches and ranks.
         probes = y.new_empty(self.probes, *y.shape)
         probes[:, canonical_order(kept.inputs, y)] = sketches.probes(self.probes, *y.shape, seed=self.seed, like=y)
         if self.centered:
@@ -184,7 +160,7 @@ class LayerwiseAlignment(ProbeSetMetric):
         return found
 
     def _pullback(self, kept: Examples, cotangents: Tensor) -> dict[str, Tensor]:
-        """Return Φᵀω by parameter ``(m, *shape)``, from batches no larger than those that came."""
+        """Return Φᵀω by parameter ``(m, *shape)``, from batches no larger than those received."""
         total: dict[str, Tensor] = {}
         for start in range(0, len(kept.targets), kept.batch_size):
             stop = start + kept.batch_size
@@ -194,18 +170,10 @@ class LayerwiseAlignment(ProbeSetMetric):
         return total
 
     def plot(self, val: Layers | Sequence[Layers] | None = None, ax: Any = None) -> Any:
-        """Draw a bar for each layer, with an error bar of ± 2 standard errors where one is known.
+        """Draw a bar for each layer, with an error bar of ± 2 standard errors where these are known.
 
-        Args:
-            val: a result of ``forward`` or ``compute``, or a sequence of them, drawn as a heat map of layers along
-                training; ``compute()`` with its standard errors by default.
-            ax: matplotlib axes; new ones by default.
-
-        Returns:
-            Figure and axes.
-
-        Raises:
-            ImportError: if matplotlib is missing.
+        A sequence is drawn as a heat map of layers along training. The arguments are those of
+        :meth:`TangentMetric.plot`.
         """
         if val is None:
             with self._synced():

@@ -1,4 +1,4 @@
-"""What metrics of the exact kernel share: the examples that they are shown, which they keep."""
+"""The base class of metrics that keep the examples they receive."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
+from typing_extensions import override
 
 from alignreg.distributed.wrappers import rank
 from alignreg.metrics.base import TangentMetric
@@ -20,57 +21,74 @@ from alignreg.targets import encode
 
 
 class Examples(NamedTuple):
-    """What was kept on all ranks."""
+    """The examples kept on all ranks."""
 
     inputs: Batch
     targets: Tensor
-    """Values ``(n, c)``, NaN where they are not known."""
+    """Values ``(n, c)``, NaN where they are unknown."""
     groups: Tensor
-    """Indices ``(n,)``, zero where there are no groups."""
+    """Indices ``(n,)``, zero without groups."""
     batch_size: int
-    """Of the largest batch that came."""
+    """The size of the largest batch received."""
 
 
 class ProbeSetMetric(TangentMetric, ABC):
-    """A metric that keeps examples and looks at all of them at once, with the weights of one moment."""
+    """A metric that keeps examples and evaluates all of them at once, at the same weights.
+
+    A subclass sets ``num_outputs`` and, if it keeps only the first examples, ``max_examples``. The options are those of
+    :class:`TangentMetric`.
+    """
 
     num_outputs: int
     max_examples: int | None = None
     _exact: tuple[str, ...] = ("binding", "records")
     _weights: str | None = None
 
+    @eager
+    def update(self, inputs: Any, target: Tensor | None = None) -> None:
+        """Keep a batch of examples, up to ``max_examples`` in total.
+
+        Args:
+            inputs: tensor, or tuple or dict of tensors, with the n examples on axis 0: the *model's inputs*, not its
+                predictions. In a ``MetricCollection`` use keywords, ``update(inputs=x, preds=p, target=y)``.
+            target: class indices ``(n,)`` or values ``(n, c)``; with one output, values ``(n,)``.
+
+        Raises:
+            TypeError: if ``inputs`` or the model's output is not made of tensors.
+            ValueError: if ``inputs`` carries a gradient history, is empty, or does not fit ``target``; if a class
+                is outside [0, num_outputs); if the model's output is not a finite ``(n, num_outputs)``.
+            RuntimeError: if the weights changed since the first update.
+        """
+        with self._unchanged_on_error():
+            batch = as_inputs(inputs)
+            self._keep(batch, target, torch.zeros(size(batch), dtype=torch.long, device="cpu"))
+
+    @override
     def reset(self) -> None:
-        """Forget all examples."""
         super().reset()
-        if not self._in_forward:  # where torchmetrics resets for the batch's own value, to add it to the others after
+        if not self._in_forward:  # forward() resets to compute the value of the batch, and restores the states later
             self._weights = None
 
+    @override
     @eager
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Keep a batch and return the value of that batch alone."""
         value = super().forward(*args, **kwargs)
         if self.max_examples is not None:
             rows: list[Tensor] = self._get("records")
             room = self.max_examples
             for index, row in enumerate(rows):
-                if room <= 0:  # torchmetrics has joined what was kept before with this batch
+                if room <= 0:  # torchmetrics has appended the batch to the examples kept before
                     del rows[index:]
                     break
                 room -= sum(size(record.inputs) for record in unpack(row))
         return value
 
     def _hold_examples(self) -> None:
-        """Add the state; to be called by the constructor."""
+        """Add the state. The constructor calls this."""
         self.add_state(self._name("records"), [], dist_reduce_fx="cat")
 
-    def _add(self, inputs: Any, target: Tensor | None) -> None:
-        """Check a batch and keep it."""
-        with self._unchanged_on_error():
-            batch = as_inputs(inputs)
-            self._keep(batch, target, torch.zeros(size(batch), dtype=torch.long, device="cpu"))
-
     def _keep(self, batch: Batch, target: Tensor | None, groups: Tensor) -> None:
-        """Add examples to the state."""
+        """Check a batch and add it to the state."""
         unknown = torch.full((size(batch), self.num_outputs), torch.nan, dtype=torch.float64, device="cpu")
         y = unknown if target is None else encode(target, self.num_outputs, size(batch))
         rows: list[Tensor] = self._get("records")
@@ -78,8 +96,8 @@ class ProbeSetMetric(TangentMetric, ABC):
         weights = self._same_weights(self._weights)
         if known and shapes(known[0].inputs) != shapes(batch):
             raise ValueError(
-                f"inputs: all kept batches need the same shape per example, structure and dtype, got {shapes(batch)} "
-                f"after {shapes(known[0].inputs)}. Pad them alike."
+                f"inputs: expected the same shape per example, structure and dtype in all batches, got {shapes(batch)} "
+                f"after {shapes(known[0].inputs)}. Pad all batches to one shape."
             )
         self._check_width(self._features.outputs(batch))
         room = size(batch)
@@ -91,9 +109,9 @@ class ProbeSetMetric(TangentMetric, ABC):
         self._weights = weights
 
     def _examples(self) -> Examples:
-        """Return the examples of all ranks, inputs on the model's device.
+        """Return the examples of all ranks, with the inputs on the model's device.
 
-        If there are too many, ranks take turns, as a distributed sampler hands examples out.
+        If there are too many, they are taken from the ranks in turn, in the order of a distributed sampler.
         """
         rows = self._get("records")
         records = unpack(dim_zero_cat(rows)) if len(rows) else []
@@ -119,20 +137,21 @@ class ProbeSetMetric(TangentMetric, ABC):
     def _check_width(self, values: Tensor) -> None:
         if values.shape[1] != self.num_outputs:
             raise ValueError(
-                f"num_outputs: expected {self.num_outputs} outputs per example, the model gives {values.shape[1]}."
+                f"num_outputs: expected {self.num_outputs} outputs per example, the model gives {values.shape[1]}. "
+                f"Pass num_outputs={values.shape[1]}, or a forward_fn."
             )
 
     def _same_weights(self, *known: str | None) -> str:
         weights = digest(self._features.parameters)
         if any(other not in (None, weights) for other in known):
             raise RuntimeError(
-                f"the model's weights changed since the first update of {type(self).__name__}: all examples must see "
-                "the same weights. Call reset() first, and compute() before the next optimizer step."
+                f"the model's weights changed since the first update of {type(self).__name__}, which evaluates all "
+                "examples at the same weights. Call compute() before the optimizer step and reset() after it."
             )
         return weights
 
     def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
-        # torchmetrics lets a rank without examples send floats where the others send bytes.
+        # Without this, a rank without examples would send floats where the others send bytes.
         name = self._name("records")
         if len(getattr(self, name, "not held")) == 0:
             setattr(self, name, [torch.empty(0, dtype=torch.uint8, device=self.device)])

@@ -1,4 +1,4 @@
-"""Φᵀ(y − 1πᵀ) of sets of examples, with a guess π of the mean of their targets: the exact part of alignment."""
+"""The pullback Φᵀ(y − 1πᵀ) of sets of examples, with a guess π of their mean target: the exact part of alignment."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from alignreg.tangents import TangentFeatures
 from alignreg.tangents.batch import Batch, flat, on
 
 HASH_SIZE = 2**22
-"""The most numbers that are kept of Φᵀy; more parameters are hashed to as many (:func:`.sketches.count_sketch`)."""
+"""The maximum length of a kept pullback; a longer one is hashed to it (:func:`.sketches.count_sketch`)."""
 
 
 def length(features: TangentFeatures) -> int:
-    """Return how many numbers are kept of a pullback."""
+    """Return the length of a kept pullback."""
     return min(features.num_parameters, HASH_SIZE)
 
 
 def mean_of_targets(target_mean: Tensor | Sequence[float] | None, c: int) -> Tensor | None:
-    """Return an expected mean of the targets ``(c,)`` as a tensor, if one is given.
+    """Return an expected mean of the targets ``(c,)`` as a tensor, or ``None`` if none is given.
 
     Raises:
-        ValueError: if it is not c finite values.
+        ValueError: if it is not a vector of c finite values.
     """
     if target_mean is None:
         return None
@@ -42,7 +42,7 @@ def mean_of_targets(target_mean: Tensor | Sequence[float] | None, c: int) -> Ten
 
 
 def guesses(y: Tensor, sets: Sequence[Tensor], expected: Tensor | None) -> Tensor:
-    """Return π of each set of examples ``(sets, c)``: what is expected, or else the mean in this batch."""
+    """Return π of each set of examples ``(sets, c)``: the expected mean, or else the mean in this batch."""
     if expected is not None:
         return on(expected.to(y.dtype), y.device).expand(len(sets), -1)
     return torch.stack([y[rows].mean(0) if len(rows) else y.new_zeros(y.shape[1]) for rows in sets])
@@ -51,11 +51,11 @@ def guesses(y: Tensor, sets: Sequence[Tensor], expected: Tensor | None) -> Tenso
 def pullbacks(
     features: TangentFeatures, batch: Batch, y: Tensor, sets: Sequence[Tensor], guesses: Tensor, *, seed: int
 ) -> Tensor:
-    """Return Φᵀ(y − 1πᵀ) of each set of examples ``(sets, P)``, hashed if it is long: one backward pass each."""
+    """Return Φᵀ(y − 1πᵀ) of each set of examples ``(sets, P)``, hashed if long, with one backward pass each."""
     cotangents = y.new_zeros(len(sets), *y.shape)
     for cotangent, rows, guess in zip(cotangents, sets, guesses, strict=True):
         cotangent[rows] = y[rows] - guess
-    # A group that is the whole batch has the same product, an empty one none.
+    # A group that is the whole batch has the pullback of the batch, and the pullback of an empty group is zero.
     needed = [0, *(s for s, rows in enumerate(sets) if s and 0 < len(rows) < len(y))]
     back = features.pullback(batch, torch.stack([cotangents[s] for s in needed]))
     kept = length(features)

@@ -1,4 +1,4 @@
-"""Probe examples as bytes: what torchmetrics can gather from ranks without knowing their structure."""
+"""Kept examples as bytes, which torchmetrics can gather over ranks without knowing their structure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Record(NamedTuple):
-    """A batch of examples, the weights that the model had when it came, and the rank that saw it."""
+    """A batch of examples, a digest of the weights when it was added, and the rank that received it."""
 
     inputs: Batch
     targets: Tensor
@@ -28,7 +28,7 @@ class Record(NamedTuple):
 
 
 def pack(record: Record) -> Tensor:
-    """Return the record as one row of bytes, its length first, so that rows can be joined."""
+    """Return the record as one row of bytes that starts with its length, so that rows can be concatenated."""
     buffer = io.BytesIO()
     inputs = map_tensors(lambda t: t.detach().cpu(), record.inputs)
     record = record._replace(inputs=inputs, targets=record.targets.cpu(), groups=record.groups.cpu())
@@ -38,7 +38,7 @@ def pack(record: Record) -> Tensor:
 
 
 def unpack(rows: Tensor) -> list[Record]:
-    """Return the records in joined rows. No code in them is run."""
+    """Return the records in concatenated rows, without running any code in them."""
     data = rows.cpu().numpy().tobytes()
     records = []
     while data:
@@ -49,7 +49,7 @@ def unpack(rows: Tensor) -> list[Record]:
 
 
 def canonical_order(x: Batch, y: Tensor) -> list[int]:
-    """Return the indices of the examples in an order that is theirs, in whatever order they come."""
+    """Return the indices that sort the examples by a hash of their contents."""
 
     def key(index: int) -> bytes:
         total = hashlib.blake2b(digest_size=16)
@@ -65,7 +65,7 @@ def _bytes(values: Tensor) -> memoryview:
 
 
 def digest(parameters: Mapping[str, Tensor]) -> str:
-    """Return a hash of the values of the parameters; of those sharded, of this rank's part."""
+    """Return a hash of the values of the parameters; a sharded parameter counts with this rank's shard."""
     total = hashlib.blake2b(digest_size=16)
     for name, parameter in parameters.items():
         total.update(name.encode())
@@ -74,8 +74,8 @@ def digest(parameters: Mapping[str, Tensor]) -> str:
 
 
 def fingerprint(parameters: Mapping[str, Tensor]) -> Tensor:
-    """Return a number of the bits of each parameter, on the device: quicker than :func:`digest`, and all but sure."""
-    found = []
+    """Return a checksum of each parameter's bits, on the device: faster than :func:`digest`, but not collision-free."""
+    checksums = []
     for parameter in parameters.values():
         own = parameter.to_local() if is_shard(parameter) else parameter  # type: ignore[attr-defined]
         bits = own.detach().contiguous().view(-1).view(_INTEGERS[own.element_size()])
@@ -84,6 +84,6 @@ def fingerprint(parameters: Mapping[str, Tensor]) -> Tensor:
             if own.numel()
             else bits.to(torch.int64)
         )
-        # Rows count differently, so that it matters which is which. Sums are those modulo 2^64.
-        found.append((rows * torch.arange(1, 2 * len(rows) + 1, 2, device=rows.device)).sum())
-    return torch.stack([one.to(found[0].device) for one in found])
+        # Odd weights make the sum depend on the order of the rows. Sums wrap modulo 2^64.
+        checksums.append((rows * torch.arange(1, 2 * len(rows) + 1, 2, device=rows.device)).sum())
+    return torch.stack([checksum.to(checksums[0].device) for checksum in checksums])

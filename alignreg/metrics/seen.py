@@ -1,4 +1,4 @@
-"""What a metric has seen of some examples, of which it makes its number: columns of a sketch, or the exact kernel."""
+"""The data from which a metric computes its number: tables of the columns of a sketch, or the exact kernel."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from alignreg.population import Columns
 
 
 class Sketched(NamedTuple):
-    """Tables over the m columns of a sketch, any of which may be left out, and what is known besides."""
+    """Tables over the m columns of a sketch, any of which may be left out, and further sums over the examples."""
 
     gram: Tensor
-    """Products of the columns ``(m, m)``, of centered features where the metric centers."""
+    """Products of the columns ``(m, m)``, of centered features if the metric centers."""
     numerators: Tensor
-    """yᵀK_c y from each column, ``(m,)``."""
+    """The estimate of yᵀK_c y from each column, ``(m,)``."""
     pairs: Columns | None
-    """The same over different examples, where the metric keeps :class:`.PairSums`."""
+    """The same over pairs of different examples, if the metric keeps :class:`.PairSums`."""
     rows: Tensor
-    """n·c, ()."""
+    """The number of rows n·c, ()."""
     variance: Tensor
     """‖y − ȳ‖², (); NaN for a metric that needs no targets."""
     block: int
-    """How many columns in a row depend on each other."""
+    """The number of consecutive columns that depend on each other."""
 
     @property
     def projection(self) -> Tensor:
-        """yᵀK_c y / ‖y − ȳ‖² ≥ 0."""
+        """The estimate of yᵀK_c y / ‖y − ȳ‖² ≥ 0."""
         return self.numerators.mean().clamp(min=0) / self.variance
 
     def standard_error(self, number: Callable[[Sketched], Tensor]) -> Tensor:
-        """Return the standard error of a number that is made of this, by :func:`.estimators.standard_error`."""
+        """Return the standard error of a number computed from these data, by :func:`.estimators.standard_error`."""
 
         def without(gram: Tensor, numerators: Tensor, *pairs: Tensor) -> Tensor:
             some = self.pairs and self.pairs._replace(products=pairs[0], squares=pairs[1])
@@ -44,16 +44,16 @@ class Sketched(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """The exact kernel of examples that were kept, and their targets."""
+    """The exact kernel of the kept examples, and their targets."""
 
     K: Tensor
-    """``(n, c, n, c)``, as it is."""
+    """The uncentered kernel ``(n, c, n, c)``."""
     y: Tensor
-    """Values ``(n, c)``, NaN where they are not known."""
+    """Values ``(n, c)``, NaN where they are unknown."""
     centered: bool
     """Whether the metric centers the kernel."""
 
     @property
     def kernel(self) -> Tensor:
-        """The kernel, centered where the metric centers."""
+        """The kernel, centered if the metric centers."""
         return functional.center(self.K) if self.centered else self.K

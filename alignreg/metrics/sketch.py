@@ -1,4 +1,4 @@
-"""What metrics of a stream of batches share: sums of a sketch by group, or the examples for their exact kernel."""
+"""The base class of metrics over a stream of batches, from sums of a sketch or from the exact kernel."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torchmetrics.utilities import rank_zero_warn
+from typing_extensions import override
 
 from alignreg import checks, moments, plotting, population, sketches
 from alignreg.checks import deferred
@@ -29,44 +30,69 @@ from alignreg.tangents.switches import eager
 from alignreg.targets import ConstantTargetError, encode
 
 RANK = 4
-"""Of each copy in a factored sketch, whose errors then are about those of ``sketch_dim`` directions with 2 · sketch_dim
-vectors for each side (``benchmarks/scale.py``, part ``factored``)."""
+"""The rank of each copy in a factored sketch. A sketch with ``2 * sketch_dim`` vectors for each side of a weight then
+has about the error of ``sketch_dim`` directions (``benchmarks/scale.py``, part ``factored``)."""
 SKETCH_DIM_PER_OUTPUT = 64
-"""From how large a ``sketch_dim`` for each output a factored sketch is several times cheaper than directions of equal
-error (``benchmarks/scale.py``, part ``factored``): it takes a pass for each output, they one for each direction."""
+"""The least ``sketch_dim`` per output at which ``"auto"`` chooses a factored sketch. It needs one pass for each output;
+directions of equal error need one pass each (``benchmarks/scale.py``, part ``factored``)."""
 Value = Tensor | Estimate | dict[str, Tensor] | dict[str, Estimate]
 
 
 class SketchMetric(ProbeSetMetric, ABC):
-    """A number of the tangent kernel of all examples of a stream, and of each group of them.
+    r"""A number computed from the tangent kernel of a stream of examples, and of each group of them.
 
-    Features are pushed forward along random directions; raw sums of them are all that is kept (:mod:`.moments`), row
-    0 of each state for all examples and a row for each group. A subclass says what number it makes of the sums, or of
-    the exact kernel. Names of states carry the options that they depend on and not the subclass, so that a
-    ``MetricCollection`` updates subclasses of equal options once.
+    The metric receives *inputs*, runs the live model on them, and accumulates over batches and ranks; the result
+    belongs to all examples together, however they are split into batches. Evaluate it at fixed weights, and call
+    ``reset()`` before the next evaluation.
+
+    With ``method="sketch"``, the features are pushed forward along m random directions, which stay the same for all
+    batches and ranks. The states are raw sums (:mod:`.moments`) of m² + P numbers, however many examples come;
+    :meth:`standard_error` estimates the error of the sketch. An update costs about m forward and backward passes. With
+    ``method="exact"``, the inputs are kept and ``compute()`` evaluates the exact kernel, which is feasible for up to a
+    few thousand rows n·c.
+
+    With ``groups``, ``update(inputs, target, group)`` also gives the number for each group (easy and difficult
+    examples, domains), with its own centering, from the same pushforward. Each group adds m² + P numbers to the state,
+    and a backward pass for each batch in which some but not all examples belong to it.
+
+    State names depend on the options and not on the subclass. In a ``MetricCollection``, :class:`TangentAlignment`,
+    :class:`TangentTrace` and :class:`TangentParticipationRatio` with equal options therefore share one pushforward from
+    their second update on. ``forward`` does not share: each metric runs its own.
+
+    ``forward`` and ``compute`` return a float64 scalar, or an :class:`~alignreg.estimators.Estimate` (value,
+    standard_error) with ``return_std_error=True``. With ``groups`` they return a dict of these by group, with the key
+    ``"total"`` for all examples; the value of a group without examples is NaN.
 
     Args:
-        model: the model, possibly wrapped; never registered, copied or changed. Clones watch the same live model.
-        num_outputs: their number c.
-        sketch_dim: m ≥ 3 directions; of a factored sketch, 2m vectors for each side of a weight.
-        sketch: ``"gaussian"``, ``"factored"`` or ``"auto"``.
-        seed: of the directions.
-        centered: center the kernel over the examples.
-        target_mean: expected mean of the targets ``(c,)``, if known.
-        groups: how many groups of examples there are, or their names.
+        model: the model, possibly wrapped, as for :class:`TangentMetric`.
+        num_outputs: the number c of outputs of the model for an example.
+        sketch_dim: the number m ≥ 3 of directions; the error falls like 1/√m.
+        sketch: ``"gaussian"``: independent directions. ``"factored"``: for each weight, products of 2m random vectors
+            on either side, combined 4 by 4, with about the same error; one backward pass for each output serves all of
+            them, and the state has (8m)² + P numbers. ``"auto"``: factored for up to m/64 outputs, where it is several
+            times cheaper. The attribute ``sketch`` holds the choice.
+        seed: seed of the directions. Nothing is drawn from torch's global random state.
+        centered: center the kernel over the examples, each group by itself. Targets are always centered.
+        target_mean: expected mean of the targets ``(c,)``, if known; by default the mean of each batch. It changes only
+            the error of the sketch, and only slightly.
+        groups: the number of groups of examples, or their names.
         method: ``"sketch"`` or ``"exact"``.
-        params: glob pattern or patterns of parameter names.
-        forward_fn: ``(model, inputs) -> (n, c)``.
+        params: glob pattern or patterns of the names of the parameters to use; by default all trainable ones.
+        forward_fn: ``(model, inputs) -> (n, c)``, for models with another output.
         return_std_error: return the standard error beside the value.
-        pairs: keep the sums of :mod:`.population` as well.
-        metric_kwargs: of :class:`torchmetrics.Metric`.
+        pairs: also keep the sums of :mod:`.population`; an option for subclasses.
+        metric_kwargs: options of :class:`torchmetrics.Metric`.
+
+    Raises:
+        TypeError: if the model is sharded other than by ``fully_shard``, or at all with ``method="exact"``.
+        ValueError: if an argument is out of range, or no parameter is trainable.
     """
 
     full_state_update: bool = False
     _at_weights: Tensor | None = None
-    """What identifies the weights that the last update saw."""
+    """The fingerprint of the weights at the last update."""
     _doubts: Sequence[Deferred] = ()
-    """Of updates on a device that is not waited for before :meth:`compute`."""
+    """Checks of updates on a device that is not waited for before :meth:`compute`."""
     plot_lower_bound: float | None = 0.0
     _needs_targets: ClassVar[bool] = False
 
@@ -98,7 +124,7 @@ class SketchMetric(ProbeSetMetric, ABC):
             sketch = "factored" if num_outputs * SKETCH_DIM_PER_OUTPUT <= sketch_dim else "gaussian"
         guess = pulled.mean_of_targets(target_mean, num_outputs)
         names = group_sets.names(groups)
-        # `centered` is left out: the raw sums are the same, so both kinds do share.
+        # The raw sums do not depend on `centered`, so metrics that differ in it can share them.
         options = (sketch, sketch_dim, seed, None if guess is None else guess.tolist(), pairs)
         configuration = ("stream", method, num_outputs, len(names), options if method == "sketch" else ())
         super().__init__(
@@ -125,12 +151,14 @@ class SketchMetric(ProbeSetMetric, ABC):
 
     @eager
     def update(self, inputs: Any, target: Tensor | None = None, group: Tensor | None = None) -> None:
-        """Add a batch: the model's inputs, their targets, and with ``groups`` the group of each example.
+        """Add a batch of examples.
 
         Args:
-            inputs: tensor, tuple or dict of tensors with the n examples on axis 0.
-            target: class indices ``(n,)`` or values ``(n, c)``; only alignment needs them.
-            group: indices ``(n,)`` of the groups.
+            inputs: tensor, or tuple or dict of tensors, with the n examples on axis 0: the *model's inputs*, not its
+                predictions. In a ``MetricCollection`` use keywords, ``update(inputs=x, preds=p, target=y)``.
+            target: class indices ``(n,)`` or values ``(n, c)``; with one output, values ``(n,)``. Only alignment needs
+                them.
+            group: with ``groups``, the index of the group of each example, ``(n,)``.
 
         Raises:
             TypeError: if ``inputs`` or the model's output is not made of tensors.
@@ -163,75 +191,66 @@ class SketchMetric(ProbeSetMetric, ABC):
             if doubts:
                 self._doubts = [*self._doubts, doubts]
 
+    @override
     def reset(self) -> None:
-        """Forget all examples."""
         super().reset()
         if not self._in_forward:
             self._at_weights, self._doubts = None, []
 
     def __getstate__(self) -> dict[str, Any]:
-        self._look()  # a copy has no doubts of its own
+        self._look()  # so that a copy carries no pending checks
         return super().__getstate__()
 
     def _warn_of_change(self, changed: list[float]) -> None:
         if changed[0]:
             rank_zero_warn(
                 f"The model's weights changed between updates of {type(self).__name__}: the value mixes tangent "
-                "features of several moments. Call reset() whenever the weights change.",
+                "features at different weights. Call reset() whenever the weights change.",
                 UserWarning,
             )
 
     def _look(self) -> None:
-        """Look at what updates left in doubt, so as not to wait for the device; a batch that fails was not added."""
+        """Read the checks that updates deferred to avoid waiting for the device. A batch that fails was not added."""
         while self._doubts:
             doubts, *self._doubts = self._doubts
             try:
                 doubts.settle()
             except Exception:
-                rank_zero_warn(f"A batch was left out of {type(self).__name__}, as the error says.", UserWarning)
+                rank_zero_warn(f"A batch was left out of {type(self).__name__}: see the error.", UserWarning)
                 raise
 
     @eager
     def compute(self) -> Value:
-        """Return the value over all batches and ranks, a dict of them with ``groups``.
+        """Return the value over all batches and ranks; with ``groups``, a dict of values.
 
         Raises:
-            ConstantTargetError: if alignment is asked for and all examples have the same target.
-            ValueError: if no examples have come, or alignment is asked for and some came without a target.
+            ConstantTargetError: if alignment is requested and all examples have the same target.
+            ValueError: if no examples were added, or if alignment is requested and some have no target.
             RuntimeError: with ``method="exact"``, if the weights changed since the first update.
         """
         with self._restored_on_error():
-            found: Value = group_sets.named(self._estimates() if self.return_std_error else self._values(), self.groups)
-            return found
+            value: Value = group_sets.named(self._estimates() if self.return_std_error else self._values(), self.groups)
+            return value
 
     @eager
     def standard_error(self) -> Tensor | dict[str, Tensor]:
-        """Return the standard error of ``compute()`` that the sketch causes, synced over ranks as it is.
+        """Return the standard error of ``compute()`` that is due to the sketch, synced over ranks in the same way.
 
-        It is a jackknife over the directions, or the copies of a factored sketch; value ± 2 standard errors holds the
-        exact value for these examples in about 95 % of seeds. Zero for ``method="exact"``.
+        It is a jackknife over the directions, or over the copies of a factored sketch. For about 95 % of seeds the
+        exact value for these examples lies within ± 2 standard errors. It is zero for ``method="exact"``.
 
         Raises:
-            ConstantTargetError: as :meth:`compute`.
-            ValueError: as :meth:`compute`.
+            ConstantTargetError: as for :meth:`compute`.
+            ValueError: as for :meth:`compute`.
         """
         with self._synced():
-            found: Tensor | dict[str, Tensor] = group_sets.named(self._errors(), self.groups)
-            return found
+            errors: Tensor | dict[str, Tensor] = group_sets.named(self._errors(), self.groups)
+            return errors
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Draw values, with a band of ± 2 standard errors where they are known.
+        """Draw values, with a band of ± 2 standard errors where these are known; a sequence is drawn as a curve.
 
-        Args:
-            val: a result of ``forward`` or ``compute``, or a sequence of them, drawn as a curve; by default
-                ``compute()`` with its standard error.
-            ax: matplotlib axes; new ones by default.
-
-        Returns:
-            Figure and axes.
-
-        Raises:
-            ImportError: if matplotlib is missing.
+        The arguments are those of :meth:`TangentMetric.plot`.
         """
         if val is None:
             with self._synced():
@@ -240,11 +259,11 @@ class SketchMetric(ProbeSetMetric, ABC):
 
     @property
     def _bounds(self) -> tuple[float | None, float | None]:
-        """Between which numbers to draw."""
+        """The range of the values, for plots."""
         return self.plot_lower_bound, self.plot_upper_bound
 
     def _hold_sums(self, *, pairs: bool) -> None:
-        """Add the states of a sketch; to be called by the constructor."""
+        """Add the states of a sketch. The constructor calls this."""
         self._directions = (
             sketches.factored(max(3, math.ceil(2 * self.sketch_dim / RANK)), RANK, self.seed)
             if self.sketch == "factored"
@@ -254,7 +273,7 @@ class SketchMetric(ProbeSetMetric, ABC):
         start = moments.zeros(self.num_outputs, self._directions.m, pulled.length(self._features))._asdict()
         if pairs:
             start |= population.zeros(self.num_outputs, self._directions.m)._asdict()
-            self._exact = (*self._exact, *start)  # differences of far larger sums
+            self._exact = (*self._exact, *start)  # the values are small differences of these large sums
         for field, value in start.items():
             rows = value.new_zeros(1 + len(self.groups), *value.shape)
             self.add_state(self._name(field), rows, dist_reduce_fx="sum")
@@ -262,7 +281,7 @@ class SketchMetric(ProbeSetMetric, ABC):
 
     @abstractmethod
     def _of_sketch(self, seen: Sketched) -> Tensor:
-        """Return the number from a sketch, whose standard error follows by leaving columns out."""
+        """Return the number from a sketch; its standard error follows from leaving columns out."""
 
     @abstractmethod
     def _of_kernel(self, seen: Kept) -> Tensor:
@@ -285,11 +304,8 @@ class SketchMetric(ProbeSetMetric, ABC):
 
     def _errors(self) -> list[Tensor]:
         if self.method == "sketch":
-            return self._each(self._error, self._moments())
+            return self._each(lambda *sums: self._sketched(*sums).standard_error(self._of_sketch), self._moments())
         return [torch.zeros((), dtype=torch.float64, device=self.device)] * (1 + len(self.groups))
-
-    def _error(self, *sums: Any) -> Tensor:
-        return self._sketched(*sums).standard_error(self._of_sketch)
 
     def _sketched(self, sums: Moments, pairs: PairSums | None = None) -> Sketched:
         unknown = torch.full_like(sums.n, torch.nan)
@@ -303,8 +319,8 @@ class SketchMetric(ProbeSetMetric, ABC):
         )
 
     def _each(self, number: Callable[..., Tensor], samples: Sequence[tuple[Any, ...] | None]) -> list[Tensor]:
-        """Return the number of all examples and of each group, NaN where a group has none."""
-        found = []
+        """Return the number for all examples and for each group; NaN for a group without examples."""
+        values = []
         for index, sample in enumerate(samples):
             value = torch.full((), torch.nan, dtype=torch.float64)
             try:
@@ -313,8 +329,8 @@ class SketchMetric(ProbeSetMetric, ABC):
             except ConstantTargetError:
                 if index == 0 and not self._in_forward:
                     raise
-            found.append(value.to(self.device))
-        return found
+            values.append(value.to(self.device))
+        return values
 
     def _moments(self) -> list[tuple[Any, ...] | None]:
         self._look()
@@ -353,6 +369,6 @@ class SketchMetric(ProbeSetMetric, ABC):
 def _require_targets(missing: int, n: int) -> None:
     if missing:
         raise ValueError(
-            f"target: alignment needs the targets of all examples, {missing} of {n} came without. "
+            f"target: expected the targets of all examples for alignment, {missing} of {n} came without. "
             "Call update(inputs, target)."
         )

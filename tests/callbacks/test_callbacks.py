@@ -240,7 +240,7 @@ def test_errors(runs):
     with pytest.raises(ValueError, match="max_batches"):
         runs.TangentMonitor(runs.metrics, max_batches=0)
     monitor = runs.TangentMonitor(lambda _: 3)
-    with pytest.raises(TypeError, match="it returned a int"):
+    with pytest.raises(TypeError, match="got one that returns int"):
         monitor._monitor.start(runs.Module())
     for batch in ({"pixels": 1}, torch.ones(2), "xy", (1, 2, 3)):
         with pytest.raises(TypeError, match="Pass unpack"):

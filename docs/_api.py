@@ -1,4 +1,4 @@
-"""The pages of the API reference: one for each public module, from its docstrings."""
+"""Writes the pages of the API reference, one for each public module, from its docstrings."""
 
 import ast
 from importlib.util import find_spec
@@ -17,9 +17,9 @@ MODULES = (
     "alignreg.complexity",
     "alignreg.linear",
     "alignreg.plotting",
-    "alignreg.callbacks",  # where there are any
+    "alignreg.callbacks",
 )
-BASES = {  # not imported by their packages, but what their classes have in common is said there
+BASES = {  # their packages do not import them, but they document what their classes share
     "alignreg.linear": "alignreg.linear.models.LinearModel",
 }
 PAGE = """\
@@ -46,13 +46,13 @@ INDEX = """\
 
 
 def write(folder: Path) -> None:
-    """Write the pages of the modules that there are, and their index."""
+    """Write the pages of all modules that exist, and their index."""
     names = [name for name in MODULES if find_spec(name)]
     folder.mkdir(exist_ok=True)
     for name in names:
         more = ""
         if _source(name).name == "__init__.py":
-            more = "   :imported-members:\n"  # a package shows what it takes from its files, a module what it defines
+            more = "   :imported-members:\n"  # a package shows what it imports from its files
         if name in BASES:
             more += f"\n.. autoclass:: {BASES[name]}\n"
         members = " TangentFeatures" if name == "alignreg" else ""
@@ -74,6 +74,6 @@ def _summary(name: str) -> str:
 
 
 def _put(path: Path, text: str) -> None:
-    """Write only what has changed, so that a second build reads only what has."""
+    """Write a page only if it has changed, so that a second build reads only changed pages."""
     if not path.exists() or path.read_text() != text:
         path.write_text(text)

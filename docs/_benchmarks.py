@@ -1,4 +1,4 @@
-"""The page of benchmarks, from the json that they wrote: a section a benchmark, a table a part."""
+"""Writes the page of benchmarks from their json: one section per benchmark, one table per part."""
 
 import ast
 import json
@@ -11,34 +11,34 @@ from pathlib import Path
 HEAD = """\
 # Benchmarks
 
-What each benchmark last wrote to its json, as it is; the other pages pick from it. A cell made of several runs is their
-mean ± its standard error. Times and memory are those of the machine that ran it; ratios carry over better.
-[On a GPU](gpu.md) is a page of its own.
+This page shows the complete json that each benchmark last wrote; the other pages quote from it. Cells that combine
+several runs give the mean ± its standard error. Times and memory depend on the machine; ratios carry over better.
+[On a GPU](gpu.md) is a separate page.
 """
 
 
 def write(folder: Path, page: Path) -> None:
-    """Write the page of all benchmarks of a folder that have a json; the one on a GPU has a page of its own."""
+    """Write the page of all benchmarks in a folder that have a json, except the one on a GPU (its own page)."""
     found = sorted(path for path in folder.glob("*.json") if path.stem != "gpu")
     put(page, "\n".join([HEAD, *map(_section, found)]))
 
 
 def put(page: Path, text: str) -> None:
-    """Write a page, unless it is there as it is."""
+    """Write a page, unless it exists with this text."""
     if not page.exists() or page.read_text() != text:
         page.write_text(text)
 
 
 def tables(found: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str, str]]:
-    """Yield where in the json each table is, a line of what holds for all its rows, and the table.
+    """Yield for each table its path in the json, a line with the values that all its rows share, and the table.
 
     Args:
-        found: what the json holds: a list of rows; a list of runs, lists of equally many rows, which are merged; or a
-            dict of these and of single values, which hold for the rows.
-        path: the keys that led here.
+        found: The content of the json: a list of rows; a list of runs, which are lists of equally many rows and are
+            merged; or a dict of these and of single values, which apply to all rows.
+        path: The keys that lead to ``found``.
 
     Raises:
-        TypeError: if it is none of these.
+        TypeError: If ``found`` is none of these.
     """
     if isinstance(found, dict):
         single = {key: value for key, value in found.items() if not isinstance(value, (dict, list))}
@@ -75,7 +75,7 @@ def _section(path: Path) -> str:
 
 
 def _merged(rows: tuple[dict, ...]) -> dict:
-    """Return one row of several runs: what they share, and means ± standard errors of what they do not."""
+    """Merge the rows of several runs: values that differ become means ± standard errors."""
     merged = {}
     for key in rows[0]:
         values = [row[key] for row in rows]

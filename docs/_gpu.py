@@ -1,4 +1,4 @@
-"""The page of the run on a GPU, from the json that benchmarks/gpu.py wrote; it says so if there was none."""
+"""Writes the page of the run on a GPU from the json of benchmarks/gpu.py, or says that there was no run."""
 
 import json
 from collections.abc import Iterator
@@ -14,11 +14,11 @@ make gpu
 python benchmarks/gpu.py --limit 8
 ```
 
-One run of some minutes: whether kernels, metrics and losses on the device are those of the CPU in float64, also under
-autocast, fused attention, `torch.compile`, CUDA graphs and NCCL; and what they cost. `--help` says what each part does.
-`python benchmarks/gpu.py --device cpu --small` runs the same code on a CPU.
+One run takes several minutes. It checks that kernels, metrics and losses on the device equal those on the CPU in
+float64, also under autocast, fused attention, `torch.compile`, CUDA graphs and NCCL, and measures their cost. `--help`
+says what each part does. `python benchmarks/gpu.py --device cpu --small` runs the same code on a CPU.
 """
-NONE = "**None was run yet**: no number of this library was ever made on a GPU.\n"
+NONE = "**None was run yet**, so no number of this library comes from a GPU.\n"
 PARTS = {
     "correct": "Is it right?",
     "kernel": "Exact kernels",
@@ -32,8 +32,8 @@ def write(source: Path, page: Path) -> None:
     """Write the page.
 
     Args:
-        source: the json, if there is one.
-        page: where to write.
+        source: The path of the json, which may not exist.
+        page: The page to write.
     """
     text = _sections(json.loads(source.read_text())) if source.exists() else [NONE]
     _benchmarks.put(page, "\n".join([HEAD, *text]))
@@ -56,7 +56,7 @@ def _sections(found: dict) -> Iterator[str]:
 
 
 def _alike(rows: list[dict]) -> list[list[dict]]:
-    """Return rows by the columns that they have: a table each."""
+    """Group rows by their columns: each group becomes a table."""
     tables: dict[tuple[str, ...], list[dict]] = {}
     for row in rows:
         tables.setdefault(tuple(row), []).append(row)

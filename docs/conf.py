@@ -33,7 +33,7 @@ extensions = [
     "sphinx_gallery.gen_gallery",
 ]
 exclude_patterns = ["_build", "tutorials"]
-highlight_language = "none"  # indented blocks are diagrams and formulas; code says that it is
+highlight_language = "none"  # indented blocks are diagrams and formulas; code blocks name their language
 
 myst_heading_anchors = 4
 
@@ -51,7 +51,7 @@ maximum_signature_line_length = 88
 toc_object_entries_show_parents = "hide"
 napoleon_use_rtype = False
 
-# Nothing is looked up on the network, so names of other libraries have no page to lead to.
+# The build does not use the network, so names from other libraries have no page to link to.
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(torch|torchmetrics|collections|lightning|transformers)\..*|Tensor|module")]
 
@@ -63,7 +63,7 @@ sphinx_gallery_conf = {
     ),
     "abort_on_example_error": True,
     "download_all_examples": False,
-    "capture_repr": (),  # what is printed is shown, not what a last line happens to return
+    "capture_repr": (),  # show what is printed, not the value of the last line
     "show_memory": False,
     "write_computation_times": False,
     "show_signature": False,
@@ -79,7 +79,7 @@ def escape_absolute_values(app, what, name, obj, options, lines):
 
 
 def find_by_last_name(app, env, node, contnode):
-    """Lead from where a class is defined, or its bare name, to where it is documented, if only one has this name."""
+    """Resolve the defining path of a class, or its bare name, to where it is documented, if the name is unique."""
     if node.get("refdomain") != "py":
         return None
     last = node["reftarget"].rpartition(".")[2]
@@ -92,6 +92,6 @@ def find_by_last_name(app, env, node, contnode):
 
 
 def setup(app):
-    """Connect both."""
+    """Connect both functions to Sphinx."""
     app.connect("autodoc-process-docstring", escape_absolute_values)
     app.connect("missing-reference", find_by_last_name)

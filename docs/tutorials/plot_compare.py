@@ -2,9 +2,9 @@
 Compare regularizers over seeds
 ===============================
 
-Whether a method helps is a question about a difference, and accuracies of single runs differ from seed to seed by more
-than most methods gain. This is the least that a comparison takes: the same seeds for all methods, paired differences,
-and intervals that know how many were looked at.
+To know if a method helps, you have to measure a difference, but the accuracy of a single run varies between seeds by
+more than most methods gain. A comparison needs at least the same seeds for all methods, paired differences, and
+intervals that account for the number of methods.
 """
 
 import matplotlib.pyplot as plt
@@ -21,10 +21,10 @@ torch.set_num_threads(1)
 # %%
 # Methods
 # -------
-# A hundred clean digits to learn from. Each method has one strength, the one that the project's comparison chose for
-# this network and task on held-out examples (:doc:`/comparison`), with runs of 1000 steps; these are shorter. With
-# strengths of your own, choose them on held-out examples and other seeds than those that count, as often for each
-# method.
+# The training set has a hundred clean digits. Each method has one strength, which the project's comparison chose for
+# this network and task on held-out examples (:doc:`/comparison`), with runs of 1000 steps; the runs here are shorter.
+# If you choose strengths yourself, use held-out examples and other seeds than those of the results, and try equally
+# many for each method.
 
 METHODS = {
     "none": {},
@@ -40,13 +40,13 @@ pixels, labels = torch.tensor(pixels / 16, dtype=torch.float32), torch.tensor(la
 
 
 def accuracy(seed, decay=0.0, smoothing=0.0, penalty=0.0):
-    """Test accuracy at the end of training; the seed decides on subset, initial weights and batches."""
+    """Return test accuracy at the end of training; the seed determines subset, initial weights and batches."""
     torch.manual_seed(seed)
     order = torch.randperm(len(labels))
     x, y, x_test, y_test = pixels[order[:100]], labels[order[:100]], pixels[order[1000:]], labels[order[1000:]]
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=decay)
-    reg = ComplexityPenalty(model, weight=penalty)  # with weight 0 an exact zero, and costs nothing
+    reg = ComplexityPenalty(model, weight=penalty)  # with weight 0 it is exactly zero and costs nothing
     for _ in range(STEPS):
         batch = torch.randint(100, (64,))
         optimizer.zero_grad()
@@ -65,7 +65,7 @@ for name, values in found.items():
 # Why pairs
 # ---------
 # A seed that draws an easy subset is easy for every method. What the methods share cancels in the difference of two
-# runs of the same seed, and the standard error shrinks as far as they are correlated:
+# runs with the same seed, so the standard error shrinks if the runs are correlated:
 
 for name, values in list(found.items())[1:]:
     paired = (values - found["none"]).std() / len(SEEDS) ** 0.5
@@ -75,9 +75,9 @@ for name, values in list(found.items())[1:]:
 # %%
 # Intervals
 # ---------
-# Student's t with one degree of freedom less than there are seeds. Three differences are looked at, so each interval
-# takes 95 % to the third part of the error (Bonferroni): together they hold with 95 %. They cover seeds, not data
-# sets, networks or the choice of strengths.
+# The intervals use Student's t with one degree of freedom less than there are seeds. There are three differences, so
+# each interval may err with a third of 5 % (Bonferroni), and together they hold with 95 % confidence. They cover
+# seeds, not data sets, networks or the choice of strengths.
 
 others = list(METHODS)[1:]
 factor = student.ppf(1 - 0.05 / (2 * len(others)), df=len(SEEDS) - 1)
@@ -86,7 +86,7 @@ for row, name in enumerate(others):
     gain = found[name] - found["none"]
     half = factor * gain.std().item() / len(SEEDS) ** 0.5
     low, high = gain.mean().item() - half, gain.mean().item() + half
-    verdict = "above none" if low > 0 else "below none" if high < 0 else "not settled"
+    verdict = "above none" if low > 0 else "below none" if high < 0 else "no significant difference"
     print(f"{name:20} {gain.mean():+.3f} [{low:+.3f}, {high:+.3f}]: {verdict}")
     axis.errorbar(gain.mean(), row, xerr=half, fmt="o", capsize=4, color="tab:blue")
     axis.plot(gain, [row + 0.18] * len(gain), ".", color="tab:gray", markersize=4)
@@ -97,9 +97,9 @@ axis.invert_yaxis()
 plt.show()
 
 # %%
-# What it says, and what not
-# --------------------------
-# The last column of the printed table is all that these runs support. "Not settled" does not mean that there is no
-# difference: so few seeds can only tell differences larger than the half width. Nor is this a result about the
-# methods: one task, one network, eight seeds. The table with all settings, losses and their costs is in
-# :doc:`/comparison`, and ``python recipes/compare.py --short`` runs its protocol in half a minute.
+# What it shows, and what not
+# ---------------------------
+# These runs support only the last column of the printed table. "No significant difference" does not mean that there
+# is none: so few seeds can only detect differences larger than the half width. Nor is this a general result about the
+# methods, with one task, one network and eight seeds. :doc:`/comparison` has the table with all settings, losses and
+# their costs, and ``python recipes/compare.py --short`` runs its protocol in half a minute.

@@ -2,9 +2,9 @@
 Watch alignment along training
 ==============================
 
-A small network learns scikit-learn's digits, a fifth of whose training labels are wrong. On the way we ask its tangent
-features, the gradients of its outputs with respect to its parameters, four things: how well they are aligned with the
-task, how large they are, how many directions they use, and what their spectrum looks like.
+A small network learns scikit-learn's digits while a fifth of the training labels is random. During training we measure
+four properties of its tangent features, the gradients of its outputs with respect to its parameters: how well they are
+aligned with the task, how large they are, how many directions they use, and what their spectrum looks like.
 """
 
 import matplotlib.pyplot as plt
@@ -22,7 +22,7 @@ torch.manual_seed(0)
 # %%
 # Data and network
 # ----------------
-# 1000 examples to train on, 400 to watch. A fifth of the training labels is redrawn uniformly.
+# There are 1000 examples for training and 400 for measuring. A fifth of the training labels is redrawn uniformly.
 
 pixels, labels = load_digits(return_X_y=True)
 order = torch.randperm(len(labels))
@@ -39,10 +39,10 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 # %%
 # The metrics
 # -----------
-# They are made once and refer to the live model. Three of them keep the same sums of a sketch, 64 random directions
-# along which the features are pushed, and share it inside a ``MetricCollection``. With ``return_std_error=True`` each
-# gives the standard error that these directions leave, by a jackknife. The spectrum needs the exact kernel, so it
-# keeps its first 50 examples only.
+# The metrics are created once and refer to the live model. Three of them keep the same sums of a sketch with 64
+# random directions, and share its passes inside a ``MetricCollection``. With ``return_std_error=True`` each also
+# returns the standard error of the sketch, from a jackknife over the directions. The spectrum needs the exact kernel,
+# so it keeps only its first 50 examples.
 
 sketched = MetricCollection(
     {
@@ -55,7 +55,7 @@ spectrum = TangentSpectrum(model, 10, k=(10, 40), max_examples=50)
 
 
 def measure():
-    """Look at the clean test examples at this moment of training."""
+    """Measure on the clean test examples at this moment of training."""
     sketched.reset()
     spectrum.reset()
     for inputs, target in zip(x_test.split(200), y_test.split(200), strict=True):
@@ -70,7 +70,7 @@ def measure():
 # %%
 # The loop
 # --------
-# Training changes fast at first and slowly later, so the moments at which we look are spaced by factors of two.
+# The network changes fast at first and slowly later, so we measure at steps that are spaced by factors of two.
 
 moments = [0, *(2**k for k in range(11))]
 history = []
@@ -89,11 +89,10 @@ for step, found in zip(moments, history, strict=True):
     print(f"{step:4}   {a:.3f} ± {a_error:.3f}      {p:6.1f} ± {p_error:4.1f}              {accuracy:.3f}")
 
 # %%
-# What one sees
-# -------------
-# Bands are ± 2 standard errors. They hold the error of the sketch for these examples, and say nothing of other
-# examples or another seed. The size of the features needs a logarithmic axis; it is what the complexity of the path
-# that training takes is made of.
+# The curves
+# ----------
+# Bands show ± 2 standard errors. They cover the error of the sketch for these examples, not the choice of examples or
+# of the seed. The size of the features has a logarithmic axis; path complexity is computed from this size.
 
 figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
 at = [step + 1 for step in moments]
@@ -112,7 +111,7 @@ for axis in axes[1]:
 plt.show()
 
 # %%
-# The two moments that are easiest to compare are the first one and that of the highest alignment:
+# The first moment and the one with the highest alignment are the easiest to compare:
 
 peak = max(range(len(moments)), key=lambda i: history[i]["alignment"].value)
 first, best, last = (history[i]["alignment"] for i in (0, peak, -1))
@@ -126,7 +125,7 @@ print(f"test accuracy is highest at step {moments[top]}, {accuracies[top]:.3f}, 
 # %%
 # The spectrum at this moment
 # ---------------------------
-# ``TangentSpectrum`` gave ranks and trace ratios at each moment, and draws the eigenvalues of the last one.
+# ``TangentSpectrum`` gave ranks and trace ratios at each moment, and plots the eigenvalues of the last one.
 
 print("step   effective rank   share of the 10, 40 largest of 500 eigenvalues")
 for step, found in zip(moments, history, strict=True):

@@ -2,8 +2,8 @@
 A model of your own
 ===================
 
-Models take dicts and return dicts, only some of their parameters are of interest, and examples come in groups. This
-page has all of that at once: a small Transformer reads digits row by row, with a mask for rows that are hidden.
+Real models may take and return dicts, you may want to measure only some of their parameters, and examples may come in
+groups. This page does all of that at once: a small Transformer reads digits row by row, with a mask for hidden rows.
 """
 
 import matplotlib.pyplot as plt
@@ -24,7 +24,7 @@ torch.manual_seed(0)
 # %%
 # Dicts in, dicts out
 # -------------------
-# Inputs may be a tensor, or a tuple or dict of tensors with the examples on the first axis. The model is called as
+# Inputs may be a tensor, or a tuple or dict of tensors, with the examples on the first axis. This model is called as
 # ``model(**batch)`` and returns a dict.
 
 
@@ -40,7 +40,7 @@ class Reader(nn.Module):
         self.head = nn.Linear(32, 10)
 
     def forward(self, rows, hidden):
-        """Return logits, and what they are made of."""
+        """Return logits, and the pooled states that they are computed from."""
         states = self.encoder(self.embed(rows) + self.place, src_key_padding_mask=hidden)
         pooled = states.masked_fill(hidden[..., None], 0).sum(1) / (~hidden).sum(1, keepdim=True)
         return {"logits": self.head(pooled), "pooled": pooled}
@@ -58,15 +58,15 @@ train, test = slice(0, 1000), slice(1000, 1200)
 
 
 def part(index):
-    """Some examples of the inputs."""
+    """Return some examples of the inputs."""
     return {name: tensor[index] for name, tensor in x.items()}
 
 
 # %%
-# Tell it what f is
-# -----------------
-# The tangent features are those of outputs ``(n, c)``. Where the model returns something else, ``forward_fn`` picks
-# them. ``params`` picks whose gradients count: glob patterns of parameter names.
+# Choose the outputs
+# ------------------
+# Tangent features belong to outputs of shape ``(n, c)``. If the model returns something else, ``forward_fn`` selects
+# the outputs. ``params`` selects the parameters, with glob patterns of their names.
 
 model = Reader()
 
@@ -84,10 +84,10 @@ for params in (None, "encoder.*", ("encoder.layers.1.*", "head.*")):
 # %%
 # A collection with keywords
 # --------------------------
-# Our metrics take *inputs*, others predictions. In one ``MetricCollection`` all are updated by keywords, and each
-# takes what it knows: ``inputs`` and ``group`` ours, ``preds`` accuracy, ``target`` both. With ``groups`` the
-# alignment is given for each group of examples too, from the same pass; the two groups are equally large, as they
-# must be to be compared.
+# alignreg's metrics take *inputs*, others take predictions. A ``MetricCollection`` of both is updated by keywords,
+# and each metric uses those that it knows: alignreg's use ``inputs``, ``group`` and ``target``, accuracy uses
+# ``preds`` and ``target``. With ``groups``, the same pass also gives a value for each group of examples. The two
+# groups are equally large, which is necessary to compare their alignments.
 
 options = {"forward_fn": logits, "params": "encoder.*", "groups": ("whole", "hidden"), "sketch_dim": 32}
 metrics = MetricCollection(
@@ -100,7 +100,7 @@ metrics = MetricCollection(
 
 
 def evaluate():
-    """Look at the test examples."""
+    """Measure on the test examples."""
     metrics.reset()
     model.eval()
     for index in torch.arange(test.start, test.stop).split(100):
@@ -115,7 +115,7 @@ def evaluate():
 # Train it
 # --------
 # The loss takes the same ``forward_fn`` and ``params``. The metrics and the loss leave the model as it was: dropout
-# is off inside them and on again after.
+# is off inside them and on again afterwards.
 
 reg = ComplexityPenalty(model, weight=0.001, forward_fn=logits, params="encoder.*")
 optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -129,7 +129,7 @@ for step in range(401):
     loss.backward()
     optimizer.step()
 
-print("names of what came back:", ", ".join(history[0]))
+print("names of the values:", ", ".join(history[0]))
 print("step   accuracy   alignment ± s.e.: whole, hidden       trace: whole, hidden")
 for step, found in history.items():
     alignments = ", ".join("{:.3f} ± {:.3f}".format(*found[f"alignment_{group}"]) for group in options["groups"])
@@ -139,8 +139,8 @@ for step, found in history.items():
 # %%
 # Layer by layer
 # --------------
-# Which part of the model carries the task? The exact kernel splits into those of the layers, whose parameters belong
-# to the module that owns them. This one keeps the first 60 examples that it is shown.
+# Which part of the model is most aligned with the task? The exact kernel is the sum of one kernel per layer; a
+# parameter belongs to the module that owns it. This metric keeps the first 60 examples.
 
 layers = LayerwiseAlignment(model, num_outputs=10, forward_fn=logits, max_examples=60)
 layers.update(part(test), y[test])

@@ -2,9 +2,10 @@
 Regularize under label noise
 ============================
 
-A network that can memorize wrong labels will, if it is trained for long. :class:`~alignreg.losses.ComplexityPenalty`
-penalizes the size of the tangent features, tr K_c/(n·c), and takes one line of the training loop. Here it trains beside
-the same network without it, on the same data from the same initial weights.
+A network that can memorize wrong labels will do so if it is trained for long.
+:class:`~alignreg.losses.ComplexityPenalty` penalizes the size of the tangent features, tr K_c/(n·c), and needs one line
+in the training loop. This page compares training with and without it, on the same data and from the same initial
+weights.
 """
 
 import matplotlib.pyplot as plt
@@ -21,8 +22,8 @@ torch.set_num_threads(1)
 # %%
 # The problem
 # -----------
-# 700 digits, 40 % of whose labels are redrawn uniformly, and 797 clean ones to test on. The seed decides on
-# everything: which examples, which labels, the initial weights, the batches.
+# The training set has 700 digits, 40 % of whose labels are redrawn uniformly; the test set has 797 clean ones. The
+# seed determines everything: examples, labels, initial weights and batches.
 
 pixels, labels = load_digits(return_X_y=True)
 pixels, labels = torch.tensor(pixels / 16, dtype=torch.float32), torch.tensor(labels)
@@ -30,7 +31,7 @@ MOMENTS = [0, *(2**k for k in range(10)), 1000]
 
 
 def problem(seed):
-    """Training inputs and noisy labels, test inputs and labels."""
+    """Return training inputs and noisy labels, and test inputs and labels."""
     torch.manual_seed(seed)
     order = torch.randperm(len(labels))
     x, y = pixels[order], labels[order]
@@ -41,8 +42,8 @@ def problem(seed):
 # %%
 # One run
 # -------
-# The penalty is made once. It draws random probes of its own, by default on 32 examples of every third batch with
-# three times the weight, and never touches torch's random state: with weight zero the run would be the one without
+# The penalty is created once. By default it applies to 32 examples of every third batch, with its weight tripled. It
+# draws its own random probes and never changes torch's random state, so a run with weight zero equals a run without
 # it.
 
 
@@ -69,8 +70,8 @@ def train(seed, weight):
 # %%
 # Three seeds of both
 # -------------------
-# The weight is the one that the project's comparison chose for this network and amount of noise, on held-out examples
-# with labels as noisy as those trained on. Nothing is chosen here.
+# The project's comparison chose this weight for this network and amount of noise, on held-out examples whose labels
+# are as noisy as those for training. No weight is chosen here.
 
 SEEDS, WEIGHT = range(3), 0.032
 runs = {name: torch.stack([train(seed, w) for seed in SEEDS]) for name, w in (("none", 0.0), ("penalty", WEIGHT))}
@@ -91,10 +92,11 @@ plt.show()
 # %%
 # In numbers
 # ----------
-# Both runs of a seed share everything but the penalty, so their difference is the quantity to look at. At the end,
-# and where each run was best on the way, which early stopping with clean held-out examples would give at most:
+# Both runs of a seed share everything except the penalty, so the quantity of interest is their difference. It is
+# shown at the end and at the best moment of each run, which is the most that early stopping with clean held-out
+# examples could give:
 
-for name, pick in (("at the end", lambda run: run[:, -1, 0]), ("best on the way", lambda run: run[..., 0].amax(1))):
+for name, pick in (("at the end", lambda run: run[:, -1, 0]), ("best along the way", lambda run: run[..., 0].amax(1))):
     none, penalty = pick(runs["none"]), pick(runs["penalty"])
     gain = penalty - none
     error = gain.std() / len(gain) ** 0.5
@@ -107,8 +109,8 @@ for name, run in runs.items():
 # %%
 # How much to believe
 # -------------------
-# Three seeds of one network on one small data set can show whether the penalty works as meant *here*. They cannot say
-# whether it beats what is cheaper. The first row has two effects in one: a network that memorizes less, and a network
-# stopped at a bad moment; the second row takes the latter away. Weight decay and strong label smoothing also keep
+# Three seeds of one network on one small data set can show that the penalty works as intended *here*, but not that it
+# beats cheaper methods. The first row mixes two effects: the penalty reduces memorizing, and the network without it
+# is stopped at a bad moment. The second row removes the latter. Weight decay and strong label smoothing also keep
 # networks from memorizing. :doc:`/comparison` compares all of them, each tuned, over ten seeds, eight settings and
-# two networks; :doc:`plot_compare` shows in small how.
+# two networks; :doc:`plot_compare` shows the method on a small scale.

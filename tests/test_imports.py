@@ -21,7 +21,7 @@ OPTIONAL = {
     "plotting": {"matplotlib"},
     "callbacks": {"lightning", "pytorch_lightning", "transformers", "accelerate"},
 }
-ALLOWED = {"torch", "torchmetrics", "einops", "alignreg"} | set(sys.stdlib_module_names)
+ALLOWED = {"torch", "typing_extensions", "torchmetrics", "einops", "alignreg"} | set(sys.stdlib_module_names)
 
 
 def imported(path):

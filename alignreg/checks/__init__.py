@@ -1,9 +1,10 @@
 """Checks of arguments: each kind of mistake has one message, raised before anything has changed.
 
-A wrong option (a number, a flag, a name) is a ``ValueError``, what is no object of the kind (a tensor, a function) a
-``TypeError``. A check returns what it was given as the rest of the package wants it: numbers of numpy become those of
-Python, half precision becomes float32. Checks of values leave gradients alone, and pass over values that cannot be
-read: those of ``torch.compile``, ``vmap``, the meta device or a CUDA graph that is being captured.
+A check returns its value in the form that the rest of the package needs: numbers of numpy become Python numbers, and
+half precision becomes float32. It raises a ``ValueError`` for a wrong option (a number, flag or name) or wrong numbers
+in a tensor, and a ``TypeError`` for an object of a wrong kind (no tensor, no function). Checks of tensor values do not
+affect gradients, and they pass if values cannot be read: under ``torch.compile`` or ``vmap``, on the meta device, or
+while a CUDA graph is being captured.
 """
 
 from __future__ import annotations
@@ -25,31 +26,23 @@ _LONGEST = 80
 
 
 def shown(value: Any) -> str:
-    """Return what a message says of a value: on one line, and not all of a long one."""
+    """Return the text of a value for a message: one line, shortened if it is long."""
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # noqa: BLE001 - of an integer of 5,000 digits, or of a class of somebody's
+    except Exception:  # noqa: BLE001 - an integer of 5,000 digits, or a faulty repr of a user's class
         return f"a {type(value).__name__}"
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def flag(name: str, value: Any) -> bool:
-    """Return a switch, True or False.
-
-    Raises:
-        ValueError: if it is neither.
-    """
+    """Return a flag, True or False."""
     if not isinstance(value, bool):
-        raise ValueError(f"{name}: expected True or False, got {shown(value)}.")  # noqa: TRY004 - an option like others
+        raise ValueError(f"{name}: expected True or False, got {shown(value)}.")  # noqa: TRY004 - all options raise it
     return value
 
 
 def integer(name: str, value: Any, expected: str = "an integer") -> int:
-    """Return a whole number of any kind, those of numpy among them, as one of Python.
-
-    Raises:
-        ValueError: for anything else, flags and tensors among it.
-    """
+    """Return an integer of any type, including numpy's, as a Python ``int``; flags and tensors are refused."""
     if not isinstance(value, (bool, Tensor)):
         try:
             return operator.index(value)
@@ -59,24 +52,16 @@ def integer(name: str, value: Any, expected: str = "an integer") -> int:
 
 
 def count(name: str, value: Any, least: int = 1, why: str = "") -> int:
-    """Return a whole number that is not below ``least``.
-
-    Raises:
-        ValueError: if it is not, or too large for the size of a tensor.
-    """
+    """Return an integer that is at least ``least``, and small enough to be the size of a tensor."""
     expected = ("a positive integer" if least == 1 else f"an integer of at least {least}") + why
-    found = integer(name, value, expected)
-    if not least <= found < 2**63:
+    checked = integer(name, value, expected)
+    if not least <= checked < 2**63:
         raise ValueError(f"{name}: expected {expected}, got {shown(value)}.")
-    return found
+    return checked
 
 
 def seed(value: Any) -> int:
-    """Return a seed: any integer.
-
-    Raises:
-        ValueError: if it is none.
-    """
+    """Return a seed, which may be any integer."""
     return integer("seed", value)
 
 
@@ -87,36 +72,24 @@ def number(
     holds: Callable[[float], bool] = math.isfinite,
     hint: str = "",
 ) -> float:
-    """Return a finite real number for which ``holds`` holds, as a float.
-
-    Raises:
-        ValueError: for anything else, flags and tensors among it.
-    """
+    """Return a finite real number that satisfies ``holds``, as a float; flags and tensors are refused."""
     if not isinstance(value, bool) and isinstance(value, Real):
         try:
-            found = float(value)
-        except OverflowError:  # an integer beyond all floats
-            found = math.inf
-        if math.isfinite(found) and holds(found):
-            return found
+            converted = float(value)
+        except OverflowError:  # an integer beyond the range of floats
+            converted = math.inf
+        if math.isfinite(converted) and holds(converted):
+            return converted
     raise ValueError(f"{name}: expected {expected}, got {shown(value)}.{_convert(value, 'float')}{hint}")
 
 
 def positive(name: str, value: Any, hint: str = "") -> float:
-    """Return a finite number above zero.
-
-    Raises:
-        ValueError: if it is none.
-    """
-    return number(name, value, "a positive number", lambda found: found > 0, hint)
+    """Return a finite number above zero."""
+    return number(name, value, "a positive number", lambda converted: converted > 0, hint)
 
 
 def choice(name: str, value: Any, options: Sequence[str]) -> str:
-    """Return one of some names.
-
-    Raises:
-        ValueError: if it is none of them.
-    """
+    """Return a name, which must be one of the options."""
     if not isinstance(value, str) or value not in options:
         *others, last = map(repr, options)
         raise ValueError(f"{name}: expected {', '.join(others)} or {last}, got {shown(value)}.")
@@ -124,7 +97,7 @@ def choice(name: str, value: Any, options: Sequence[str]) -> str:
 
 
 def each(value: Any) -> tuple[Any, ...]:
-    """Return what a collection holds, or the value alone where it is none; a text is one."""
+    """Return the elements of a collection, or the value itself as the only element; a string is one element."""
     try:
         return (value,) if isinstance(value, str) else tuple(value)
     except TypeError:
@@ -132,21 +105,13 @@ def each(value: Any) -> tuple[Any, ...]:
 
 
 def function(name: str, value: Any, signature: str) -> None:
-    """Refuse what cannot be called.
-
-    Raises:
-        TypeError: if it cannot.
-    """
+    """Check that a value can be called."""
     if not callable(value):
         raise TypeError(f"{name}: expected a function {signature}, got {shown(value)}.")
 
 
 def dense(name: str, value: Any) -> Tensor:
-    """Return a plain tensor of any dtype.
-
-    Raises:
-        TypeError: if it is no tensor, or sparse, nested or quantized.
-    """
+    """Return a plain tensor of any dtype: not sparse, nested or quantized."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}. Convert it with torch.as_tensor.")
     if value.is_quantized:
@@ -159,16 +124,13 @@ def dense(name: str, value: Any) -> Tensor:
 
 
 def real(name: str, value: Any, *, integers: bool = False) -> Tensor:
-    """Return a tensor of real numbers, in float32 at least; integers, where they are welcome, in float64.
+    """Return a tensor of real numbers, in float32 at least; ``integers``, if allowed, become float64.
 
-    Whether its numbers are finite, :func:`finite` says.
-
-    Raises:
-        TypeError: as :func:`dense`, or if the tensor is complex, or of integers that are not welcome.
+    The numbers may be NaN or infinite; see :func:`finite`.
     """
     tensor = dense(name, value)
     if tensor.is_complex():
-        raise TypeError(f"{name}: expected a real tensor, got {tensor.dtype}. Take the real part, if that is meant.")
+        raise TypeError(f"{name}: expected a real tensor, got {tensor.dtype}. Pass the real part if you mean that.")
     if integers and tensor.dtype in _INTEGERS:
         return tensor.to(torch.float64)
     if tensor.dtype not in _FLOATING:
@@ -177,14 +139,10 @@ def real(name: str, value: Any, *, integers: bool = False) -> Tensor:
 
 
 def finite(name: str, value: Tensor) -> Tensor:
-    """Return a tensor none of whose numbers is NaN or infinite.
-
-    Raises:
-        ValueError: if one is.
-    """
+    """Return a tensor, whose values must be finite."""
 
     def error() -> ValueError | None:
-        # A sum is cheap, and not finite if one of its terms is not; after an overflow the terms are looked at.
+        # The cheap sum is not finite if a term is not, but it may also overflow; only then, look at the terms.
         overflow = bool(torch.isfinite(value.detach()).all())
         return None if overflow else ValueError(f"{name}: expected finite values, got NaN or inf.")
 
@@ -193,51 +151,34 @@ def finite(name: str, value: Tensor) -> Tensor:
 
 
 def values(name: str, value: Any, *, integers: bool = True) -> Tensor:
-    """Return a tensor of finite real numbers, as :func:`real` and :func:`finite` do.
-
-    Raises:
-        TypeError: as :func:`real`.
-        ValueError: as :func:`finite`.
-    """
+    """Return a tensor of finite real numbers, checked by :func:`real` and :func:`finite`."""
     return finite(name, real(name, value, integers=integers))
 
 
 def text(name: str, value: Any) -> str:
-    """Return a text.
-
-    Raises:
-        TypeError: if it is none.
-    """
+    """Return a string."""
     if not isinstance(value, str):
         raise TypeError(f"{name}: expected a text, got {shown(value)}.")
     return value
 
 
 def by_name(name: str, value: Any) -> dict[str, Tensor]:
-    """Return vectors of parameter space, ``(m, *shape)`` by parameter name, as real tensors.
-
-    Raises:
-        TypeError: if they are no mapping of real tensors.
-        ValueError: if there are none, or not as many of each parameter.
-    """
+    """Return m vectors in parameter space, ``(m, *shape)`` by parameter name, as real tensors."""
     if not isinstance(value, Mapping):
         raise TypeError(f"{name}: expected vectors by parameter name, got {type(value).__name__}.")
     if not value:
         raise ValueError(f"{name}: expected vectors by parameter name, got none.")
-    found = {key: real(f"{name}[{key!r}]", part) for key, part in value.items()}
-    sizes = {len(part) if part.ndim else 0 for part in found.values()}
+    vectors = {key: real(f"{name}[{key!r}]", part) for key, part in value.items()}
+    sizes = {len(part) if part.ndim else 0 for part in vectors.values()}
     if len(sizes) > 1 or 0 in sizes:
         raise ValueError(f"{name}: expected (m, *shape) of every parameter, got m = {sorted(sizes)}.")
-    return found
+    return vectors
 
 
 def require(value: Tensor, condition: Callable[[Tensor], Tensor], error: Callable[[], Exception | None]) -> None:
-    """Raise an error unless a condition on the numbers of a tensor holds, which it does where they cannot be read.
+    """Raise ``error()`` unless ``condition(value)``, a scalar, holds; pass if the values cannot be read.
 
-    Args:
-        value: the tensor.
-        condition: of it, a scalar.
-        error: makes the error; returns ``None`` if the condition was too strict.
+    ``error`` returns ``None`` if the condition was too strict.
     """
     if torch.compiler.is_compiling() or (value.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
@@ -245,7 +186,7 @@ def require(value: Tensor, condition: Callable[[Tensor], Tensor], error: Callabl
         deferred.require(condition(value.detach()), error)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError:  # of vmap, and of tensors without numbers; `error` makes none
+    except RuntimeError:  # under vmap, or for tensors without values; `error` never returns one
         return
 
 

@@ -1,7 +1,7 @@
-"""Read the numbers that decide something from the device together, so that the program waits for it once.
+"""Checks whose outcomes are read from the device together, so that the program waits for the device once.
 
-A GPU queues operations, and reading a number waits for all of them. Inside :func:`deferred`, checks on such a device
-are recorded, and read when the owner of the block asks. Elsewhere, and on the CPU, they are read at once.
+A GPU queues operations, and reading a number waits for all of them. Inside :func:`deferred`, checks on a GPU are
+recorded and read when the owner of the block asks for them. Elsewhere, and on the CPU, they are read immediately.
 """
 
 from __future__ import annotations
@@ -18,19 +18,18 @@ from torch import Tensor
 
 @final
 class SelfCheckError(RuntimeError):
-    """A self-check of a derivative failed after its result was used, because checks of this kind had passed before."""
+    """A self-check failed after its result was used, since checks of this kind had passed before."""
 
     def __init__(self) -> None:
         super().__init__(
-            "the derivative of this batch failed its self-check, which held for batches of this kind before. Call "
-            "again: other ways to it are tried then. Is the model a deterministic function of its parameters and "
-            "inputs?"
+            "the derivative of this batch failed its self-check, which passed for batches of this kind before. Call "
+            "again to try another route. Is the model a deterministic function of its parameters and inputs?"
         )
 
 
 @final
 class Deferred:
-    """A list of checks to be read later."""
+    """A list of checks to be read later, in order."""
 
     def __init__(self) -> None:
         self._values: list[Tensor] = []
@@ -38,16 +37,15 @@ class Deferred:
         self._then: list[Callable[[list[float]], None]] = []
 
     def __bool__(self) -> bool:
-        """Whether there is something."""
         return bool(self._then)
 
     def add(self, values: Tensor, then: Callable[[list[float]], None]) -> None:
-        """Record numbers, and the function that gets them."""
+        """Record numbers and the function to call with them."""
         self._values.append(values.detach())
         self._then.append(then)
 
     def require(self, holds: Tensor, error: Callable[[], Exception | None]) -> None:
-        """Record a condition, and the function that makes the error (``None`` if it holds after all)."""
+        """Record a condition and the function that makes its error (``None`` if it holds after all)."""
 
         def then(numbers: list[float]) -> None:
             if not numbers[0] and (found := error()) is not None:
@@ -78,7 +76,7 @@ _SCOPE: ContextVar[Deferred | None] = ContextVar("alignreg_deferred", default=No
 
 @contextmanager
 def deferred(scope: Deferred | None = None) -> Iterator[Deferred]:
-    """Record the checks inside the block, and read them when ``settle()`` is called."""
+    """Record the checks inside the block, to be read when ``settle()`` is called."""
     scope = Deferred() if scope is None else scope
     token = _SCOPE.set(scope)
     try:
@@ -88,16 +86,14 @@ def deferred(scope: Deferred | None = None) -> Iterator[Deferred]:
 
 
 def waits(device: torch.device) -> bool:
-    """Say whether reading a number from the device waits for the operations queued on it."""
+    """Return whether reading a number from the device waits for the operations queued on it."""
     return device.type not in ("cpu", "meta")
 
 
 def require(holds: Tensor, error: Callable[[], Exception | None]) -> None:
-    """Raise an error unless a condition holds, now or later.
+    """Raise ``error()``, now or later, unless a scalar condition holds.
 
-    Args:
-        holds: the condition, a scalar.
-        error: makes it; returns ``None`` if the condition was too strict.
+    ``error`` returns ``None`` if the condition was too strict.
     """
     scope = _SCOPE.get()
     if scope is not None and waits(holds.device):
@@ -116,15 +112,15 @@ def look(values: Tensor, then: Callable[[list[float]], None]) -> None:
 
 
 def passes(holds: Tensor, key: Any, proven: set[Any]) -> bool:
-    """Say whether a self-check passes. A check of a kind that passed before is assumed to pass, and is read later.
+    """Return whether a self-check passes; assume so, and read it later, if a check of its kind passed before.
 
     Args:
         holds: the outcome, a scalar.
         key: the kind of the check.
-        proven: the kinds that held; this one is added or taken away.
+        proven: the kinds that have passed; this one is added or removed.
 
     Raises:
-        SelfCheckError: later, if it does not hold.
+        SelfCheckError: later, if an assumption was wrong.
     """
     scope = _SCOPE.get()
     if scope is not None and key in proven and waits(holds.device):
@@ -135,7 +131,7 @@ def passes(holds: Tensor, key: Any, proven: set[Any]) -> bool:
 
         scope.require(holds, error)
         return True
-    settle()  # what came before may explain a failure
+    settle()  # an earlier check may explain a failure
     if bool(holds):
         proven.add(key)
         return True
@@ -144,6 +140,6 @@ def passes(holds: Tensor, key: Any, proven: set[Any]) -> bool:
 
 
 def settle() -> None:
-    """Read everything that was put off so far."""
+    """Read all checks that have been deferred so far."""
     if (scope := _SCOPE.get()) is not None:
         scope.settle()

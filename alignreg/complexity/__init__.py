@@ -1,14 +1,21 @@
-r"""Measures of complexity to set beside the path's: a Rademacher bound, the margin, and norms of the weights.
+r"""Complexity measures to compare with that of the path: a Rademacher bound, the margin, and norms of the weights.
 
-The norms are of a network of ``nn.Linear`` and ``nn.Conv2d`` layers W_1, ..., W_L, in the order in which its modules
-are registered, each counted once. Modules without parameters pass; a normalization, or any other module with
-parameters, is an error, since the norms would leave it out. The kernel of a convolution counts as the matrix
-(out, in/groups·kh·kw) (as in Yoshida & Miyato 2017), whose norm is not that of the map of whole images; with groups
-as the block matrix with those rows, whose spectral norm is the largest of its blocks'. Biases count where it is said.
+The norms are those of a network of ``nn.Linear`` and ``nn.Conv2d`` layers W_1, ..., W_L, in the order in which its
+modules are registered, each counted once. Modules without parameters are ignored. The kernel of a convolution counts
+as the matrix (out, in/groups·kh·kw), as in Yoshida & Miyato 2017; its norm is not that of the map between whole images.
+With groups, it counts as a block matrix, whose spectral norm is the largest one of its blocks. Biases count only where
+a measure says so.
 
-All are computed in float64, on the model's device, and carry no gradient; the model stays as it is. None has the
-constants, logarithms, norms of the data or roots of n of the bound that it comes from: they compare networks trained on
-the same data. Products of many layers may exceed float64, and are then inf.
+All measures are computed in float64 on the model's device, without a gradient, and leave the model unchanged. They omit
+the constants, logarithms, data norms and roots of n of the bounds that they come from, so they compare networks trained
+on the same data. Products over many layers may overflow to inf.
+
+Common arguments of the norms are the network ``model``; ``initial``, the network before training or its state dict,
+which must be a copy (``copy.deepcopy``), since the result of ``state_dict()`` changes with the model; and ``margin``,
+γ > 0. A measure raises a ``TypeError`` if ``model`` is no module, or is sharded, and if ``initial`` is neither a model
+nor a state dict. It raises a ``ValueError`` if the model has a normalization or another module with parameters, which
+the norm would leave out, no layers, or weights that are not finite; if ``initial`` does not fit the model or is not
+finite; or if γ is not positive.
 """
 
 from alignreg.complexity.measures import bartlett2017 as bartlett2017

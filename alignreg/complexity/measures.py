@@ -1,4 +1,4 @@
-"""The measures of :mod:`alignreg.complexity`, which says what they have in common."""
+"""The measures of :mod:`alignreg.complexity`, which describes their common arguments and errors."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from alignreg.targets import encode
 def rademacher_bound(lengths: Tensor, traces: Tensor, num_examples: int) -> Tensor:
     r"""Bound Σ_t (m_t/n) √(tr K_t) = Σ_t (m_t/n) ‖Φ_t‖_F on the Rademacher complexity of a learning flow.
 
-    It bounds the empirical Rademacher complexity, on n examples, of the functions Σ_t ⟨δw_t, Φ_t⟩ with ‖δw_t‖₂ ≤ m_t,
-    of one output, for a sequence of feature maps Φ_t *fixed in advance*, whatever the data (Baratin et al. 2021,
-    section 4, on the complexity of learning flows). The tangent features of a trained network depend on its data: for
-    them it is a heuristic, no bound.
+    The sum bounds the empirical Rademacher complexity, on n examples, of the functions Σ_t ⟨δw_t, Φ_t⟩ of one output
+    with ‖δw_t‖₂ ≤ m_t, for a sequence of feature maps Φ_t that are *fixed in advance*, independently of the data
+    (Baratin et al. 2021, section 4, on the complexity of learning flows). The tangent features of a trained network
+    depend on its data; for them the sum is a heuristic, not a bound.
 
     Args:
-        lengths: m_t ≥ 0, lengths of the steps in parameter space, ``(T,)``.
-        traces: tr K_t ≥ 0 at the start of each step, of the n examples, uncentered, ``(T,)``.
-        num_examples: their number n.
+        lengths: m_t ≥ 0, the lengths of the steps in parameter space, ``(T,)``.
+        traces: tr K_t ≥ 0 of the n examples at the start of each step, uncentered, ``(T,)``.
+        num_examples: the number n.
 
     Raises:
         TypeError: if lengths or traces are no real tensor.
@@ -66,22 +66,22 @@ def rademacher_bound(lengths: Tensor, traces: Tensor, num_examples: int) -> Tens
 
 
 def margin(outputs: Tensor, y: Tensor, quantile: float = 0.0) -> Tensor:
-    r"""Margin γ: the quantile over the examples of f_y(x) − max_{k≠y} f_k(x).
+    r"""Return the margin γ, the quantile over the examples of f_y(x) − max_{k≠y} f_k(x).
 
-    0.0 is the smallest margin of an example, negative if one is classified wrongly; Jiang et al. 2020 take the quantile
-    0.1. Between two examples the quantile is interpolated linearly.
+    The quantile 0.0 is the smallest margin of an example, which is negative if an example is misclassified; Jiang et
+    al. 2020 use the quantile 0.1. Between two examples the quantile is interpolated linearly.
 
     Args:
-        outputs: the network's outputs, before a softmax, ``(n, c)`` with c ≥ 2.
+        outputs: outputs of the network before the softmax, ``(n, c)`` with c ≥ 2.
         y: class indices ``(n,)``.
-        quantile: between 0 and 1.
+        quantile: a number in [0, 1].
 
     Returns:
-        A float64 scalar, for the measures' ``margin`` if it is positive.
+        A float64 scalar, which can be the ``margin`` of the measures if it is positive.
 
     Raises:
         TypeError: if the outputs or y are no real tensor.
-        ValueError: if the shapes do not fit, an output is not finite, a class is outside [0, c), or ``quantile``
+        ValueError: if the shapes do not fit, an output is not finite, a class is outside [0, c), or ``quantile`` is
             outside [0, 1].
 
     Example:
@@ -96,24 +96,16 @@ def margin(outputs: Tensor, y: Tensor, quantile: float = 0.0) -> Tensor:
     checks.finite("outputs", f)
     quantile = checks.number("quantile", quantile, "a number in [0, 1]", lambda q: 0 <= q <= 1)
     if checks.dense("y", y).ndim != 1:
-        raise ValueError(f"y: expected class indices (n,), got shape {tuple(y.shape)}. Take argmax(1) of one-hot rows.")
+        raise ValueError(f"y: expected class indices (n,), got shape {tuple(y.shape)}. Use argmax(1) of one-hot rows.")
     own = encode(y, f.shape[1], len(f), name="y").to(f.device) > 0
     return torch.quantile(f[own] - f.masked_fill(own, -torch.inf).amax(1), quantile)
 
 
 def frobenius_product(model: nn.Module, *, margin: float | None = None) -> Tensor:
-    r"""Product of squared Frobenius norms, Π_l ‖W_l‖_F², or that over γ².
+    r"""Return the product of squared Frobenius norms Π_l ‖W_l‖_F², divided by γ² if a margin is given.
 
-    One of the measures of Jiang et al. 2020 ("Fantastic generalization measures and where to find them"), from the
-    bounds of Neyshabur, Tomioka & Srebro 2015 ("Norm-based capacity control in neural networks").
-
-    Args:
-        model: a network of linear and convolutional layers; see :mod:`alignreg.complexity`.
-        margin: γ > 0.
-
-    Raises:
-        TypeError: if the model is no module, or sharded.
-        ValueError: if it has another module with parameters, no layers or non-finite weights, or γ is not positive.
+    This is one of the measures of Jiang et al. 2020 ("Fantastic generalization measures and where to find them"), based
+    on the bounds of Neyshabur, Tomioka & Srebro 2015 ("Norm-based capacity control in neural networks").
 
     Example:
         >>> import torch
@@ -128,19 +120,11 @@ def frobenius_product(model: nn.Module, *, margin: float | None = None) -> Tenso
 
 
 def spectral_product(model: nn.Module, *, margin: float | None = None) -> Tensor:
-    r"""Product of squared spectral norms, Π_l ‖W_l‖₂², or that over γ².
+    r"""Return the product of squared spectral norms Π_l ‖W_l‖₂², divided by γ² if a margin is given.
 
-    One of the measures of Jiang et al. 2020 ("Fantastic generalization measures and where to find them"), the factor
-    common to the bounds of Bartlett, Foster & Telgarsky 2017 and Neyshabur, Bhojanapalli & Srebro 2018. Without
-    convolutions its root bounds the Lipschitz constant of a network of 1-Lipschitz activations.
-
-    Args:
-        model: a network of linear and convolutional layers; see :mod:`alignreg.complexity`.
-        margin: γ > 0.
-
-    Raises:
-        TypeError: if the model is no module, or sharded.
-        ValueError: if it has another module with parameters, no layers or non-finite weights, or γ is not positive.
+    This is one of the measures of Jiang et al. 2020 ("Fantastic generalization measures and where to find them"), and a
+    factor of the bounds of both Bartlett, Foster & Telgarsky 2017 and Neyshabur, Bhojanapalli & Srebro 2018. Without
+    convolutions, its square root bounds the Lipschitz constant of a network with 1-Lipschitz activations.
 
     Example:
         >>> import torch
@@ -155,23 +139,22 @@ def spectral_product(model: nn.Module, *, margin: float | None = None) -> Tensor
 
 
 def path_norm(model: nn.Module, shape: Sequence[int], *, margin: float | None = None) -> Tensor:
-    r"""Squared ℓ2 path norm Σ_k f_{w²}(1)_k, or that over γ²: squared weights and biases, at an input of ones.
+    r"""Return the squared ℓ2 path norm Σ_k f_{w²}(1)_k, divided by γ² if a margin is given.
 
-    For ReLU (any activation that is the identity on numbers ≥ 0) it is the sum over all paths, from an input or a bias
-    to an output, of the squared product of the weights on the path (Neyshabur, Salakhutdinov & Srebro 2015, "Path-SGD";
-    computed so by Jiang et al. 2020). Other modules are applied as they are: max-pooling keeps the largest sum, average
-    pooling takes plain means, and a tanh squashes, which has no meaning as a sum of paths. The model runs once, in
-    evaluation mode.
+    The network f is evaluated once, in evaluation mode, with squared weights and biases at an input of ones. With ReLU
+    (or any activation that is the identity on numbers ≥ 0), the result is the sum over all paths, from an input or a
+    bias to an output, of the squared product of the weights on the path (Neyshabur, Salakhutdinov & Srebro 2015,
+    "Path-SGD"; computed in this way by Jiang et al. 2020). Other modules are applied unchanged: max-pooling keeps the
+    largest sum and average pooling computes plain means; a tanh destroys the meaning as a sum of paths.
 
     Args:
-        model: a network of linear and convolutional layers; see :mod:`alignreg.complexity`.
-        shape: of one example, without the axis of the batch.
-        margin: γ > 0.
+        model: the network; see :mod:`alignreg.complexity`.
+        shape: shape of one example, without the batch axis.
+        margin: γ.
 
     Raises:
-        TypeError: if the model is no module, or sharded.
-        ValueError: if it has another module with parameters, no layers or non-finite weights, its output is not
-            ``(1, c)``, or γ is not positive.
+        TypeError: see :mod:`alignreg.complexity`.
+        ValueError: see :mod:`alignreg.complexity`; also if the output is not ``(1, c)``.
 
     Example:
         >>> import torch
@@ -187,7 +170,7 @@ def path_norm(model: nn.Module, shape: Sequence[int], *, margin: float | None = 
     device = next(iter(layers.values())).weight.device
     with frozen(bare), torch.no_grad():
         squares = {name: p.detach().double().square() for name, p in bare.named_parameters()}
-        # Copies, since a forward pass may write to buffers.
+        # Copy the buffers, since a forward pass may write to them.
         buffers = {
             name: b.to(torch.float64 if b.is_floating_point() else b.dtype, copy=True)
             for name, b in bare.named_buffers()
@@ -198,28 +181,17 @@ def path_norm(model: nn.Module, shape: Sequence[int], *, margin: float | None = 
         got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
         raise ValueError(
             f"model: expected an output (1, c) for one example of shape {tuple(sizes)}, got {got}. "
-            "Give the shape of an example without the axis of the batch, and flatten the outputs."
+            "Pass the shape of an example without the batch axis, and flatten the outputs."
         )
     return _over(outputs.sum(), margin, 2)
 
 
 def distance(model: nn.Module, initial: nn.Module | Mapping[str, Tensor], *, margin: float | None = None) -> Tensor:
-    r"""Distance from the initial parameters, ‖w − w_0‖₂, or that over γ. w is all parameters, biases too.
+    r"""Return the distance ‖w − w_0‖₂ from the initial parameters, biases included, divided by γ if a margin is given.
 
-    Of weights alone it is one of the measures of Jiang et al. 2020 ("Fantastic generalization measures and where to
-    find them"); from Nagarajan & Kolter 2019 ("Generalization in deep networks: the role of distance from
-    initialization"). Tied parameters count once.
-
-    Args:
-        model: a network of linear and convolutional layers; see :mod:`alignreg.complexity`.
-        initial: the network before training, or its state dict: copies, as ``copy.deepcopy`` makes them, for what
-            ``state_dict()`` returns changes with the model.
-        margin: γ > 0.
-
-    Raises:
-        TypeError: if a model is no module, or sharded, or ``initial`` neither a model nor a state dict.
-        ValueError: if the model has another module with parameters, no layers or non-finite weights, ``initial`` does
-            not fit it or is not finite, or γ is not positive.
+    The distance of the weights without biases is one of the measures of Jiang et al. 2020 ("Fantastic generalization
+    measures and where to find them"), after Nagarajan & Kolter 2019 ("Generalization in deep networks: the role of
+    distance from initialization"). Tied parameters count once.
 
     Example:
         >>> import copy, torch
@@ -238,21 +210,13 @@ def distance(model: nn.Module, initial: nn.Module | Mapping[str, Tensor], *, mar
 
 
 def bartlett2017(model: nn.Module, initial: nn.Module | Mapping[str, Tensor], *, margin: float | None = None) -> Tensor:
-    r"""Spectral complexity (Π_l ‖W_l‖₂) (Σ_l (‖(W_l − W_l⁰)ᵀ‖_{2,1} / ‖W_l‖₂)^{2/3})^{3/2}, or that over γ.
+    r"""Return the spectral complexity (Π_l ‖W_l‖₂) (Σ_l (‖(W_l − W_l⁰)ᵀ‖_{2,1} / ‖W_l‖₂)^{2/3})^{3/2}.
 
-    ‖Aᵀ‖_{2,1} is the sum over the output units of the 2-norms of the rows of A. From Bartlett, Foster & Telgarsky 2017
-    ("Spectrally-normalized margin bounds for neural networks", Theorem 1.1), with 1-Lipschitz activations and the
-    initial weights as reference matrices; biases are left out. It is computed as
-    (Σ_l (‖(W_l − W_l⁰)ᵀ‖_{2,1} Π_{k≠l} ‖W_k‖₂)^{2/3})^{3/2}, which is the same, and its limit where a W_l is zero.
-
-    Args:
-        model: a network of linear and convolutional layers; see :mod:`alignreg.complexity`.
-        initial: the network before training, or its state dict, as :func:`distance` takes it.
-        margin: γ > 0.
-
-    Raises:
-        TypeError: as :func:`distance`.
-        ValueError: as :func:`distance`.
+    It is divided by γ if a margin is given. ‖Aᵀ‖_{2,1} is the sum over the output units of the 2-norms of the rows of
+    A. The measure is that of Bartlett, Foster & Telgarsky 2017 ("Spectrally-normalized margin bounds for neural
+    networks", Theorem 1.1), for 1-Lipschitz activations and the initial weights as reference matrices, without biases.
+    The code computes (Σ_l (‖(W_l − W_l⁰)ᵀ‖_{2,1} Π_{k≠l} ‖W_k‖₂)^{2/3})^{3/2}, which is equal, and is the limit
+    where a W_l is zero.
 
     Example:
         >>> import copy, torch
@@ -274,21 +238,21 @@ def bartlett2017(model: nn.Module, initial: nn.Module | Mapping[str, Tensor], *,
 def neyshabur2018(
     model: nn.Module, initial: nn.Module | Mapping[str, Tensor], *, margin: float | None = None
 ) -> Tensor:
-    r"""‖V‖_F (‖U − U⁰‖_F + ‖U⁰‖₂) + √h, of a network V φ(U x) with one hidden layer of h units.
+    r"""Return ‖V‖_F (‖U − U⁰‖_F + ‖U⁰‖₂) + √h for a network V φ(U x) with one hidden layer of h units.
 
-    The measure of Neyshabur, Li, Bhojanapalli, LeCun & Srebro ("Towards understanding the role of over-parametrization
-    in generalization of neural networks", ICLR 2019, arXiv 1805.12076). A margin γ divides the first term and not √h,
-    as in their bound. Biases are left out.
+    This is the measure of Neyshabur, Li, Bhojanapalli, LeCun & Srebro ("Towards understanding the role of
+    over-parametrization in generalization of neural networks", ICLR 2019, arXiv 1805.12076). As in their bound, a
+    margin γ divides the first term but not √h. Biases are left out.
 
     Args:
-        model: a network of two linear layers, U then V.
-        initial: the network before training, or its state dict, as :func:`distance` takes it.
-        margin: γ > 0.
+        model: a network of two linear layers, U then V; see :mod:`alignreg.complexity`.
+        initial: the network before training.
+        margin: γ.
 
     Raises:
-        TypeError: as :func:`distance`.
-        ValueError: as :func:`distance`, and if the layers are not two ``nn.Linear``, the second on the units of the
-            first.
+        TypeError: see :mod:`alignreg.complexity`.
+        ValueError: see :mod:`alignreg.complexity`; also if the layers are not two ``nn.Linear``, the second of which
+            acts on the units of the first.
 
     Example:
         >>> import copy, torch
@@ -301,7 +265,7 @@ def neyshabur2018(
     layers = weights.layers(model)
     others = [weights.named(path, layer) for path, layer in layers.items() if not isinstance(layer, nn.Linear)]
     if others:
-        raise ValueError(f"model: expected nn.Linear layers, whose hidden units count, got {others[0]}.")
+        raise ValueError(f"model: expected nn.Linear layers, with a number of hidden units, got {others[0]}.")
     if len(layers) != 2:
         raise ValueError(f"model: expected one hidden layer, so two layers, got {len(layers)}. Use bartlett2017.")
     start = weights.matrices(layers, weights.start(model, initial))
@@ -323,6 +287,6 @@ def _over(value: Tensor, margin: float | Tensor | None, power: int) -> Tensor:
     if margin is None:
         return value
     if isinstance(margin, Tensor) and margin.numel() == 1 and not margin.is_complex():
-        margin = margin.item()  # as the function of this name returns it
-    hint = " Take a larger quantile, or leave it out while examples are classified wrongly."
+        margin = margin.item()  # the result of the function `margin`
+    hint = " Use a larger quantile, or leave margin out while examples are misclassified."
     return value / checks.positive("margin", margin, hint) ** power

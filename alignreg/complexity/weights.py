@@ -13,7 +13,7 @@ from alignreg.distributed.wrappers import unwrap
 
 Layer = nn.Linear | nn.Conv2d
 
-# These rescale what the layers compute, without parameters too.
+# These rescale the outputs of layers, even without parameters.
 _NORMALIZATIONS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
@@ -26,18 +26,16 @@ def layers(model: nn.Module) -> dict[str, Layer]:
 
     Raises:
         TypeError: if the model is no module, or sharded.
-        ValueError: if it has another module with parameters or a normalization, a layer under two names, none at all,
-            or parameters that are empty, complex or not finite.
+        ValueError: if it has a normalization or another module with parameters, a layer under two names, no layer, or
+            parameters that are empty, complex or not finite.
 
     Example:
-        >>> import torch
-        >>> from alignreg.complexity import weights
-        >>> list(weights.layers(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))))
+        >>> list(layers(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))))
         ['0', '2']
     """
     bare = unwrap(model)
     if is_sharded(bare):
-        raise TypeError("model: expected whole parameters, got those that fully_shard spread. Pass a gathered copy.")
+        raise TypeError("model: expected whole parameters, got those of fully_shard. Pass a gathered copy.")
     found: dict[str, Layer] = {}
     paths: dict[int, str] = {}
     for path, module in bare.named_modules(remove_duplicate=False):
@@ -46,7 +44,7 @@ def layers(model: nn.Module) -> dict[str, Layer]:
         plain = isinstance(module, Layer) and "weight" in own and own <= {"weight", "bias"}
         if (own and not plain) or isinstance(module, _NORMALIZATIONS) or (isinstance(module, Layer) and not plain):
             raise ValueError(
-                f"model: expected nn.Linear and nn.Conv2d layers as the only modules with parameters and no "
+                "model: expected nn.Linear and nn.Conv2d layers as the only modules with parameters and no "
                 f"normalization, got {named(path, module)}, for which the measures are not defined. Fold a batch "
                 "normalization into the layer before it, remove a parametrization, or measure another part."
             )
@@ -54,8 +52,8 @@ def layers(model: nn.Module) -> dict[str, Layer]:
             continue
         if id(module) in paths:
             raise ValueError(
-                f"model: expected every layer under one name, got {paths[id(module)]!r} as {path!r} too, which leaves "
-                "open how often it counts. Register copies (copy.deepcopy), or the layer once."
+                f"model: expected every layer under one name, got {paths[id(module)]!r} as {path!r} too, so that it is "
+                "unclear how often it counts. Register copies (copy.deepcopy), or the layer once."
             )
         paths[id(module)] = path
         for name, parameter in module.named_parameters(recurse=False):
@@ -67,17 +65,14 @@ def layers(model: nn.Module) -> dict[str, Layer]:
 
 
 def start(model: nn.Module, initial: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the initial parameters by name, in float64, on the devices of the model's.
+    """Return the initial parameters by name, in float64, on the devices of the model's parameters.
 
     Raises:
-        TypeError: if ``initial`` is neither a model nor a state dict, or sharded.
-        ValueError: if names or shapes are not the model's, or a value is not finite.
+        TypeError: if ``initial`` is neither a model nor a state dict, or is sharded.
+        ValueError: if names or shapes differ from the model's, or a value is not finite.
 
     Example:
-        >>> import torch
-        >>> from alignreg.complexity import weights
-        >>> net = torch.nn.Linear(1, 1, bias=False)
-        >>> weights.start(net, {"weight": torch.ones(1, 1)})
+        >>> start(nn.Linear(1, 1, bias=False), {"weight": torch.ones(1, 1)})
         {'weight': tensor([[1.]], dtype=torch.float64)}
     """
     if isinstance(initial, nn.Module):
@@ -89,21 +84,21 @@ def start(model: nn.Module, initial: nn.Module | Mapping[str, Tensor]) -> dict[s
         raise TypeError(f"initial: expected a model or its state dict, got {type(initial).__name__}.")
     bare = unwrap(model)
     parameters = dict(bare.named_parameters(remove_duplicate=False))
-    # A state dict holds buffers too.
+    # A state dict also holds buffers.
     differing = (parameters.keys() - values.keys()) | (
         values.keys() - parameters.keys() - {k for k, _ in bare.named_buffers()}
     )
     if differing:
         raise ValueError(
             f"initial: expected the parameters of the model, got {min(differing)!r} in only one of the two. "
-            "Save it of the same network, not wrapped."
+            "Save those of the same network, not wrapped."
         )
     for name, parameter in parameters.items():
         value = checks.dense(f"initial: {name}", values[name])
         if value.shape != parameter.shape:
             raise ValueError(
                 f"initial: expected {name} of shape {tuple(parameter.shape)}, got {tuple(value.shape)}. "
-                "Save it of the same network."
+                "Save those of the same network."
             )
         _check(value, f"initial: {name}")
     return {name: values[name].detach().to(p.device, torch.float64) for name, p in parameters.items()}
@@ -112,14 +107,10 @@ def start(model: nn.Module, initial: nn.Module | Mapping[str, Tensor]) -> dict[s
 def matrices(of: Mapping[str, Layer], parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Return the weights ``(groups, out/groups, in/groups·kh·kw)`` by the path of the layer, in float64.
 
-    Args:
-        of: the layers.
-        parameters: other parameters by name, to take instead of the layers' own.
+    ``parameters``, by name, replace those of the layers themselves.
 
     Example:
-        >>> import torch
-        >>> from alignreg.complexity import weights
-        >>> weights.matrices({"": torch.nn.Conv2d(4, 6, (3, 2), groups=2)})[""].shape
+        >>> matrices({"": nn.Conv2d(4, 6, (3, 2), groups=2)})[""].shape
         torch.Size([2, 3, 12])
     """
     found = {}
@@ -134,9 +125,7 @@ def spectral_norm(blocks: Tensor) -> Tensor:
     """Return the spectral norm of the block-diagonal matrix with these blocks, ``(groups, rows, columns)``.
 
     Example:
-        >>> import torch
-        >>> from alignreg.complexity import weights
-        >>> weights.spectral_norm(torch.tensor([[[3.0]], [[-4.0]]]))
+        >>> spectral_norm(torch.tensor([[[3.0]], [[-4.0]]]))
         tensor(4.)
     """
     norms: Tensor = torch.linalg.matrix_norm(blocks, 2)
@@ -144,19 +133,17 @@ def spectral_norm(blocks: Tensor) -> Tensor:
 
 
 def stacked(scalars: Sequence[Tensor]) -> Tensor:
-    """Stack scalars on the device of the first: the layers of one model may lie on several.
+    """Stack scalars on the device of the first; the layers of a model may be on several devices.
 
     Example:
-        >>> import torch
-        >>> from alignreg.complexity import weights
-        >>> weights.stacked([torch.tensor(1.0), torch.tensor(2.0)])
+        >>> stacked([torch.tensor(1.0), torch.tensor(2.0)])
         tensor([1., 2.])
     """
     return torch.stack([scalar.to(scalars[0].device) for scalar in scalars])
 
 
 def named(path: str, module: nn.Module) -> str:
-    """Name a module in a message: ``'path' (Class)``."""
+    """Return the name of a module for a message: ``'path' (Class)``."""
     return f"{path or 'the model itself'!r} ({type(module).__name__})"
 
 

@@ -1,4 +1,4 @@
-r"""The metric of SuperNat, and the bound that it minimizes."""
+"""The metric of SuperNat, and the bound that it minimizes."""
 
 from __future__ import annotations
 
@@ -9,23 +9,21 @@ from alignreg import checks
 
 
 def optimal_metric(correlations: Tensor, kappa: float = 1.0, eps: float = 1e-12) -> Tensor:
-    r"""Metric that minimizes :func:`one_step_bound`: ν_j = κ/|a_j|, for any κ > 0.
+    r"""Return the metric ν_j = κ/|a_j| ``(r,)``, which minimizes :func:`one_step_bound` for any κ > 0.
 
-    By Cauchy-Schwarz √(Σ ν_jλ_ja_j²)·√(Σ λ_j/ν_j) ≥ Σ λ_j|a_j|, with equality if and only if ν_j ∝ 1/|a_j| wherever
-    λ_j a_j ≠ 0 (Baratin et al., "Implicit Regularization via Neural Feature Alignment", AISTATS 2021: the metric of
-    SuperNat). |a_j| below ``eps`` times the largest counts as that; if all vanish, ν = 1.
+    By the Cauchy–Schwarz inequality, √(Σ ν_jλ_ja_j²)·√(Σ λ_j/ν_j) ≥ Σ λ_j|a_j|, with equality if and only if
+    ν_j ∝ 1/|a_j| wherever λ_j a_j ≠ 0 (Baratin et al., "Implicit Regularization via Neural Feature Alignment",
+    AISTATS 2021: the metric of SuperNat). An |a_j| below ``eps`` times the largest is raised to that value. If all
+    a_j vanish, ν = 1.
 
     Args:
         correlations: a_j = u_jᵀ∇_f L, ``(r,)``.
         kappa: κ.
-        eps: in (0, 1].
-
-    Returns:
-        ν, ``(r,)``.
+        eps: a number in (0, 1].
 
     Raises:
-        TypeError: if a is no real tensor.
-        ValueError: if a is no vector of finite numbers, or ``kappa`` or ``eps`` is out of range.
+        TypeError: if ``correlations`` is no real tensor.
+        ValueError: if it is no vector of finite numbers, or ``kappa`` or ``eps`` is out of range.
 
     Example:
         >>> import torch
@@ -41,22 +39,20 @@ def optimal_metric(correlations: Tensor, kappa: float = 1.0, eps: float = 1e-12)
 
 
 def one_step_bound(eigenvalues: Tensor, correlations: Tensor, nu: Tensor) -> Tensor:
-    r"""Complexity of one gradient step in the metric A_ν, √(Σ_j ν_jλ_ja_j²) · √(Σ_j λ_j/ν_j).
+    r"""Return the complexity of one gradient step in the metric A_ν, √(Σ_j ν_jλ_ja_j²) · √(Σ_j λ_j/ν_j), a scalar.
 
-    It is ‖A_νᵀδw‖·‖A_ν⁻¹Φ‖_F for the step δw = −η∇_w L of the parametrization *before* A_ν, over η (Baratin et al.
-    2021: n times a term of the Rademacher bound of a learning flow). Multiplying ν by a constant leaves it as it is.
+    It is ‖A_νᵀδw‖·‖A_ν⁻¹Φ‖_F, over η, for the step δw = −η∇_w L of the parametrization *before* A_ν (Baratin et al.
+    2021: n times a term of the Rademacher bound of a learning flow). Scaling ν by a constant does not change it. The
+    minimum, at :func:`optimal_metric`, is Σ λ_j|a_j|.
 
     Args:
         eigenvalues: λ ≥ 0, ``(r,)``.
         correlations: a_j = u_jᵀ∇_f L, ``(r,)``.
         nu: ν > 0, ``(r,)``.
 
-    Returns:
-        A scalar; Σ λ_j|a_j| at the minimum, :func:`optimal_metric`.
-
     Raises:
-        TypeError: if they are no real tensors.
-        ValueError: if they are not vectors of one length and finite, or have a wrong sign.
+        TypeError: if an argument is no real tensor.
+        ValueError: if they are not finite vectors of the same length, or have a wrong sign.
 
     Example:
         >>> import torch
@@ -70,7 +66,7 @@ def one_step_bound(eigenvalues: Tensor, correlations: Tensor, nu: Tensor) -> Ten
     nu = vector("nu", nu)
     for name, value in (("correlations", correlations), ("nu", nu)):
         if value.shape != eigenvalues.shape:
-            raise ValueError(f"{name}: expected as many as eigenvalues, {len(eigenvalues)}, got {len(value)}.")
+            raise ValueError(f"{name}: expected one for each of {len(eigenvalues)} eigenvalues, got {len(value)}.")
     checks.require(
         eigenvalues,
         lambda v: (v >= 0).all(),
@@ -87,23 +83,14 @@ def one_step_bound(eigenvalues: Tensor, correlations: Tensor, nu: Tensor) -> Ten
 
 
 def vector(name: str, value: Tensor) -> Tensor:
-    """Return a vector of finite numbers.
-
-    Raises:
-        TypeError: if it is no real tensor.
-        ValueError: if it is no vector, or not finite.
-    """
-    found = checks.real(name, value, integers=True)
-    if found.ndim != 1 or found.numel() == 0:
-        raise ValueError(f"{name}: expected a vector, got shape {tuple(found.shape)}. Flatten single outputs.")
-    return checks.finite(name, found)
+    """Return ``value``, which must be a vector of finite real numbers, in floating point."""
+    numbers = checks.real(name, value, integers=True)
+    if numbers.ndim != 1 or numbers.numel() == 0:
+        raise ValueError(f"{name}: expected a vector, got shape {tuple(numbers.shape)}. Flatten single outputs.")
+    return checks.finite(name, numbers)
 
 
 def relative_limit(eps: float) -> float:
-    """Return a lower limit of |a_j| relative to the largest.
-
-    Raises:
-        ValueError: if it is no number in (0, 1].
-    """
+    """Return ``eps``, the lower limit of |a_j| relative to the largest, which must be a number in (0, 1]."""
     hint = " It is relative to the largest |a_j|."
     return checks.number("eps", eps, "a number in (0, 1]", lambda value: 0 < value <= 1, hint)

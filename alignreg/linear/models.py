@@ -1,4 +1,4 @@
-r"""Linear models in the eigenbasis of their kernel: their base class, gradient descent, and SuperNat."""
+"""Linear models in the eigenbasis of their kernel: their base class, gradient descent, and SuperNat."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from alignreg.linear.metric import optimal_metric, relative_limit, vector
 class _Loss(NamedTuple):
     value: Callable[[Tensor, Tensor], Tensor]
     gradient: Callable[[Tensor, Tensor], Tensor]  # n·∇_f L
-    curvature: float  # the largest second derivative of n·L in an output
+    curvature: float  # the largest second derivative of n·L with respect to an output
 
 
 _LOSSES = {
@@ -29,13 +29,13 @@ _GAUGES = ("max", "trace", "mean")
 
 
 class LinearModel(ABC):
-    r"""f = Φw from w = 0, one output an example, trained on all of them at once; see the subclasses.
+    r"""A model f = Φw with one output per example, trained from w = 0 on all examples at once; see the subclasses.
 
     Args:
-        features: Φ, ``(n, P)``. Modes with √λ_j ≤ max(n, P)·ε·√λ_max are dropped, ε that of their dtype, or of float32
-            if that is finer: below it, they are rounding errors.
-        targets: y ``(n,)``: any values for the squared loss, 0/1 or ±1 for the logistic one.
-        lr: η; n/λ_max by default, 4n/λ_max for the logistic loss: one over the largest curvature at the start.
+        features: Φ, ``(n, P)``. Modes with √λ_j ≤ max(n, P)·ε·√λ_max are rounding errors and are dropped; ε is that of
+            the dtype of Φ, or of float32 if that is smaller.
+        targets: y ``(n,)``: any values for the squared loss, 0/1 or ±1 for the logistic loss.
+        lr: η. The default, n/λ_max or 4n/λ_max for the logistic loss, is one over the largest curvature at the start.
         loss: "squared", L = ‖f − y‖²/2n, or "logistic", L = mean log(1 + exp(−yf)).
 
     Raises:
@@ -47,7 +47,7 @@ class LinearModel(ABC):
         features = _matrix(features)
         targets = checks.real("targets", targets, integers=True)
         if targets.shape != features.shape[:1]:
-            raise ValueError(f"targets: expected ({len(features)},) as of features, got shape {tuple(targets.shape)}.")
+            raise ValueError(f"targets: expected ({len(features)},) to fit features, got shape {tuple(targets.shape)}.")
         targets = vector("targets", targets)
         checks.choice("loss", loss, tuple(_LOSSES))
         lr = None if lr is None else checks.positive("lr", lr)
@@ -58,14 +58,14 @@ class LinearModel(ABC):
             self._y = _signs(self._y)
         U, S, Vh = torch.linalg.svd(features.detach().double(), full_matrices=False)
         dtype = torch.promote_types(features.dtype, torch.float32)
-        kept = S / S[0] > max(features.shape) * torch.finfo(dtype).eps  # none of NaN, where S = 0
+        kept = S / S[0] > max(features.shape) * torch.finfo(dtype).eps  # False for the NaN of S = 0
         if not bool(kept.any()):
-            raise ValueError("features: expected some that are not 0, got zeros: nothing can be learned from them.")
+            raise ValueError("features: expected some that are not 0, got only zeros, from which nothing is learned.")
         self._U, self._S, self._Vh = U[:, kept], S[kept], Vh[kept]
         self.lr = float(self._n / (S[0].square() * self._loss.curvature)) if lr is None else lr
-        # Logarithms: of two modes, one may be stretched by 1/eps over the other at every step.
+        # Logarithms, since every step may stretch one mode by 1/eps relative to another.
         self._log_eigenvalues = 2 * self._S.log()
-        # In the parametrization of the features as given, where no reparametrization changes them.
+        # Weights in the parametrization of the given features, which no reparametrization changes.
         self._w = torch.zeros_like(self._S)
         self._complexity = torch.zeros((), dtype=torch.float64, device=features.device)
 
@@ -74,10 +74,10 @@ class LinearModel(ABC):
         """Return log λ of the next step."""
 
     def step(self) -> None:
-        """Take one step of gradient descent in the current parametrization, then choose that of the next.
+        """Do one step of gradient descent in the current parametrization, then choose the next parametrization.
 
         Raises:
-            RuntimeError: if that diverges; the model stays as it was.
+            RuntimeError: if the step diverges; the model then stays unchanged.
         """
         eigenvalues = self.eigenvalues
         change = -self.lr * eigenvalues.sqrt() * self.correlations
@@ -88,24 +88,24 @@ class LinearModel(ABC):
         new = self._reparametrize(self._log_eigenvalues, correlations) if finite else self._log_eigenvalues
         if not finite or not bool(torch.isfinite(new.exp()).all()):
             raise RuntimeError(
-                f"step: expected finite outputs and eigenvalues, got others with lr={self.lr:g}. Lower lr; "
-                "of SuperNat's gauges only 'max' never raises the largest eigenvalue."
+                f"step: expected finite outputs and eigenvalues, got others with lr={self.lr:g}. Lower lr, or use "
+                "SuperNat's gauge 'max', the only one that never raises the largest eigenvalue."
             )
         self._w, self._complexity, self._log_eigenvalues = w, complexity, new
 
     def predict(self, features: Tensor) -> Tensor:
-        """Return f ``(m,)`` at new points, given by their features ``(m, P)`` in the parametrization at the start.
+        """Return f ``(m,)`` at new points, from their features ``(m, P)`` in the parametrization at the start.
 
         Raises:
-            TypeError: if they are no real tensor.
-            ValueError: if they are not finite or not of that shape.
+            TypeError: if ``features`` is no real tensor.
+            ValueError: if it is not finite, or has another shape.
         """
         f: Tensor = _matrix(features, self._num_features).detach().to(self._w) @ self.weights
         return f
 
     @property
     def weights(self) -> Tensor:
-        """Weights w ``(P,)`` for the features as given: f = Φw in the parametrization at the start."""
+        """Weights w ``(P,)`` in the parametrization at the start, so that f = Φw for the given features."""
         w: Tensor = self._w @ self._Vh
         return w
 
@@ -127,13 +127,13 @@ class LinearModel(ABC):
 
     @property
     def eigenvalues(self) -> Tensor:
-        """Eigenvalues λ ``(r,)`` of the kernel in the current parametrization, in the order of those at the start."""
+        """Eigenvalues λ ``(r,)`` of the kernel in the current parametrization, in their order at the start."""
         eigenvalues: Tensor = self._log_eigenvalues.exp()
         return eigenvalues
 
     @property
     def complexity(self) -> Tensor:
-        """Σ_t ‖δw_t‖ ‖Φ_t‖_F / n over the steps so far, each in its own parametrization, a scalar."""
+        """Complexity Σ_t ‖δw_t‖ ‖Φ_t‖_F / n of the steps so far, each in its own parametrization, a scalar."""
         return self._complexity.clone()
 
     def _outputs(self, w: Tensor) -> Tensor:
@@ -147,7 +147,9 @@ class LinearModel(ABC):
 
 @final
 class GradientDescent(LinearModel):
-    """Plain gradient descent: the parametrization stays; arguments and errors are those of :class:`LinearModel`.
+    """Plain gradient descent, with a constant parametrization.
+
+    :class:`LinearModel` describes the arguments and errors.
 
     Example:
         >>> import torch
@@ -166,22 +168,17 @@ class GradientDescent(LinearModel):
 class SuperNat(LinearModel):
     r"""Gradient descent that reparametrizes after each step with the metric that minimizes the complexity of the next.
 
-    λ_j ← λ_j/ν_j, ν_j = κ/|a_j| at the new f (Baratin et al. 2021, the SuperNat algorithm, as we read it): modes that
-    correlate with the residual are stretched, the others shrink. f does not change, on new points neither. Among equal
-    eigenvalues the u_j are arbitrary, and so is then what SuperNat does.
+    After a step, λ_j ← λ_j/ν_j with ν_j = κ/|a_j| at the new f (our reading of the SuperNat algorithm of Baratin et al.
+    2021). Modes that correlate with the residual are stretched, and the others shrink. This does not change f, not even
+    at new points. If eigenvalues are equal, their u_j are arbitrary, and the result of SuperNat depends on them.
 
     Args:
-        features: see :class:`LinearModel`, as are the next three.
-        targets: the values y.
-        lr: η.
-        loss: the function L.
-        gauge: κ, which the bound leaves open and which acts as a learning rate: "max" keeps the largest eigenvalue,
-            "trace" their sum, "mean" is κ = mean |a_j|, a number is κ itself. With a number, training freezes once
-            all |a_j| are below it; else it goes on. All but "max" let eigenvalues grow: the default lr may diverge.
-        eps: see :func:`optimal_metric`.
-
-    Raises:
-        ValueError: as :class:`LinearModel`, and if ``gauge`` or ``eps`` is out of range.
+        features: as in :class:`LinearModel`, like ``targets``, ``lr``, ``loss`` and the errors.
+        gauge: κ, which is not determined by the bound and acts as a learning rate: "max" keeps the largest eigenvalue,
+            "trace" keeps the sum of the eigenvalues, "mean" is κ = mean |a_j|, and a number is κ itself. With a number,
+            training freezes once all |a_j| are below it. All but "max" let eigenvalues grow, so that the default
+            ``lr`` may diverge.
+        eps: as in :func:`optimal_metric`.
 
     Example:
         >>> import torch
@@ -202,7 +199,7 @@ class SuperNat(LinearModel):
         eps: float = 1e-12,
     ) -> None:
         if not isinstance(gauge, str):
-            gauge = checks.positive("gauge", gauge, " Or take 'max', 'trace' or 'mean'.")
+            gauge = checks.positive("gauge", gauge, " Or use 'max', 'trace' or 'mean'.")
         elif gauge not in _GAUGES:
             raise ValueError(f"gauge: expected 'max', 'trace', 'mean' or a positive number, got {gauge!r}.")
         eps = relative_limit(eps)

@@ -1,4 +1,4 @@
-"""Differentiable losses on the tangent features of a live model, for one line in a training loop."""
+"""Differentiable losses on the tangent features of a live model, each added to a training loop with one line."""
 
 from alignreg.losses.alignment import AlignmentLoss as AlignmentLoss
 from alignreg.losses.base import TangentLoss as TangentLoss

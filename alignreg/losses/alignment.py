@@ -12,41 +12,30 @@ from alignreg.losses.probes import Probed, ProbeLoss
 
 @final
 class AlignmentLoss(ProbeLoss):
-    r"""−weight · log A, A = yᵀK_c y / (‖K_c‖_F ‖y − ȳ‖²) the alignment of the tangent kernel with the targets.
+    r"""Reward alignment: −weight · log A, A = yᵀK_c y / (‖K_c‖_F ‖y − ȳ‖²), of the tangent kernel with the targets.
 
-    It makes explicit what training does implicitly (Baratin et al., "Implicit Regularization via Neural Feature
-    Alignment", AISTATS 2021, section 3.3; A is :func:`alignreg.functional.alignment`). From one forward pass and
-    m + 1 backward passes, themselves differentiated:
+    The loss makes explicit the alignment that training brings about implicitly (Baratin et al., "Implicit
+    Regularization via Neural Feature Alignment", AISTATS 2021, section 3.3; A is
+    :func:`alignreg.functional.alignment`). One forward pass and m + 1 backward passes, themselves differentiated, give
 
-    - the numerator yᵀK_c y = ‖Φᵀ(y − ȳ)‖² is exact;
-    - ‖K_c‖_F² is estimated from m probes by Σ_{a≠b} (g_a·g_b)² / (m(m−1)), g_a = Φᵀω_a with Gaussian ω_a, centered,
-      unbiased. Its logarithm is not: the loss lies below −log A, by about a quarter of the estimate's relative
-      variance. So that the gradient stays bounded the estimate is raised to (mean ‖g_a‖²)² / rows, below which no
-      kernel of that many rows can be.
+    - the exact numerator yᵀK_c y = ‖Φᵀ(y − ȳ)‖², and
+    - the unbiased estimate Σ_{a≠b} (g_a·g_b)² / (m(m−1)) of ‖K_c‖_F², where g_a = Φᵀω_a for m centered Gaussian
+      probes ω_a. Its logarithm is biased: on average the loss is below −log A by about a quarter of the relative
+      variance of the estimate. To bound the gradient, the estimate is raised to (mean ‖g_a‖²)² / rows, the least
+      ‖K_c‖_F² of a kernel with that trace and that many rows.
 
     Alignment depends on the number of examples. With ``examples`` the loss is that of the smaller set, whose alignment
-    is larger; only the stride leaves the expectation as it is.
+    is larger. ``every_n_steps`` does not change the expectation.
 
-    Targets that are constant over the examples, or tangent features that vanish, leave alignment undefined: the loss is
-    then an exact zero, with one warning.
+    If the targets are constant over the examples, or nothing of the tangent features lies along them, alignment is
+    undefined. The loss is then exactly zero, and warns once.
+
+    By default ``weight`` is 0.1 and ``probes`` is 8 (at least 4). :class:`.ProbeLoss` and :class:`.TangentLoss`
+    describe all options and errors.
 
     Warning:
-        The default weight cost a ResNet with BatchNorm .024 of its accuracy on clean labels, and three times it cost
-        six networks of eleven more than .02 (docs/losses.md). Begin with a tenth of it.
-
-    Args:
-        model: the model, possibly wrapped (DDP, ``fully_shard``, ``torch.compile``, Accelerate).
-        weight: factor, ≥ 0, or a function of the optimizer step; 0.1 by default.
-        probes: m ≥ 4; 8 by default.
-        centered: center the kernel over the examples. Targets are always centered.
-        per_layer: use the mean of the losses of the layers' own kernels, without those that have nothing along the
-            targets.
-
-    The other options are those of :class:`.ProbeLoss` and :class:`.TangentLoss`.
-
-    Raises:
-        TypeError: if the model is sharded otherwise than by ``fully_shard``.
-        ValueError: if an argument is out of range, or nothing is trainable.
+        The default weight reduced the accuracy of a ResNet with BatchNorm on clean labels by .024, and three times
+        that weight reduced that of six networks of eleven by more than .02 (docs/losses.md). Begin with a tenth of it.
 
     Example:
         >>> import torch
@@ -64,13 +53,13 @@ class AlignmentLoss(ProbeLoss):
     least_probes: ClassVar[int] = 4
     needs_targets: ClassVar[bool] = True
     undefined: ClassVar[str] = (
-        "The tangent features have nothing along the targets: alignment is zero, and so is the loss."
+        "The tangent features have nothing along the targets, so alignment is zero and the loss is set to zero."
     )
 
     def _of_kernel(self, seen: Probed) -> Tensor:
         assert seen.projection is not None
         projection, norm2 = seen.projection, self._norm2(seen)
         defined = (projection > 0) & (norm2 > 0)
-        # Not of zero, whose logarithm has no gradient to be multiplied by nothing.
+        # Avoid log 0: its infinite gradient times zero would be NaN.
         projection, norm2 = (value.masked_fill(~defined, 1.0) for value in (projection, norm2))
         return (norm2.log() / 2 - projection.log()).masked_fill(~defined, torch.nan)

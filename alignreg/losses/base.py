@@ -1,4 +1,4 @@
-"""What every loss on tangent features shares: when it applies, with what weight, to which examples."""
+"""Base class of the losses on tangent features: when, with what weight and to which examples a loss applies."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from typing_extensions import override
 
 from alignreg import checks, sketches
 from alignreg.checks import deferred
@@ -36,61 +37,66 @@ Weight = float | Callable[[int], float]
 
 
 class TangentLoss(nn.Module, ABC):
-    r"""A term to add to a training loss, on the tangent features of the live model.
+    r"""A term on the tangent features of the live model, to be added to a training loss.
 
-    ``reg(x, y)`` is a differentiable scalar; it needs no prediction of the model and runs the bare module on its own,
-    in full precision and with dropout off. Modules in training mode that normalize by the statistics of the batch
-    (``BatchNorm``) do so here too, by those of the loss's examples as functions of the weights: the loss
-    differentiates the function that is trained. Running statistics stay as they are. Its gradient is computed at
-    once, under these same conditions, and handed over in ``backward()``, so that checkpointed modules are recomputed,
-    and autocast regions left, as they must be; there are no second derivatives. The loss holds the model by reference
-    and registers nothing of it: ``parameters()`` is empty, ``state_dict()`` holds the step alone.
+    ``reg(x, y)`` is a differentiable scalar. It needs no prediction of the model: it runs the bare module itself, in
+    full precision and without dropout. Modules in training mode that normalize by batch statistics (``BatchNorm``) use
+    the statistics of the loss's examples, as functions of the weights, so that the loss differentiates the function
+    being trained. Running statistics do not change. The gradient is computed in the call, under these same conditions,
+    and handed over in ``backward()``, so that checkpointed modules are recomputed without dropout and autocast. There
+    are no second derivatives. The loss refers to the model without registering it: ``parameters()`` is empty, and
+    ``state_dict()`` holds only the step.
 
-    It **counts its calls in training mode**, ``gradient_accumulation_steps`` of them an optimizer step. Whatever is
-    random is drawn afresh from (seed, call, rank), never from torch's global random state. Where the loss does not
-    apply (``eval()``, weight zero, a step between strides) it is an exact zero that can be differentiated.
+    The loss **counts its calls in training mode**: ``gradient_accumulation_steps`` calls make one optimizer step.
+    Random numbers follow from (seed, call, rank), never from torch's global random state. When the loss does not apply
+    (``eval()``, weight zero, a step that is skipped), it is exactly zero, and still differentiable.
 
-    Under DDP each rank evaluates its own examples and DDP averages the gradients, provided that this loss and the
-    task's loss are differentiated in **one** ``backward()``. Pass the wrapped model, before its first forward pass: the
-    other ways then raise in ``backward()`` instead of letting the replicas drift apart. A forward hook on the wrapper
-    watches over that; outputs that are no tensors, nor made of them, it cannot see.
+    Under DDP each rank evaluates its own examples, and DDP averages the gradients, provided that this loss and the
+    task's loss are differentiated in **one** ``backward()``. Pass the wrapped model, before its first forward pass:
+    any other use then raises an error in ``backward()`` instead of letting the replicas drift apart. A forward hook on
+    the wrapper checks this; it sees only outputs that are tensors or built from tensors.
 
-    Under ``fully_shard`` (FSDP2) each evaluation gathers the parameters, all of them at once, and gives the shards the
-    mean over ranks of the gradients, in whatever backward pass; ranks must call the loss equally often.
+    Under ``fully_shard`` (FSDP2) each evaluation gathers all parameters at once and gives the shards the mean gradient
+    over the ranks, in any backward pass. All ranks must call the loss equally often.
 
     Args:
         model: the model, possibly wrapped (DDP, ``fully_shard``, ``torch.compile``, Accelerate).
-        weight: factor of the loss, ≥ 0, or a schedule: a function of the optimizer step; ``None`` for the loss's own
-            default, a start for networks of moderate size.
+        weight: factor of the loss, ≥ 0, or a schedule (a function of the optimizer step). ``None`` means the default
+            of the loss, a starting point for networks of moderate size.
         examples: how many examples of a batch to use, drawn uniformly; ``None`` for all.
-        every_n_steps: apply at every n-th optimizer step, with n times the weight, which keeps the mean over steps.
-        gradient_accumulation_steps: how many calls make an optimizer step. Divide the sum of both losses by it, as
-            usual.
-        seed: of what is random.
-        centered: center the kernel over the examples.
-        per_layer: take the mean of the losses of the layers' own kernels.
-        sync: under several processes, the loss of all their examples together.
-        statistics: with which statistics modules in training mode normalize: ``"training"``, those of the loss's
-            examples, or ``"running"``, those that the model predicts with, which training does not keep in step: a
-            network with ``BatchNorm`` may be ruined (docs/losses.md).
-        on_nonfinite: what to do where outputs or gradients contain NaN or inf: ``"raise"``, or ``"skip"`` the step
-            with one warning, as a zero. Either way the step counts.
-        clip: how many times as long as the weights the gradient of the loss may be, with its weight; a longer one is
-            scaled down, with one warning. In healthy training it is far shorter; in the first steps of a deep
-            network with ``BatchNorm`` it may be many times as long. ``None`` never clips.
-        params: glob pattern or patterns of parameter names whose tangent features count; all trainable ones by
-            default. Gradients flow to whatever these features depend on.
-        forward_fn: ``(model, x) -> (n, c)`` for models with another output.
+        every_n_steps: apply the loss at every n-th optimizer step, with n times the weight; its mean over the steps
+            stays the same.
+        gradient_accumulation_steps: how many calls make an optimizer step. Divide the sum of both losses by this
+            number, as usual.
+        seed: seed of all random numbers.
+        centered: center the kernel over the examples. Targets are always centered.
+        per_layer: average the losses of the kernels of the individual layers, leaving out layers without a loss.
+        sync: with several processes, compute the loss of all their examples together.
+        statistics: the statistics by which modules in training mode normalize: ``"training"`` (those of the loss's
+            examples) or ``"running"`` (those of predictions). Training does not keep running statistics in step with
+            the weights, so ``"running"`` may ruin a network with ``BatchNorm`` (docs/losses.md).
+        on_nonfinite: what to do when outputs or gradients contain NaN or inf: ``"raise"`` an error, or ``"skip"`` the
+            step, which then counts with a loss of zero and warns once.
+        clip: the largest allowed length of the weighted gradient, relative to the length of the weights. A longer
+            gradient is scaled down, with one warning. Gradients are far shorter in healthy training, but may be many
+            times as long in the first steps of a deep network with ``BatchNorm``. ``None`` never clips.
+        params: glob pattern or patterns of the parameters whose tangent features count; all trainable parameters by
+            default. Gradients flow to everything that these features depend on.
+        forward_fn: ``(model, x) -> (n, c)``, for models with another output.
+
+    Raises:
+        TypeError: if the model is sharded other than by ``fully_shard``.
+        ValueError: if an argument is out of range, or the model has no trainable parameter.
     """
 
     step: Tensor
     default_weight: ClassVar[float]
     caution: ClassVar[str] = ""
-    """What the default weight has done to some networks; said where no weight is given."""
-    __call__: Callable[..., Tensor]  # of nn.Module, which promises Any
+    """Warning about the default weight, shown when no weight is given."""
+    __call__: Callable[..., Tensor]  # nn.Module declares Any
     needs_targets: ClassVar[bool] = False
     undefined: ClassVar[str] = ""
-    """What to say where the loss has no value."""
+    """Message for examples at which the loss has no value."""
 
     def __init__(
         self,
@@ -141,7 +147,7 @@ class TangentLoss(nn.Module, ABC):
         self.register_buffer("step", torch.zeros((), dtype=torch.long, device="cpu"))
 
     def bind(self, model: nn.Module) -> None:
-        """Refer to ``model`` from now on: after unpickling, which drops it, or after wrapping it in DDP.
+        """Refer to ``model`` from now on, after unpickling (which drops the model) or after wrapping it in DDP.
 
         Raises:
             ValueError: if its selected parameters differ in name or shape.
@@ -152,7 +158,7 @@ class TangentLoss(nn.Module, ABC):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> TangentLoss:
         step = self.step
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # A count has a value also where weights wait for theirs: on the meta device, and after to_empty().
+        # Keep the count where weights have no values: on the meta device, and after to_empty().
         self.step = step if self.step.is_meta else self.step.copy_(step)
         return self
 
@@ -168,20 +174,21 @@ class TangentLoss(nn.Module, ABC):
 
         Args:
             x: the model's inputs: tensor, tuple or dict of tensors with the examples on axis 0.
-            y: their targets, as :func:`alignreg.targets.encode` reads them.
-            outputs: f(x) ``(n, c)`` from your own forward pass, with its graph, to save this loss one of its own. They
-                are used if all examples count and the pass was what this loss would have run (no dropout, no autocast),
-                which is looked at on a few examples; else the loss runs the model itself.
+            y: their targets, in any form that :func:`alignreg.targets.encode` accepts.
+            outputs: f(x) ``(n, c)`` of your own forward pass, with its graph, to save another pass. They are used only
+                if all examples count and your pass equals that of this loss (no dropout, no autocast), which is checked
+                on a few examples; otherwise the loss runs the model itself.
 
         Returns:
             A scalar in the precision of the parameters, float32 at least.
 
         Raises:
             TypeError: if ``x`` or the model's output is not made of tensors.
-            ValueError: if ``x`` is empty, does not fit ``y`` or ``outputs``, or carries a gradient history, if the
-                output is not a finite ``(n, c)``, or a schedule gives no finite number of at least 0.
+            ValueError: if ``x`` is empty, does not fit ``y`` or ``outputs``, or carries a gradient history; if the
+                output is not a finite ``(n, c)``; or if a schedule returns anything but a finite number ≥ 0.
+            RuntimeError: inside a transform of ``torch.func`` or inside ``torch.utils.checkpoint``.
         """
-        if torch._C._functorch.peek_interpreter_stack() is not None:  # noqa: SLF001 - it has no public name
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # noqa: SLF001 - no public name
             raise RuntimeError(
                 "a loss on tangent features computes its gradient by itself and cannot run inside a transform of "
                 "torch.func (grad, vmap, ...). Use backward() or torch.autograd.grad."
@@ -189,7 +196,7 @@ class TangentLoss(nn.Module, ABC):
         if is_checkpointed():
             raise RuntimeError(
                 "a loss on tangent features cannot run inside torch.utils.checkpoint, whose backward pass would run it "
-                "again, as another step. Call it outside, and add it to what the checkpointed function returns."
+                "again, as another step. Call it outside and add it to the result of the checkpointed function."
             )
         batch = as_inputs(x)
         check_targets(y, size(batch), required=self.needs_targets)
@@ -200,37 +207,37 @@ class TangentLoss(nn.Module, ABC):
         call = self._calls.read(self.step)
         step = call // self.gradient_accumulation_steps
         weight = _check_weight(self.weight(step), step) if callable(self.weight) else self.weight
-        self._count()  # also where this raises: ranks that differ in their steps would part, or wait for each other
+        self._count()  # also if this call raises: ranks with different steps would diverge or wait for each other
         loss = None
         with deferred.deferred() as doubts:
             if y is not None and self.needs_targets:
-                encode(y, self._width(batch), size(batch))  # all of them, at every step
+                encode(y, self._width(batch), size(batch))  # checks all targets, at every step
             if weight > 0 and step % self.every_n_steps == 0:
                 loss = self._evaluate(self._sample(batch, y, outputs, call), weight * self.every_n_steps, doubts)
         if loss is None:
             return zero
         if not loss.requires_grad:
-            loss = loss + zero  # features that depend on no parameter, as those of a linear model
+            loss = loss + zero  # the features depend on no parameter, as those of a linear model
         if self._ddp.module is not None:
             require_sync(loss, self._ddp.module)
         elif world_size() > 1 and not is_sharded(self._features.model):
             self._warn(
-                f"the model is not wrapped in DistributedDataParallel, though {world_size()} processes are up: whether "
-                "this loss's gradients are averaged over them cannot be checked. Pass the wrapped model, or bind() it."
+                f"the model is not wrapped in DistributedDataParallel, though {world_size()} processes are running, so "
+                "this loss cannot check that its gradients are averaged. Pass the wrapped model, or bind() it."
             )
         return loss
 
     @contextmanager
     def same_step(self) -> Iterator[None]:
-        """Let all calls inside the block be the same one: the same probes and examples, counted once.
+        """Make all calls inside the block use the same probes and examples, and count them once.
 
-        For optimizers that evaluate a step more than once, as L-BFGS and SAM do:
+        This is for optimizers that evaluate a step more than once, such as L-BFGS and SAM::
 
             with reg.same_step():
                 optimizer.step(closure)
         """
         if self._held is not None:
-            yield  # inside another
+            yield  # an enclosing block counts
             return
         self._held = False
         try:
@@ -246,25 +253,21 @@ class TangentLoss(nn.Module, ABC):
         else:
             self._held = True
 
+    @override
     def extra_repr(self) -> str:
-        """Show the options."""
         names = ("weight", "examples", "every_n_steps", "gradient_accumulation_steps", "seed", "centered")
         return ", ".join(f"{name}={getattr(self, name)}" for name in (*names, "per_layer", "sync"))
 
     @abstractmethod
     def _estimate(self, sample: Sample, *, create_graph: bool) -> Tensor:
-        """Return the loss of the sample with weight 1.
-
-        Raises:
-            UndefinedLossError: where it has no value.
-        """
+        """Return the loss of the sample with weight 1, or raise UndefinedLossError where it has no value."""
 
     def _evaluate(self, sample: Sample, factor: float, doubts: Deferred) -> Tensor | None:
         try:
             try:
                 return self._differentiated(sample, factor, doubts)
             except SelfCheckError:
-                return self._differentiated(sample, factor, doubts)  # by other ways, now that this one is not trusted
+                return self._differentiated(sample, factor, doubts)  # by another route, since this one failed
         except UndefinedLossError as error:
             self._warn(str(error))
         except (NonFiniteOutputError, NonFiniteGradientError) as error:
@@ -275,7 +278,7 @@ class TangentLoss(nn.Module, ABC):
 
     def _differentiated(self, sample: Sample, factor: float, doubts: Deferred) -> Tensor | None:
         create_graph = torch.is_grad_enabled()
-        # The graph of the caller's outputs hangs on the parameters themselves.
+        # The graph of the caller's outputs leads to the parameters themselves, not to aliases.
         with self._features.held(detached=sample.outputs is None) as own:
             value = self._estimate(sample, create_graph=create_graph)
             if not create_graph or not value.requires_grad:
@@ -294,7 +297,7 @@ class TangentLoss(nn.Module, ABC):
     def _share(
         self, value: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor], doubts: Deferred
     ) -> float:
-        """Return the part of the gradients that is handed over: all of it unless they are clipped."""
+        """Return the factor by which clipping scales the gradients; 1 if they are not clipped."""
         if self.clip is None:
             require_finite([value, *gradients])
             doubts.settle()
@@ -303,14 +306,14 @@ class TangentLoss(nn.Module, ABC):
         if share < 1:
             self._warn(
                 f"the gradient of this loss was {self.clip / share:.3g} times as long as the weights, and "
-                f"is cut to {self.clip:.3g} times: a step along it would have thrown them far off. Begin with a "
-                "smaller weight, as weight=lambda step: 0.01 * min(1, step / 100) does.",
+                f"is cut to {self.clip:.3g} times: a step along it would have changed the weights beyond recovery. "
+                "Begin with a smaller weight, as in weight=lambda step: 0.01 * min(1, step / 100).",
                 about="clip",
             )
         return share
 
     def _together(self, share: Tensor) -> bool:
-        """Bring the smallest of all ranks, each of which has a part of one gradient; say whether there are several."""
+        """Replace ``share`` by the minimum over the ranks that sum one gradient; return whether there are several."""
         if not self.sync or world_size() == 1:
             return False
         dist.all_reduce(share, dist.ReduceOp.MIN, group=self._group)
@@ -321,26 +324,19 @@ class TangentLoss(nn.Module, ABC):
         return None if self._ddp.module is None else self._ddp.module.process_group
 
     def _width(self, x: Batch) -> int:
-        """Return c; the model is run once to find out, on two examples if it takes so few."""
+        """Return c, found by running the model once: on two examples, or on the batch if that fails."""
         if self._num_outputs is None:
             with suppress(Exception):
                 self._num_outputs = self._features.outputs(slice_examples(x, 0, 2)).shape[1]
         if self._num_outputs is None:
             try:
                 self._num_outputs = self._features.outputs(x).shape[1]
-            except NonFiniteOutputError as error:  # the pass that follows raises it, or several ranks together
+            except NonFiniteOutputError as error:  # the evaluation raises it, on all ranks together
                 self._num_outputs = error.num_outputs
         return self._num_outputs
 
     def _mean_over_layers(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Return the mean of those that are defined: of layers, or of the one number of all.
-
-        Args:
-            values: by layer; NaN where it is undefined.
-
-        Raises:
-            UndefinedLossError: if none is defined.
-        """
+        """Return the mean of the values of layers that are defined (not NaN); raise UndefinedLossError if none is."""
         stacked = torch.stack(list(values.values()))
         defined = ~stacked.detach().isnan()
 
@@ -350,8 +346,8 @@ class TangentLoss(nn.Module, ABC):
             if not all(found):
                 odd = [layer for layer, one in zip(values, found, strict=True) if not one]
                 self._warn(
-                    f"layers {odd} leave this loss undefined, because nothing of their tangent features counts here: "
-                    "the mean is that of the others."
+                    f"layers {odd} leave this loss undefined, because their tangent features vanish or have nothing "
+                    "along the targets. The mean is taken over the other layers."
                 )
 
         deferred.look(defined, then)
@@ -365,16 +361,16 @@ class TangentLoss(nn.Module, ABC):
         return Sample(x, y, self._reusable(x, outputs), n, call)
 
     def _reusable(self, x: Batch, outputs: Tensor | None) -> Tensor | None:
-        """Return ``outputs`` if their graph serves as well as one of our own."""
+        """Return ``outputs`` if their graph can replace that of a pass of our own."""
         if outputs is None or not torch.is_grad_enabled():
             return None
         static = self._ddp.module is not None and self._ddp.module.static_graph
         if not static and not is_sharded(self._features.model) and self._reuse.agree(self._features, x, outputs):
             return outputs
         self._warn(
-            "outputs: they have no graph that serves here (of these parameters, without hooks on gradients, to be "
-            "differentiated twice), or are not what the model gives without dropout, in full precision and with the "
-            "statistics that this loss takes; the loss runs the model itself. Leave outputs out."
+            "outputs: they have no graph that serves here (of these parameters, twice differentiable, without hooks on "
+            "gradients), or differ from the model's outputs without dropout, in full precision and with the statistics "
+            "of this loss. The loss runs the model itself. Leave outputs out."
         )
         return None
 
@@ -384,7 +380,7 @@ class TangentLoss(nn.Module, ABC):
         return torch.zeros((), dtype=dtype, device=like.device, requires_grad=torch.is_grad_enabled())
 
     def _warn(self, message: str, about: str = "") -> None:
-        """Warn once of a message, or of what it is about."""
+        """Warn once for each message, or once for each subject ``about`` if there is one."""
         if (about or message) not in self._warned:
             self._warned.add(about or message)
             warnings.warn(message, UserWarning, stacklevel=3)

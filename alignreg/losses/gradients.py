@@ -1,4 +1,4 @@
-"""The gradients that a loss hands over: no longer than they may be, and computed before ``backward()``."""
+"""Clip the gradients of a loss, and attach gradients to its value before ``backward()``."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ def clipped_share(
     together: Callable[[Tensor], bool],
     doubts: Deferred,
 ) -> float:
-    """Return the part of the gradients, up to all of them, that is at most ``clip`` times as long as the parameters.
+    """Return the factor ≤ 1 that makes the gradients at most ``clip`` times as long as the parameters.
 
-    Here the device is waited for, once: for this number and all that is in doubt.
+    This function waits for the device once, for this number and for all deferred checks (``doubts``).
 
     Args:
-        value: of the loss.
-        parameters: those that the gradients are of.
-        gradients: by parameter.
+        value: value of the loss.
+        parameters: the parameters.
+        gradients: their gradients.
         clip: the limit.
-        together: reduces the part over the ranks that hold one gradient together, in place; returns whether there are
-            several.
-        doubts: what is still to be looked at.
+        together: replaces a factor in place by its minimum over the ranks that sum one gradient, and returns whether
+            there are several.
+        doubts: the deferred checks.
 
     Raises:
-        NonFiniteGradientError: if the gradients or the value are not finite, on any of these ranks.
+        NonFiniteGradientError: if the gradients or the value are not finite on any of these ranks.
     """
     length, limit = get_total_norm(gradients), clip * get_total_norm([p.detach() for p in parameters])
-    # Weights that are all zero set no limit. What is not finite counts as less than nothing.
+    # Weights that are all zero set no limit. A factor of −1 marks values that are not finite.
     share = (limit / length).float().masked_fill(~((limit > 0) & (length > limit)), 1.0)
     share = share.masked_fill(~(torch.isfinite(length) & torch.isfinite(value)), -1.0)
     several = together(share)
@@ -52,20 +52,18 @@ def clipped_share(
         doubts.settle()
         if several:
             raise NonFiniteGradientError
-        return float(limit.double() / get_total_norm([g.double() for g in gradients]))  # an overflow
+        return float(limit.double() / get_total_norm([g.double() for g in gradients]))  # the norm had overflowed
     return found[0]
 
 
 def with_gradients(value: Tensor, leaves: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """Return a value whose gradients with respect to some leaves are known already."""
+    """Return the value with the given gradients with respect to the leaves."""
     result: Tensor = _Known.apply(value, gradients, *leaves)  # type: ignore[no-untyped-call]
     return result
 
 
 @final
 class _Known(torch.autograd.Function):
-    """A value whose gradient with respect to some leaves is known already."""
-
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor | None], *leaves: Tensor) -> Tensor:  # noqa: ARG004
         ctx.gradients = gradients

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from alignreg import checks, functional
 from alignreg.checks import deferred
@@ -21,31 +22,22 @@ from alignreg.targets import encode
 
 @final
 class KARELoss(TangentLoss):
-    r"""weight · KARE(K_c, y), the kernel alignment risk estimate of ridge regression with the tangent kernel.
+    r"""Minimize weight · KARE(K_c, y), the kernel alignment risk estimate of ridge regression with the tangent kernel.
 
     KARE = [yᵀ(K/N + ρI)⁻²y / N] / [tr (K/N + ρI)⁻¹ / N]², N = n·c (Jacot et al. 2020, arXiv 2006.09796; as a loss for
-    tangent kernels: arXiv 2505.11347; :func:`alignreg.functional.kare`). Nothing is estimated by probes: the kernel of
-    the examples is exact, differentiated through the rules of layers, and its N equations are solved in float64. Of the
-    losses here it is the most expensive, growing with N².
+    tangent kernels: arXiv 2505.11347; :func:`alignreg.functional.kare`). The loss uses no probes: it computes the exact
+    kernel of the examples, differentiates it through the rules of layers, and solves its N equations in float64. It is
+    the most expensive of the losses here, with a cost that grows as N².
 
-    KARE does not change when K and ρ grow together; ρ is to be compared with tr K / N², the mean eigenvalue of K/N.
+    KARE does not change if K and ρ are scaled by the same factor. Compare ρ with tr K / N², the mean eigenvalue of K/N.
 
-    Targets that are constant over the examples leave nothing to predict: the loss is then an exact zero, with one
-    warning.
+    Targets that are constant over the examples leave nothing to predict. The loss is then exactly zero, and warns once.
 
     Args:
-        model: the model, possibly wrapped (DDP, ``fully_shard``, ``torch.compile``, Accelerate).
-        weight: factor, ≥ 0, or a function of the optimizer step; 1 by default.
+        model: the model, as in :class:`.TangentLoss`, like all options that are not listed here. By default ``weight``
+            is 1 and ``examples`` is 16.
         ridge: ρ > 0.
-        centered: center the kernel over the examples. Targets are always centered.
-        sync: under several processes, use the loss of all their examples together. They are gathered, and each rank
-            computes the kernel of all.
-
-    The other options are those of :class:`.TangentLoss`.
-
-    Raises:
-        TypeError: if the model is sharded otherwise than by ``fully_shard``.
-        ValueError: if an argument is out of range, or nothing is trainable.
+        sync: with several processes, gather their examples; each rank computes the kernel of all of them.
 
     Example:
         >>> import torch
@@ -97,8 +89,8 @@ class KARELoss(TangentLoss):
         )
         self.ridge = checks.positive("ridge", ridge)
 
+    @override
     def extra_repr(self) -> str:
-        """Show the options."""
         return f"{super().extra_repr()}, ridge={self.ridge}"
 
     def _estimate(self, sample: Sample, *, create_graph: bool) -> Tensor:
@@ -112,20 +104,20 @@ class KARELoss(TangentLoss):
         deferred.require(
             (y != y[0]).any(),
             lambda: UndefinedLossError(
-                "All examples of a batch have the same target: nothing is to be predicted, the loss is zero."
+                "All examples of a batch have the same target, so there is nothing to predict and the loss is zero."
             ),
         )
         if self._features.couples_examples:
             self._warn(
-                "The model normalizes by the statistics of the batch, so that its kernel goes by rows of the whole "
-                "Jacobian, n·c backward passes whose graphs are all kept: hundreds of times the cost of a step, and "
-                "gigabytes for a deep network. Use fewer examples, or GroupNorm, which treats each example by itself."
+                "The model normalizes by batch statistics, so its kernel is computed from rows of the whole Jacobian, "
+                "n·c backward passes whose graphs are all kept. This costs hundreds of times as much as a training "
+                "step, and gigabytes for a deep network. Use fewer examples, or GroupNorm, which normalizes each "
+                "example by itself."
             )
-        layers = (
-            self._features.kernel(x, per_layer=True, create_graph=create_graph)
-            if self.per_layer
-            else {"": self._features.kernel(x, create_graph=create_graph)}
-        )
+        if self.per_layer:
+            layers = self._features.kernel(x, per_layer=True, create_graph=create_graph)
+        else:
+            layers = {"": self._features.kernel(x, create_graph=create_graph)}
         return self._mean_over_layers({layer: self._of_kernel(K, y) for layer, K in layers.items()})
 
     def _of_kernel(self, K: Tensor, y: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Products of pullbacks whose gradient processes a few examples at a time, to save memory."""
+"""Products of pullbacks whose gradient is computed for a few examples at a time, to save memory."""
 
 from __future__ import annotations
 
@@ -15,19 +15,14 @@ from alignreg.tangents.batch import Batch, size, slice_examples
 
 
 def grams(features: TangentFeatures, x: Batch, cotangents: Tensor, step: int) -> dict[str, Tensor]:
-    r"""Return ω_aᵀK_wω_b by parameter w, as :meth:`.TangentFeatures.grams` does, differentiable once.
+    r"""Return ω_aᵀK_wω_b by parameter w, like :meth:`.TangentFeatures.grams`, differentiable once.
 
     The pullbacks g_a = Σ_i Φ_iᵀω_ai are sums over examples. With C = ∂L/∂G for a loss L of the products G,
 
         dL = Σ_ab C_ab d(g_a·g_b) = Σ_a ⟨v_a, dg_a⟩,  v_a = Σ_b (C_ab + C_ba) g_b,
 
-    which for fixed v is a sum over examples again: one pass over them brings g, another the gradient.
-
-    Args:
-        features: of a model whose examples do not depend on each other.
-        x: the batch.
-        cotangents: Ω ``(m, n, c)``.
-        step: how many examples go through the model at once.
+    which for fixed v is again a sum over examples. One pass over the examples gives g, a second one the gradient.
+    ``step`` examples go through the model at once; they must not depend on each other.
     """
     leaves = features.leaves(slice_examples(x, 0, 1))
     names = list(features.parameters)
@@ -62,7 +57,7 @@ class _Grams(torch.autograd.Function):
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         features, x, cotangents, step, leaves, columns = ctx.given
         total: list[Tensor | None] = [None] * len(leaves)
-        # One cotangent at a time: the graph of one pullback is in memory, and one v.
+        # One cotangent at a time, so that memory holds the graph of one pullback, and one v.
         for a, cotangent in enumerate(cotangents):
             weights = {
                 name: torch.tensordot((slope + slope.T)[a].to(columns[name]), columns[name], dims=1)

@@ -1,4 +1,4 @@
-"""Losses that see the tangent kernel through products with random probes."""
+"""Base class of the losses that see the tangent kernel through products with random probes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from alignreg import checks, estimators, sketches
 from alignreg.checks import deferred
@@ -23,36 +24,35 @@ from alignreg.targets import encode
 
 
 class Probed(NamedTuple):
-    """The products of a kernel with the probes."""
+    """Products of a kernel with the probes."""
 
     gram: Tensor
-    """ω_aᵀKω_b ``(m, m)``, of probes that are centered where the loss is."""
+    """ω_aᵀKω_b ``(m, m)``; the probes are centered if the loss is."""
     projection: Tensor | None
-    """yᵀKy/‖y‖² for the centered targets, in losses that take them."""
+    """yᵀKy/‖y‖² for the centered targets, in losses that need targets."""
     n: int
-    """How many examples there are."""
+    """Number of examples."""
     c: int
-    """How many outputs."""
+    """Number of outputs."""
     drawn_from: int
-    """How many examples the n were drawn from."""
+    """Size of the batch that the n examples were drawn from."""
 
 
 class ProbeLoss(TangentLoss, ABC):
     """A loss from m Gaussian probes ω: one forward pass and m backward passes, themselves differentiated.
 
-    The products Φᵀω belong to parameters, so those of the layers come with those of the whole. With ``sync`` they are
-    summed over ranks: m·P numbers (and P more for targets) in one reduction, after two of a few numbers. Probes and
+    The products Φᵀω are computed by parameter, so the values of all layers come at no extra cost. With ``sync`` they
+    are summed over ranks: one reduction of m·P numbers (P more with targets) follows two of a few numbers. Probes and
     targets are centered by the mean of all examples. Every rank then has the loss of all examples, and the mean of the
-    ranks' gradients, which DDP takes, is the gradient of it. Ranks may have batches of different sizes, and must call
-    the loss equally often.
+    ranks' gradients, computed by DDP, is its gradient. Ranks may have batches of different sizes, and must call the
+    loss equally often.
 
     Args:
-        model: the model.
-        probes: m; as many as the loss does well with by default.
-        micro_batch_size: how many examples go through the model at once, in memory for these alone and a third more
-            time. By default all of them, or an eighth if the model checkpoints its activations to save memory.
-
-    The other options are those of :class:`.TangentLoss`.
+        model: the model, as in :class:`.TangentLoss`, like all options that are not listed here.
+        probes: the number m; the loss has its own default.
+        micro_batch_size: how many examples go through the model at once. Memory is needed only for these, and the loss
+            needs a third more time. The default is all examples, or an eighth of them if the model checkpoints its
+            activations to save memory.
     """
 
     default_probes: ClassVar[int]
@@ -98,13 +98,13 @@ class ProbeLoss(TangentLoss, ABC):
         self.micro_batch_size = None if micro_batch_size is None else checks.count("micro_batch_size", micro_batch_size)
         self._independent = False
 
+    @override
     def extra_repr(self) -> str:
-        """Show the options."""
         return f"{super().extra_repr()}, probes={self.probes}"
 
     @abstractmethod
     def _of_kernel(self, seen: Probed) -> Tensor:
-        """Return the loss with weight 1 of what was seen of a kernel; NaN where it is undefined, without a gradient."""
+        """Return the loss of a kernel with weight 1; NaN without a gradient where it is undefined."""
 
     def _estimate(self, sample: Sample, *, create_graph: bool) -> Tensor:
         mine, c = size(sample.x), self._width(sample.x)
@@ -118,7 +118,7 @@ class ProbeLoss(TangentLoss, ABC):
             sizes, drawn = counts_of_ranks((mine, drawn_from), like.device, self._group)
             drawn_from, before = sum(drawn), sum(sizes[: rank(self._group)])
         n = sum(sizes)
-        # Each rank has its own rows of one global draw: the same probes on two ranks would be correlated.
+        # Each rank has its own rows of one global draw: equal probes on two ranks would be correlated.
         omega = sketches.probes(self.probes, mine, c, seed=self.seed, step=sample.draw, offset=before, like=like)
         if self.centered:
             omega = omega - self._sum(omega.sum(1, keepdim=True)) / n
@@ -135,24 +135,20 @@ class ProbeLoss(TangentLoss, ABC):
         return self._mean_over_layers(values)
 
     def _direction(self, target: Tensor, n: int) -> Tensor:
-        """Return the centered targets of this rank, divided by the norm of all.
-
-        Raises:
-            UndefinedLossError: if they are constant.
-        """
+        """Return the centered targets of this rank over the norm of all; raise UndefinedLossError for constant ones."""
         y = target - self._sum(target.sum(0)) / n
         square, scale = self._sum(torch.stack([y.square().sum(), target.square().sum()]))
         deferred.require(
-            square > 1e-28 * scale,  # what rounding leaves of a constant is no variance
+            square > 1e-28 * scale,  # below, it is the rounding error of a constant
             lambda: UndefinedLossError(
-                "All examples of a batch have the same target: alignment is undefined, the loss is zero there."
+                "All examples of a batch have the same target, so alignment is undefined and the loss is zero there."
             ),
         )
         direction: Tensor = y / square.sqrt()
         return direction
 
     def _norm2(self, seen: Probed) -> Tensor:
-        """Return ‖K‖_F², not below what its trace leaves possible: no kernel of that many rows has a smaller norm."""
+        """Return the estimate of ‖K‖_F², raised to (tr K)² / rows, the least value of a kernel with that many rows."""
         rows = (seen.n - 1) * seen.c if self.centered else seen.n * seen.c
         return torch.maximum(estimators.frobenius2(seen.gram), estimators.trace(seen.gram).square() / rows)
 
@@ -166,11 +162,11 @@ class ProbeLoss(TangentLoss, ABC):
                 return micro_batches.grams(self._features, sample.x, cotangents, step)
         if ranks == 1:
             return self._features.grams(sample.x, cotangents, outputs=sample.outputs, create_graph=create_graph)
-        # Products of sums over ranks are not sums of products.
+        # Sum the columns, then multiply: products of sums over ranks are not sums of products.
         try:
             columns = self._features.pullback(sample.x, cotangents, outputs=sample.outputs, create_graph=create_graph)
         except (NonFiniteOutputError, NonFiniteGradientError):
-            # Other ranks wait for this one's part, and learn of it in this way.
+            # The other ranks wait for this rank's part; NaN tells them.
             own = self._features.parameters.items()
             columns = {name: cotangents.new_full((len(cotangents), *p.shape), torch.nan) for name, p in own}
         joined = self._sum(torch.cat([flat(value) for value in columns.values()], dim=1))
@@ -184,8 +180,8 @@ class ProbeLoss(TangentLoss, ABC):
             return n
         if coupled:
             raise ValueError(
-                "micro_batch_size: expected None for a model that normalizes by the statistics of the batch in "
-                "training mode, whose examples go through it together."
+                "micro_batch_size: expected None for a model that normalizes by batch statistics in training mode, "
+                f"got {self.micro_batch_size}. Leave it out, since the examples must go through the model together."
             )
         step = max(1, n // 8) if self.micro_batch_size is None else self.micro_batch_size
         if step < n and not self._independent:
@@ -195,6 +191,6 @@ class ProbeLoss(TangentLoss, ABC):
 
 
 def _checkpoints(model: nn.Module) -> bool:
-    """Say whether activation checkpointing is on, as transformers and timm mark it: in training mode alone."""
+    """Return whether activation checkpointing is on, as marked by transformers and timm (for training mode only)."""
     names = ("gradient_checkpointing", "grad_checkpointing")
     return any(getattr(module, name, False) is True for module in model.modules() for name in names)

@@ -1,4 +1,4 @@
-"""A module that is referred to by another, without being one of its submodules."""
+"""A reference from one module to another that does not make it a submodule."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 @final
 class Reference:
-    """Keeps a module out of the registry of submodules, and a copy of the holder on the same module."""
+    """A reference that hides a module from the registry of submodules; a copy of the holder keeps the same module."""
 
     def __init__(self, module: nn.parallel.DistributedDataParallel | None) -> None:
         self.module = module

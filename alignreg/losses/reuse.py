@@ -1,4 +1,4 @@
-"""Whether the outputs of the main forward pass serve a loss, step after step."""
+"""Repeated check that a loss may reuse the outputs of the main forward pass."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from alignreg.tangents.batch import Batch
 
 @final
 class Reuse:
-    """Compares outputs with those of the features, rarely where this takes the whole batch."""
+    """A check of outputs against those of the features, made rarely when it needs the whole batch."""
 
     def __init__(self) -> None:
         self._last: tuple[Any, int] = (None, 0)
 
     def agree(self, features: TangentFeatures, x: Batch, outputs: Tensor) -> bool:
-        """Say whether ``outputs`` can stand for those at ``x``: :meth:`TangentFeatures.agree`."""
+        """Return whether ``outputs`` may replace those of the features at ``x``, by :meth:`TangentFeatures.agree`."""
         if not features.couples_examples:
             return features.agree(x, outputs)
-        # Statistics of the batch can only be compared on the whole of it. Once compared, outputs of passes that are
-        # alike are looked at again at the 2nd, 4th and 8th of them, and every 8th from then on.
+        # Batch statistics can only be compared on the whole batch. After one comparison, outputs of passes of the same
+        # kind are compared again at the 2nd, 4th and 8th pass, and at every 8th from then on.
         modes = tuple(module.training for module in features.model.modules())
         kind = (modes, outputs.shape[1:], outputs.dtype, features.reached(outputs))
         before, count = self._last

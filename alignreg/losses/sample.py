@@ -1,4 +1,4 @@
-"""The examples of one evaluation of a loss, and what is expected of them."""
+"""The examples of one evaluation of a loss, and checks of its targets and outputs."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ class Sample(NamedTuple):
 
     x: Batch
     y: Tensor | None
-    """Targets as they came; ``None`` if none did."""
+    """Targets as given to the loss."""
     outputs: Tensor | None
-    """What the main forward pass made of them, with its graph; ``None`` if it is not to be reused."""
+    """Outputs of the main forward pass, with their graph; ``None`` if the loss runs the model itself."""
     drawn_from: int
-    """How many examples the batch had."""
+    """Size of the batch that the examples were drawn from."""
     draw: int
-    """The number of this evaluation, from which random numbers follow."""
+    """Number of this evaluation, which determines the random numbers."""
 
 
 @final
 class UndefinedLossError(Exception):
-    """A loss has no value at these examples, as the message says: it is zero there."""
+    """The loss has no value at these examples, for the reason in the message, and counts as zero."""
 
 
 def check_targets(y: Any, n: int, *, required: bool) -> None:
-    """Check that targets are those of n inputs."""
+    """Check that the targets belong to n inputs."""
     if y is None and required:
         raise ValueError("target: expected the targets of the inputs, got none. Call reg(x, y).")
     if y is not None and not isinstance(y, Tensor):
@@ -40,7 +40,7 @@ def check_targets(y: Any, n: int, *, required: bool) -> None:
 
 
 def check_outputs(outputs: Any, n: int) -> None:
-    """Check that outputs, if there are any, are those of n inputs."""
+    """Check that the outputs, if there are any, belong to n inputs."""
     if outputs is None:
         return
     checks.dense("outputs", outputs)

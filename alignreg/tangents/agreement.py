@@ -1,4 +1,4 @@
-"""When two ways to the same numbers agree: how far apart rounding alone may take them."""
+"""Tolerances within which two computations of the same numbers agree, given their rounding errors."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 
 
 def signs(like: Tensor) -> Tensor:
-    """Return fixed random signs of the shape, dtype and device of ``like``: the u of self-checks."""
+    """Return fixed random signs of the shape, dtype and device of ``like``, for self-checks."""
     generator = torch.Generator(like.device).manual_seed(like.numel())
     return torch.empty(like.shape, device=like.device).bernoulli_(0.5, generator=generator).mul_(2).sub_(1).to(like)
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Return the relative difference at which two ways to the same derivative count as different functions.
+    """Return the relative difference from which on two derivatives count as those of different functions.
 
-    Rounding alone stays far below √eps; a rectifier whose input rounds to the other side of zero may come near it
-    in single precision, hence 1e-3 there.
+    Rounding errors are far below √eps, but a rectifier whose input rounds to the other side of zero may come near it
+    in single precision, for which the tolerance is therefore 1e-3.
     """
     return max(math.sqrt(torch.finfo(dtype).eps), 1e-3 if dtype == torch.float32 else 0.0)
 
@@ -26,15 +26,15 @@ def tolerance(dtype: torch.dtype) -> float:
 def agrees(
     difference: Tensor, scale: Tensor, precision: torch.dtype, *, whole: Tensor | None = None, digits: float = 10
 ) -> Tensor:
-    """Say, without reading it, whether a difference between two ways to a derivative is no more than rounding.
+    """Return, as a tensor, whether a difference between two computations of a derivative is a rounding error.
 
     Args:
-        difference: by how much they differ.
-        scale: the norm of what was computed.
-        precision: the coarsest dtype on the way.
-        whole: the norm of all that was computed along with it. Where a derivative vanishes (a bias before a
-            normalization), what is left is rounding of the other terms.
-        digits: how many eps of the whole may be left.
+        difference: the difference.
+        scale: the norm of the derivative.
+        precision: the coarsest dtype in the computation.
+        whole: the norm of all derivatives computed together. Where one vanishes (a bias before a normalization), it
+            has the rounding errors of the other terms.
+        digits: how many eps of the whole to allow.
     """
     allowed = tolerance(precision) * scale
     if whole is not None:
@@ -43,25 +43,25 @@ def agrees(
 
 
 def representatives(n: int, seed: int = 0) -> list[int]:
-    """Return the indices of the last example, of a random one and of the first."""
+    """Return the indices of the last, a random and the first example."""
     generator = torch.Generator().manual_seed(n + (seed << 32))
     return list(dict.fromkeys((n - 1, int(torch.randint(n, (), generator=generator, device="cpu")), 0)))
 
 
 def rounding(y: Tensor, spread: Tensor, relative: float, precision: torch.dtype) -> Tensor:
-    """Return by how much outputs ``(k, c)`` of the same function may differ, in float64.
+    """Return the allowed difference between outputs ``(k, c)`` of the same function, in float64.
 
-    The bound is relative to the spread of each output over the examples, so that a large constant part hides nothing,
-    and never below what the last digits leave.
+    It is a fraction of the spread of each output over the examples, so that a large constant part hides no difference,
+    plus the rounding error of the last digits.
 
     Args:
         y: the outputs.
-        spread: outputs ``(n, c)`` of the same kind, from which the spread is taken.
-        relative: the fraction of the spread that is allowed.
-        precision: the coarsest dtype on the way to them.
+        spread: outputs ``(n, c)`` of the same kind, which determine the spread.
+        relative: the fraction of the spread.
+        precision: the coarsest dtype in the computation.
     """
     y, spread = y.detach().double(), spread.detach().to(y.device).double()
     typical = spread.square().mean(0).sqrt()
-    # A single example has no spread; its size takes the place of it.
+    # A single example has no spread; its size replaces it.
     scale = spread.std(0) if len(spread) > 1 else typical
     return relative * scale + 4 * torch.finfo(precision).eps * (y.abs() + typical.median())

@@ -1,4 +1,4 @@
-"""Batches: a tensor, or a tuple or dict of tensors, with the examples on axis 0 of each."""
+"""Batches: a tensor, or a tuple or dict of tensors, with the examples on axis 0."""
 
 from __future__ import annotations
 
@@ -15,14 +15,11 @@ Batch = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 
 
 def as_batch(x: Any) -> Batch:
-    """Check ``x`` and return it as a tensor, a tuple or a dict.
-
-    Args:
-        x: tensor, sequence or mapping of tensors that share the length of axis 0.
+    """Return a tensor, or a sequence or mapping of tensors, as a tensor, tuple or dict.
 
     Raises:
-        TypeError: if something in ``x`` is no tensor, or sparse, nested or quantized.
-        ValueError: if ``x`` holds no example, or the tensors disagree on how many.
+        TypeError: if an element is no tensor, or is sparse, nested or quantized.
+        ValueError: if there is no example, or the tensors have different numbers of examples.
     """
     batch: Batch
     if isinstance(x, Tensor):
@@ -41,7 +38,7 @@ def as_batch(x: Any) -> Batch:
         if not isinstance(part, Tensor):
             raise TypeError(
                 f"inputs: every part must be a tensor with the examples on axis 0, got a {type(part).__name__}. "
-                "Pass what is no tensor through forward_fn instead."
+                "Pass other objects through forward_fn."
             )
         checks.dense("inputs", part)
         if part.is_meta:
@@ -57,17 +54,12 @@ def as_batch(x: Any) -> Batch:
 
 
 def as_inputs(x: Any) -> Batch:
-    """Check and return ``x`` as :func:`as_batch` does, where predictions may come by mistake.
-
-    Raises:
-        TypeError: as :func:`as_batch`.
-        ValueError: as :func:`as_batch`, and if ``x`` carries a gradient history, as predictions do.
-    """
+    """Return ``x`` like :func:`as_batch`; raise a ``ValueError`` if it has a gradient history, as predictions do."""
     batch = as_batch(x)
     if any(part.grad_fn is not None for part in tensors(batch)):
         raise ValueError(
-            "inputs: expected the model's inputs, got a tensor with a grad_fn, probably predictions. Pass what the "
-            "model is called with: metric.update(x, y), reg(x, y). In a MetricCollection use keywords: "
+            "inputs: expected the model's inputs, got a tensor with a grad_fn, probably predictions. Pass the inputs "
+            "of the model: metric.update(x, y), reg(x, y). In a MetricCollection use keywords: "
             "update(inputs=x, preds=p, target=y)."
         )
     return batch
@@ -100,7 +92,7 @@ def take(x: Batch, rows: Tensor) -> Batch:
 
 
 def on(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device, without waiting for what the device was told to do before."""
+    """Return a tensor on a device, without waiting for the operations queued there."""
     return tensor.to(device, non_blocking=tensor.device.type == "cpu")
 
 
@@ -110,7 +102,7 @@ def size(x: Batch) -> int:
 
 
 def shapes(x: Batch) -> tuple[Any, ...]:
-    """Return what batches must share to be one: structure, and shape of an example and dtype of each part."""
+    """Return the properties that batches to be joined must share: structure, shapes of an example, dtypes."""
     keys = tuple(x) if isinstance(x, dict) else isinstance(x, Tensor)
     return keys, *((t.shape[1:], t.dtype) for t in tensors(x))
 
@@ -125,12 +117,12 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
 
 
 def call(model: nn.Module, x: Batch) -> Any:
-    """Call ``model`` as its user would: ``model(x)``, ``model(*x)`` for a tuple, ``model(**x)`` for a dict."""
+    """Call the model: ``model(x)``, ``model(*x)`` for a tuple, ``model(**x)`` for a dict."""
     if isinstance(x, Tensor):
         return model(x)
     return model(**x) if isinstance(x, dict) else model(*x)
 
 
 def flat(value: Tensor, keep: int = 1) -> Tensor:
-    """Return a tensor with all axes after the first ``keep`` in one, which it has even where there are none."""
+    """Flatten all axes after the first ``keep`` (adds one if there are none)."""
     return value.reshape(*value.shape[:keep], math.prod(value.shape[keep:]))

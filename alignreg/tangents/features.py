@@ -1,4 +1,4 @@
-"""Tangent features of a model, seen through products, and the tangent kernel."""
+"""Tangent features of a model, by products with them, and the tangent kernel."""
 
 from __future__ import annotations
 
@@ -30,37 +30,42 @@ from alignreg.tangents.switches import eager
 class TangentFeatures(LiveModel):
     r"""Tangent features Φ = ∂f/∂w of a live model, and products with them.
 
-    For outputs ``f(x)`` of shape ``(n, c)`` and P parameters w, Φ has n·c rows, row (i, k) = ∇_w f_k(x_i), and the
-    tangent kernel is K = ΦΦᵀ, here a tensor ``(n, c, n, c)``, with no 1/n inside (Baratin et al., "Implicit
-    Regularization via Neural Feature Alignment", AISTATS 2021, section 2).
+    For outputs ``f(x)`` of shape ``(n, c)`` and P parameters w, Φ has n·c rows, row (i, k) = ∇_w f_k(x_i). The tangent
+    kernel is K = ΦΦᵀ, here a tensor ``(n, c, n, c)`` without a factor 1/n (Baratin et al., "Implicit Regularization
+    via Neural Feature Alignment", AISTATS 2021, section 2).
 
-    What is differentiated is the model as it would predict now: parameters of this moment, dropout off,
-    normalization with its running statistics, no autocast. Modes, buffers, gradients and random states are
-    the caller's again after every call. Everything works under ``no_grad``, ``inference_mode`` and autocast.
+    Each call differentiates the model as it would predict now: with its present parameters, without dropout and
+    autocast, and with running statistics in normalizations. After the call, modes, buffers, gradients and random states
+    are as before. Everything works under ``no_grad``, ``inference_mode`` and autocast. For a model under
+    ``fully_shard`` (FSDP2) a call gathers all parameters, so all ranks must make it together; derivatives of the result
+    reach the shards as means over ranks.
 
-    Of a model under ``fully_shard`` (FSDP2) a call gathers all parameters, so that all ranks must make it together;
-    derivatives of the result reach the shards as means over ranks.
+    **Methods** have these arguments and errors in common. ``x`` is a batch of n examples: a tensor, or a tuple or dict
+    of tensors with the examples on axis 0. ``create_graph=True`` makes the result differentiable. A ``TypeError`` is
+    raised if ``x`` or the model's output is not made of tensors, and a ``ValueError`` if ``x`` is empty, or the output
+    is not a finite ``(n, c)`` that depends on the parameters.
 
     Args:
-        model: the model, possibly wrapped (DDP, ``fully_shard``, ``torch.compile``, Accelerate). It is referred to,
-            never registered or copied.
+        model: the model, possibly wrapped (DDP, ``fully_shard``, ``torch.compile``, Accelerate). The tangent features
+            refer to it, and never register or copy it.
         params: glob pattern or patterns of parameter names (``"head.*"``) of the bare model; all trainable
-            parameters by default. Tied parameters count once, by their first name.
-        forward_fn: ``(model, x) -> (n, c)`` for models whose output is not that tensor, as
+            parameters by default. Tied parameters count once, under their first name.
+        forward_fn: ``(model, x) -> (n, c)`` for models with another output, such as
             ``lambda model, x: model(**x).logits``.
-        chunk_size: how many directions, or rows of the Jacobian, go through the model at once. By default as many as
-            are quick and keep the working memory under 2 GiB (on a GPU: half of what is free), beyond a forward and
-            backward pass of the batch and the result. It changes no value.
-        statistics: with which statistics modules in training mode normalize (``BatchNorm``, and modules of your own
-            that have buffers ``running_...``): ``"running"``, those that the model predicts with, or ``"training"``,
-            those of the batch as functions of the weights, which is the function that a training step
-            differentiates. Modules in evaluation mode have the running ones. Features are then those of the batch
-            as one function: the kernel of the batch goes by rows of the whole Jacobian, which is slow.
+        chunk_size: how many directions, or rows of the Jacobian, go through the model at once; it changes no value. By
+            default as many as are fast and keep the working memory under 2 GiB (on a GPU: half of the free memory), in
+            addition to one forward and backward pass of the batch and the result.
+        statistics: the statistics by which modules in training mode normalize (``BatchNorm``, and your own modules with
+            buffers ``running_...``): ``"running"`` (those of predictions) or ``"training"`` (those of the batch, as
+            functions of the weights, as in a training step). Modules in evaluation mode always use running statistics.
+            With batch statistics, the features are those of the whole batch as one function, and the kernel is computed
+            from rows of the whole Jacobian, which is slow.
 
     Raises:
-        TypeError: if the model is sharded otherwise (FSDP1, tensor parallelism), or an argument is of another kind.
-        ValueError: if it has no trainable parameter, none that ``params`` matches, or selected ones that are complex or
-            without values.
+        TypeError: if the model is sharded other than by ``fully_shard`` (FSDP1, tensor parallelism), or an argument has
+            the wrong type.
+        ValueError: if the model has no trainable parameter, none matches ``params``, or selected parameters are complex
+            or have no values.
 
     Example:
         >>> import torch
@@ -75,18 +80,9 @@ class TangentFeatures(LiveModel):
 
     @eager
     def outputs(self, x: Any) -> Tensor:
-        """Return f(x) ``(n, c)``: the outputs that are differentiated, without a gradient history.
-
-        Args:
-            x: tensor, tuple or dict of tensors with the n examples on axis 0.
-
-        Raises:
-            TypeError: if ``x`` or the output is not made of tensors.
-            ValueError: if ``x`` is empty, or the output not a finite ``(n, c)`` that depends on the parameters.
+        """Return f(x) ``(n, c)``, the outputs that are differentiated, without a gradient history.
 
         Example:
-            >>> import torch
-            >>> from alignreg import TangentFeatures
             >>> TangentFeatures(torch.nn.Linear(3, 2)).outputs(torch.ones(4, 3)).shape
             torch.Size([4, 2])
         """
@@ -95,22 +91,11 @@ class TangentFeatures(LiveModel):
 
     @eager
     def jacobian(self, x: Any, *, create_graph: bool = False) -> dict[str, Tensor]:
-        """Return Φ itself, by parameter name: ``(n, c, *shape)`` each.
+        """Return Φ itself, by parameter name ``(n, c, *shape)``.
 
-        Its n·c·P numbers are the result; for the kernel or the trace alone, :meth:`kernel` and :meth:`trace` take
-        less.
-
-        Args:
-            x: tensor, tuple or dict of tensors with the n examples on axis 0.
-            create_graph: make the result differentiable.
-
-        Raises:
-            TypeError: if ``x`` or the output is not made of tensors.
-            ValueError: if ``x`` is empty, or the output not a finite ``(n, c)``.
+        The result holds n·c·P numbers; :meth:`kernel` and :meth:`trace` need less memory.
 
         Example:
-            >>> import torch
-            >>> from alignreg import TangentFeatures
             >>> TangentFeatures(torch.nn.Linear(3, 2)).jacobian(torch.ones(4, 3))["weight"].shape
             torch.Size([4, 2, 2, 3])
         """
@@ -124,21 +109,11 @@ class TangentFeatures(LiveModel):
 
     @eager
     def trace(self, x: Any, *, create_graph: bool = False) -> Tensor:
-        """Return tr K = ‖Φ‖_F² = Σ_ik ‖∇_w f_k(x_i)‖², exact and uncentered, without holding Φ or K.
+        """Return tr K = ‖Φ‖_F² = Σ_ik ‖∇_w f_k(x_i)‖², exact and uncentered, without storing Φ or K.
 
-        Of a model whose examples depend on each other it is that of the batch as one function.
-
-        Args:
-            x: tensor, tuple or dict of tensors with the n examples on axis 0.
-            create_graph: make the result differentiable.
-
-        Raises:
-            TypeError: as :meth:`jacobian`.
-            ValueError: as :meth:`jacobian`.
+        If examples interact (batch statistics), this is the trace of the whole batch as one function.
 
         Example:
-            >>> import torch
-            >>> from alignreg import TangentFeatures
             >>> TangentFeatures(torch.nn.Linear(3, 2)).trace(torch.eye(3))
             tensor(12.)
         """
@@ -155,26 +130,13 @@ class TangentFeatures(LiveModel):
 
     @eager
     def diagonal(self, x: Any, *, per_layer: bool = False, create_graph: bool = False) -> Tensor | dict[str, Tensor]:
-        """Return the diagonal blocks K[i, :, i, :] of the exact tangent kernel, without the rest of it.
+        """Return the part K[i, :, i, :] ``(n, c, c)`` of the exact tangent kernel, without computing the rest.
 
-        The block of an example is the Gram matrix of its outputs' gradients, ⟨∇_w f_k(x_i), ∇_w f_l(x_i)⟩. Of a model
-        whose examples depend on each other it is that of the batch as one function.
-
-        Args:
-            x: tensor, tuple or dict of tensors with the n examples on axis 0.
-            per_layer: return the blocks of each layer's own parameters, which sum to the blocks of K.
-            create_graph: make the result differentiable.
-
-        Returns:
-            ``(n, c, c)``, or a dict of them by layer.
-
-        Raises:
-            TypeError: as :meth:`jacobian`.
-            ValueError: as :meth:`jacobian`.
+        For each example it is the Gram matrix of the gradients of its outputs, ⟨∇_w f_k(x_i), ∇_w f_l(x_i)⟩. If
+        examples interact (batch statistics), the gradients are those of the whole batch as one function. With
+        ``per_layer``, the result is a dict of the same parts of the layers' own kernels, which sum to those of K.
 
         Example:
-            >>> import torch
-            >>> from alignreg import TangentFeatures
             >>> TangentFeatures(torch.nn.Linear(3, 2)).diagonal(torch.eye(3))[0]
             tensor([[2., 0.],
                     [0., 2.]])
@@ -185,8 +147,8 @@ class TangentFeatures(LiveModel):
         by_layer: dict[str, list[Tensor]] = {layer: [] for layer in layer_of.values()}
         for names, part in parts.items():
             by_layer[layer_of[names[0]]].append(part)
-        found = {layer: torch.stack(value).sum(0) for layer, value in by_layer.items()}
-        return found if per_layer else found[""]
+        diagonal_of = {layer: torch.stack(value).sum(0) for layer, value in by_layer.items()}
+        return diagonal_of if per_layer else diagonal_of[""]
 
     @overload
     def kernel(
@@ -208,32 +170,27 @@ class TangentFeatures(LiveModel):
     def kernel(
         self, x: Any, x2: Any = None, *, per_layer: bool = False, create_graph: bool = False, progress: bool = False
     ) -> Tensor | dict[str, Tensor]:
-        """Return the exact tangent kernel K[i, k, j, l] = ⟨∇_w f_k(x_i), ∇_w f_l(x2_j)⟩.
+        """Return the exact tangent kernel K[i, k, j, l] = ⟨∇_w f_k(x_i), ∇_w f_l(x2_j)⟩ ``(n, c, n2, c)``.
 
-        Linear layers, convolutions, embeddings and normalizations go by their factors, without a Jacobian; all other
-        parameters by theirs, in pieces that fit in memory. Every call checks itself, layer by layer: ωᵀK_l ω' against
-        ⟨Φ_lᵀω, Φ_lᵀω'⟩ for random ω, ω'. A layer whose factors fail goes the other way, with one warning.
-        Half-precision models give a float32 kernel.
+        The kernel of linear layers, convolutions, embeddings and normalizations is computed from factors, without a
+        Jacobian. That of all other parameters is computed from their Jacobian, in pieces that fit in memory. Every call
+        checks itself, layer by layer: ωᵀK_l ω' is compared with ⟨Φ_lᵀω, Φ_lᵀω'⟩ for random ω, ω'. A layer whose factors
+        fail the check is computed from its Jacobian, with one warning. The kernel of half-precision models is float32.
 
         Args:
-            x: tensor, tuple or dict of tensors with the n examples on axis 0.
+            x: the batch.
             x2: another batch of n2 examples; ``x`` by default.
-            per_layer: return the kernel of each layer's own parameters, which sum to K.
-            create_graph: make the result differentiable; then what the layers hold stays in memory.
+            per_layer: return a dict with the kernel of each layer's own parameters, by the path of the module that owns
+                the parameters. These kernels sum to K.
+            create_graph: make the result differentiable; intermediate values of the layers then stay in memory.
             progress: show a progress bar (needs the package rich).
 
-        Returns:
-            ``(n, c, n2, c)``, or a dict of them by layer (path of the module that owns the parameters).
-
         Raises:
-            TypeError: as :meth:`jacobian`.
-            ValueError: as :meth:`jacobian`, and if the outputs of an example depend on the others of its batch.
+            ValueError: if the outputs of an example depend on the other examples of its batch.
             RuntimeError: if the kernel fails its self-check.
-            ImportError: if ``progress`` is asked for and rich is missing.
+            ImportError: if ``progress`` is requested and rich is missing.
 
         Example:
-            >>> import torch
-            >>> from alignreg import TangentFeatures
             >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
             >>> features = TangentFeatures(net)
             >>> x = torch.randn(5, 3)
@@ -246,35 +203,30 @@ class TangentFeatures(LiveModel):
         with self._linearized(x, create_graph=create_graph) as one, ExitStack() as stack:
             two = None if x2 is None else stack.enter_context(self._linearized(x2, create_graph=create_graph))
             tick = stack.enter_context(bar("tangent kernel", self.num_parameters, show=progress))
-            found = kernels(Rules(one, layer_of, self._refused), two, tick)
-        return found if per_layer else found[""]
+            by_layer = kernels(Rules(one, layer_of, self._refused), two, tick)
+        return by_layer if per_layer else by_layer[""]
 
     @eager
     def pushforward(
         self, x: Any, directions: Mapping[str, Tensor] | Directions, *, create_graph: bool = False
     ) -> Tensor:
-        """Return ΦS: the derivative of every output along m directions of parameter space.
+        """Return ΦS ``(n, c, m)``, the derivative of every output along m directions in parameter space.
 
-        One forward-mode product per direction, several at a time. Where torch has no forward-mode derivative (modules
-        under activation checkpointing, custom autograd functions), the same by two reverse-mode passes.
+        There is one forward-mode product per direction, several at a time. Where torch has no forward-mode derivative
+        (modules under activation checkpointing, custom autograd functions), two reverse-mode passes replace it.
 
         Args:
-            x: tensor, tuple or dict of tensors with the n examples on axis 0.
+            x: the batch.
             directions: S, as tensors ``(m, *shape)`` by parameter name, or a lazy sketch that draws them
-                (:func:`alignreg.sketches.gaussian`). No 1/√m is applied.
+                (:func:`alignreg.sketches.gaussian`). No factor 1/√m is applied.
             create_graph: make the result differentiable.
 
-        Returns:
-            ``(n, c, m)``.
-
         Raises:
-            TypeError: as :meth:`jacobian`.
-            ValueError: as :meth:`jacobian`, and if the directions do not fit the parameters.
-            RuntimeError: if the model can be differentiated neither forward nor twice; names the module.
+            ValueError: if the directions do not fit the parameters.
+            RuntimeError: if the model can be differentiated neither forward nor twice; the message names the module.
 
         Example:
-            >>> import torch
-            >>> from alignreg import TangentFeatures, sketches
+            >>> from alignreg import sketches
             >>> features = TangentFeatures(torch.nn.Linear(3, 2))
             >>> features.pushforward(torch.ones(4, 3), sketches.gaussian(16, seed=0)).shape
             torch.Size([4, 2, 16])
@@ -294,25 +246,21 @@ class TangentFeatures(LiveModel):
     def pullback(
         self, x: Any, cotangents: Tensor, *, outputs: Tensor | None = None, create_graph: bool = False
     ) -> dict[str, Tensor]:
-        """Return Φᵀω for m cotangents ω on the outputs: one backward pass each, after one forward pass.
+        """Return Φᵀω ``(m, *shape)`` by parameter name for m cotangents ω on the outputs.
+
+        One forward pass is followed by one backward pass for each cotangent.
 
         Args:
-            x: tensor, tuple or dict of tensors with the n examples on axis 0.
-            cotangents: Ω, ``(m, n, c)``.
-            outputs: f(x) ``(n, c)`` of a forward pass of yours, whose graph is then taken and kept instead of one of
-                our own. Whether it is that of the same function, see :meth:`agree`, is left to you.
+            x: the batch.
+            cotangents: Ω ``(m, n, c)``.
+            outputs: f(x) ``(n, c)`` of your own forward pass, whose graph is used and kept, instead of another pass.
+                You must know that it belongs to the same function; :meth:`agree` checks that.
             create_graph: make the result differentiable.
 
-        Returns:
-            By parameter name, ``(m, *shape)``.
-
         Raises:
-            TypeError: as :meth:`jacobian`.
-            ValueError: as :meth:`jacobian`, and if the cotangents do not fit the output.
+            ValueError: if the cotangents do not fit the output.
 
         Example:
-            >>> import torch
-            >>> from alignreg import TangentFeatures
             >>> features = TangentFeatures(torch.nn.Linear(3, 2))
             >>> features.pullback(torch.ones(4, 3), torch.ones(1, 4, 2))["bias"]
             tensor([[4., 4.]])
@@ -328,27 +276,13 @@ class TangentFeatures(LiveModel):
     def grams(
         self, x: Any, cotangents: Tensor, *, outputs: Tensor | None = None, create_graph: bool = False
     ) -> dict[str, Tensor]:
-        """Return ω_aᵀK_wω_b = ⟨Φ_wᵀω_a, Φ_wᵀω_b⟩ of each parameter w alone, for m cotangents ω on the outputs.
+        """Return ω_aᵀK_wω_b = ⟨Φ_wᵀω_a, Φ_wᵀω_b⟩ ``(m, m)`` for each parameter w by name, in float32 at least.
 
-        The products of the pullbacks (:func:`alignreg.estimators.gram`), which sum to ω_aᵀKω_b; of linear layers they
-        come without the pullbacks where that is less work, as for the few examples of an MLP.
-
-        Args:
-            x: as in :meth:`pullback`.
-            cotangents: as in :meth:`pullback`.
-            outputs: as in :meth:`pullback`.
-            create_graph: make the result differentiable.
-
-        Returns:
-            By parameter name, ``(m, m)``, in float32 at least.
-
-        Raises:
-            TypeError: as :meth:`jacobian`.
-            ValueError: as :meth:`pullback`.
+        These products of the pullbacks (:func:`alignreg.estimators.gram`) sum to ω_aᵀKω_b. For linear layers they are
+        computed without the pullbacks where that is less work, as for a few examples of an MLP. Arguments and errors
+        are those of :meth:`pullback`.
 
         Example:
-            >>> import torch
-            >>> from alignreg import TangentFeatures
             >>> features = TangentFeatures(torch.nn.Linear(3, 2))
             >>> features.grams(torch.ones(4, 3), torch.ones(1, 4, 2))
             {'weight': tensor([[96.]]), 'bias': tensor([[32.]])}
@@ -362,7 +296,10 @@ class TangentFeatures(LiveModel):
 
     def _own_parameters(self) -> dict[str, nn.Parameter]:
         if is_sharded(self.model):
-            raise ValueError("outputs: those of a sharded model depend on parameters that are gone. Leave outputs out.")
+            raise ValueError(
+                "outputs: expected None for a sharded model, got a tensor, whose graph leads to gathered parameters "
+                "that no longer exist. Leave outputs out."
+            )
         return self.parameters
 
     def _rules(self, at: Linearization) -> Rules:

@@ -1,4 +1,4 @@
-"""Outputs and gradients must be finite: the errors where they are not, and the check of gradients."""
+"""Errors for outputs and gradients that are not finite, and the check of gradients."""
 
 from __future__ import annotations
 
@@ -31,15 +31,14 @@ class NonFiniteGradientError(ValueError):
     def __init__(self) -> None:
         super().__init__(
             "the gradients of the model's outputs contain NaN or inf, though the outputs are finite. Look for the root "
-            "or the norm of zeros (a padded row), or a division of two tiny numbers, and add a small constant inside."
+            "or the norm of zeros (a padded row), or a division of two tiny numbers, and add a small constant there."
         )
 
 
 def require_finite(gradients: Iterable[Tensor]) -> Tensor:
-    """Check that gradients are finite, and return their norm, which is infinite where it is too large for their dtype.
+    """Return the norm of gradients, or raise :class:`NonFiniteGradientError` if they are not finite.
 
-    Raises:
-        NonFiniteGradientError: if one is not.
+    The norm may overflow to inf.
     """
     given = [gradient.detach() for gradient in gradients]
 

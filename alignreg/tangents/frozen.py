@@ -1,4 +1,4 @@
-"""A live model as a fixed, differentiable function, and back to exactly what it was."""
+"""A live model as a fixed, differentiable function, with its state restored exactly afterwards."""
 
 from __future__ import annotations
 
@@ -25,13 +25,7 @@ T = TypeVar("T")
 
 @final
 class Frozen:
-    """What a model is like inside :func:`frozen`.
-
-    Args:
-        model: the bare model.
-        statistics: of the batch, or running ones.
-        over_ranks: take statistics of the batch over ranks where the model does.
-    """
+    """A model inside :func:`frozen`, which describes the arguments."""
 
     def __init__(self, model: nn.Module, statistics: Statistics, *, over_ranks: bool) -> None:
         self.over_ranks = over_ranks
@@ -44,21 +38,21 @@ class Frozen:
         self._stand_ins: dict[int, _StandIn] = {}
         for _, module in self._modules:
             attributes = module.__dict__
-            # Buffers too: a checkpointed module runs again in a backward pass, which is no pass of ours.
+            # Buffers need copies too, since a checkpointed module runs again in a backward pass.
             for holder in (attributes, attributes.get("_buffers")):
-                for name, value in holder.items() if isinstance(holder, dict) else ():  # not those of scripted modules
+                for name, value in holder.items() if isinstance(holder, dict) else ():  # scripted modules have no dict
                     if _may_change(value):
                         self._stand_ins.setdefault(id(value), _StandIn(value)).places.append((holder, name))
-            # Hooks on gradients are the user's, for the gradients of training: they would change the features.
+            # The user's hooks on gradients are meant for the gradients of training; they would change the features.
             for place in _HOOKS_ON_GRADIENTS:
                 if attributes.get(place):
                     attributes[place] = OrderedDict()
-            if "_original_forward" in attributes and "forward" in attributes:  # patched by Accelerate
+            if "_original_forward" in attributes and "forward" in attributes:  # Accelerate has patched it
                 attributes["forward"] = attributes["_original_forward"]
             keeps = statistics == "training" and normalization.keeps_running_statistics(module)
             training = module.training and keeps
             if module in self._scripted:
-                module.training = training  # no attribute of Python's
+                module.training = training  # not in __dict__
             else:
                 attributes["training"] = training
             if isinstance(module, nn.SyncBatchNorm) and training:
@@ -75,18 +69,18 @@ class Frozen:
         self._inside = [_Attributes(module) for _, module in self._modules]
 
     def settle(self) -> bool:
-        """Put back what a forward pass left on its modules, and say whether there was something.
+        """Undo what a forward pass changed on the modules, and return whether there was such a change.
 
         Raises:
-            RuntimeError: if it switched their modes.
+            RuntimeError: if the pass switched the modes of modules.
         """
         changed = False
         for (path, module), mode, attributes in zip(self._modules, self._modes, self._inside, strict=True):
             if module.training != mode:
                 raise RuntimeError(
                     f"the forward pass switches {path or 'the model'!r} ({type(module).__name__}) to "
-                    f"{'training' if module.training else 'evaluation'} mode, so that what is differentiated is not "
-                    "the model as it predicts. Set modes outside of forward()."
+                    f"{'training' if module.training else 'evaluation'} mode, so that the differentiated function "
+                    "differs from the model as it predicts. Set modes outside of forward()."
                 )
             changed |= attributes.restore()
         written = [stand_in for stand_in in self._stand_ins.values() if stand_in.is_written()]
@@ -97,7 +91,7 @@ class Frozen:
         return changed or bool(written)
 
     def leave(self) -> None:
-        """Put everything back."""
+        """Restore everything."""
         for attributes in self._outside:
             attributes.restore()
         for script, mode in self._scripted.items():
@@ -110,57 +104,55 @@ _HOOKS_ON_GRADIENTS = ("_backward_hooks", "_backward_pre_hooks")
 
 
 def hooks_on_gradients(model: nn.Module) -> bool:
-    """Say whether users' hooks on the gradients of parameters or modules act on passes outside of :func:`frozen`."""
+    """Return whether hooks on the gradients of parameters or modules affect passes outside of :func:`frozen`."""
     own = any(module.__dict__.get(place) for module in model.modules() for place in _HOOKS_ON_GRADIENTS)
-    return own or global_hooks_on_gradients() or any(p._backward_hooks for p in model.parameters())  # noqa: SLF001 - they have no public list
+    return own or global_hooks_on_gradients() or any(p._backward_hooks for p in model.parameters())  # noqa: SLF001 - there is no public list
 
 
 def _may_change(value: Any) -> bool:
-    """Say whether a forward pass may change this in place, besides lists, dicts and sets."""
+    """Return whether a forward pass may change a value in place and must get a copy (not lists, dicts and sets)."""
     if not isinstance(value, Tensor):
         return isinstance(value, torch.Generator)
-    # Parameters are what others may hold too; those with a graph, and what has no values, cannot be changed so.
+    # Other modules may share parameters; tensors with a graph or without values cannot be changed in place.
     return not (isinstance(value, nn.Parameter) or value.requires_grad or is_lazy(value))
 
 
 @final
 class _StandIn:
-    """A copy in the place of a tensor or a random generator that modules hold."""
+    """A copy that replaces a tensor or random generator in all modules that hold it."""
 
     def __init__(self, value: Any) -> None:
         self._value = value
         self.places: list[tuple[dict[str, Any], str]] = []
 
     def renew(self) -> None:
-        """Put a fresh copy in place."""
         self._copy = self._value.detach().clone() if isinstance(self._value, Tensor) else self._value.clone_state()
         for holder, name in self.places:
             holder[name] = self._copy
         self._version = self._now()
 
     def is_written(self) -> bool:
-        """Say whether the copy has changed."""
         return bool(self._now() != self._version)
 
     def _now(self) -> Any:
         if isinstance(self._copy, Tensor):
-            return self._copy._version  # noqa: SLF001 - of changes in place
+            return self._copy._version  # noqa: SLF001 - counts changes in place
         return self._copy.get_state().tolist()
 
 
 @final
 class _Attributes:
-    """The attributes of a module, and what the lists, dicts and sets among them hold."""
+    """The attributes of a module, and the contents of the lists, dicts and sets among them."""
 
     def __init__(self, module: nn.Module) -> None:
         self._live = module.__dict__
         self.values = dict(self._live)
         held: list[Any] = [value for value in self.values.values() if isinstance(value, (dict, list, set))]
-        self._empty = [one for one in held if not one]  # most, those of hooks
+        self._empty = [one for one in held if not one]  # most of them, such as dicts of hooks
         self._contents = [(one, one.copy()) for one in held if one]
 
     def restore(self) -> bool:
-        """Put them back, and say whether one had changed."""
+        """Restore the attributes, and return whether one had changed."""
         changed = not _same(self._live, self.values)
         if changed:
             for name in self._live.keys() - self.values:
@@ -179,7 +171,7 @@ class _Attributes:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Say whether two lists, dicts or sets hold the same objects."""
+    """Return whether two lists, dicts or sets hold the same objects."""
     if len(one) != len(other):
         return False
     if isinstance(one, dict):
@@ -187,33 +179,31 @@ def _same(one: Any, other: Any) -> bool:
     return bool(one == other) if isinstance(one, set) else all(map(is_, one, other))
 
 
-# Of two threads that measure one model at a time, each would take what the other made of it for what it was.
+# If two threads measured one model at the same time, each would save the changes of the other as the original state.
 _LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 @contextmanager
-def frozen(
-    model: nn.Module,
-    *,
-    statistics: Statistics = "running",
-    over_ranks: bool = False,
-) -> Iterator[Frozen]:
+def frozen(model: nn.Module, *, statistics: Statistics = "running", over_ranks: bool = False) -> Iterator[Frozen]:
     """Let the model be differentiated as a deterministic function of its parameters inside the block.
 
-    Inside: gradients are on, whatever the caller's ``no_grad`` or ``inference_mode``; every module is in evaluation
-    mode (dropout off, normalization with running statistics, which stay untouched), except with
-    ``statistics="training"`` those that normalize by the statistics of the batch while they train; autocast is off,
-    that of a ``forward`` patched by Accelerate included; compiled parts run eagerly; attention takes the kernel
-    that can be differentiated twice and forward, recurrent layers leave the fused kernels that cannot; parameters
-    that ``fully_shard`` spread over ranks are whole; modules' hooks on gradients are off, those of all modules too;
-    copies stand in for buffers and for other tensors and random generators that modules hold; other threads that want
-    the same model wait.
-    Afterwards, also after an exception, everything is as before, attributes that the forward pass sets included.
+    Inside the block:
+
+    - Gradients are on, even under the caller's ``no_grad`` or ``inference_mode``, and autocast is off, including that
+      of a ``forward`` patched by Accelerate.
+    - Every module is in evaluation mode: dropout is off, and normalizations use running statistics and leave them
+      unchanged. With ``statistics="training"``, modules that train with batch statistics keep their modes.
+    - Compiled parts run eagerly, attention uses a kernel that is differentiable twice and forward, and recurrent
+      layers use no fused kernels, which are not.
+    - Parameters that ``fully_shard`` distributes over ranks are whole. Hooks on the gradients of modules are off.
+    - Copies replace buffers, and other tensors and random generators of modules. Other threads wait for the model.
+
+    Afterwards, even after an exception, everything is as before, including attributes that the forward pass sets.
 
     Args:
         model: the bare model.
-        statistics: with which modules in training mode normalize.
-        over_ranks: take the statistics of a ``SyncBatchNorm`` over ranks.
+        statistics: the statistics by which modules in training mode normalize.
+        over_ranks: let a ``SyncBatchNorm`` use the statistics of all ranks.
     """
     with ExitStack() as stack:
         stack.enter_context(_LOCKS.setdefault(model, threading.RLock()))
@@ -232,16 +222,16 @@ def frozen(
 
 
 def repeatably(fn: Callable[..., T], *args: Any, devices: set[torch.device]) -> T:
-    """Call ``fn`` and put the global random states back: every call draws what the caller would draw next."""
+    """Call ``fn`` and restore the global random states, so that every call draws the same numbers."""
     cuda = [device for device in devices if device.type == "cuda"]
     with torch.random.fork_rng(devices=cuda):
         return fn(*args)
 
 
 def draws(fn: Callable[..., T], *args: Any, devices: set[torch.device]) -> tuple[T, bool]:
-    """Call ``fn`` and say whether it draws from the global random states, which are put back if it does.
+    """Call ``fn`` and return whether it draws from the global random states, which are then restored.
 
-    If it does not, they are left alone: other threads may be drawing, whose numbers must not come twice.
+    Otherwise they are left alone, since other threads may be drawing and must not get the same numbers twice.
     """
     before = _random_states(devices)
     try:
@@ -253,7 +243,7 @@ def draws(fn: Callable[..., T], *args: Any, devices: set[torch.device]) -> tuple
 
 
 def _put_back(before: dict[torch.device, Tensor], fn: Callable[..., Any], *args: Any) -> bool:
-    """Put random states back if it is ``fn`` that moved them, and say whether it did."""
+    """Restore the random states if ``fn`` changed them, and return whether it did."""
     after = _random_states(set(before))
     if all(map(torch.equal, before.values(), after.values())):
         return False
@@ -262,13 +252,14 @@ def _put_back(before: dict[torch.device, Tensor], fn: Callable[..., Any], *args:
             fn(*args)
         if not seen.any:
             return False
-    _set_random_states(before)
+    for device, state in before.items():
+        torch.set_rng_state(state) if device.type == "cpu" else torch.cuda.set_rng_state(state, device)
     return True
 
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Put the CPU's random state back, also after an exception, if no other thread can have moved it."""
+    """Restore the CPU's random state, even after an exception, unless another thread may have changed it."""
     before = torch.get_rng_state()
     try:
         yield
@@ -282,30 +273,20 @@ def _random_states(devices: set[torch.device]) -> dict[torch.device, Tensor]:
     return {torch.device("cpu"): torch.get_rng_state(), **states}
 
 
-def _set_random_states(states: dict[torch.device, Tensor]) -> None:
-    for device, state in states.items():
-        torch.set_rng_state(state) if device.type == "cpu" else torch.cuda.set_rng_state(state, device)
-
-
 @final
 class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes whether an operation draws at random."""
+    """A mode that records whether an operation draws random numbers."""
 
     any = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation."""
         self.any |= torch.Tag.nondeterministic_seeded in func.tags
         return func(*args, **(kwargs or {}))
 
 
 @final
 class Saved:
-    """What autograd keeps for the backward pass: bytes by storage, and dtypes.
-
-    Args:
-        besides: tensors that are kept anyway.
-    """
+    """A record of the tensors that autograd saves for the backward pass, except ``besides``: sizes and dtypes."""
 
     def __init__(self, besides: Iterable[Tensor] = ()) -> None:
         self._besides = {tensor.untyped_storage().data_ptr() for tensor in besides}
@@ -314,26 +295,25 @@ class Saved:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in all."""
+        """The size of all saved tensors."""
         return sum(self._storages.values())
 
     @property
     def largest(self) -> int:
-        """Bytes of the largest."""
+        """The size of the largest saved tensor."""
         return max(self._storages.values(), default=0)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Record what is saved inside the block."""
+        """Record the tensors that are saved inside the block."""
 
         def pack(tensor: Tensor) -> Tensor:
             self.dtypes.add(tensor.dtype)
-            if tensor.layout != torch.strided:
-                return tensor.detach()
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self._besides:
-                self._storages[storage.data_ptr()] = storage.nbytes()
-            # A saved output that is kept as it is holds its own graph, which holds it: neither is ever freed.
+            if tensor.layout == torch.strided:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self._besides:
+                    self._storages[storage.data_ptr()] = storage.nbytes()
+            # Detach, since a saved output that keeps its graph would form a reference cycle.
             return tensor.detach()
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -341,13 +321,13 @@ class Saved:
 
 
 def failing_module(error: BaseException, model: nn.Module) -> str:
-    """Name the innermost module of ``model`` on the way to ``error``: ``'path' (Class)``."""
+    """Return the name of the innermost module of ``model`` that raised ``error``: ``'path' (Class)``."""
     paths = {id(module): path for path, module in model.named_modules()}
-    found = "the model"
+    name = "the model"
     trace = error.__traceback__
     while trace is not None:
         owner = trace.tb_frame.f_locals.get("self")
         if isinstance(owner, nn.Module) and id(owner) in paths:
-            found = f"{paths[id(owner)] or 'the model'!r} ({type(owner).__name__})"
+            name = f"{paths[id(owner)] or 'the model'!r} ({type(owner).__name__})"
         trace = trace.tb_next
-    return found
+    return name

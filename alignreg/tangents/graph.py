@@ -1,4 +1,4 @@
-"""What the autograd graph of a model's outputs says, and the products with their Jacobian that it gives."""
+"""Properties of the autograd graph of a model's outputs, and products with their Jacobian."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from alignreg import estimators
 
-# Operations that torch differentiates once only, or twice and wrong, by the names of their nodes.
+# Operations that torch differentiates only once, or wrongly a second time, by the names of their nodes.
 _ONCE = (
     *("ScaledDotProductE", "ScaledDotProductF", "ScaledDotProductC", "CudnnRnn", "MkldnnRnn", "MiopenRnn"),
     *("ThnnFusedLstm", "ThnnFusedGru", "CompiledFunction", "WeightNorm", "FusedRmsNorm", "MaskedSoftmax"),
@@ -21,31 +21,27 @@ _ONCE = (
     *("EmbeddingBag", "SegmentReduce", "SparseSoftmax", "SparseLogSoftmax", "SparseSum", "SparseMmReduce"),
     *("FakeQuantizeLearnable", "Mkldnn"),
 )
-# Those whose second derivatives are NaN where their result is zero.
+# Operations whose second derivatives are NaN where their result is zero.
 _AT_ZERO = ("LinalgVectorNorm", "NormBackward", "Std", "EuclideanDist")
-# Normalizations hand their statistics to the backward pass as constants, which the derivative of a vectorized one
-# believes; what runs inside scripted modules does not show.
+# Normalizations pass their statistics to the backward pass as constants, so that the derivative of a vectorized
+# backward pass is wrong. Scripted modules hide their operations.
 _CONSTANTS = ("NativeLayerNorm", "NativeGroupNorm", "NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
-# Functions marked with once_differentiable, which where gradients are constants are silently taken for linear.
-_MARKED = once_differentiable(lambda _: None).__code__
 _HIDDEN = "DifferentiableGraphBackward"
+# The code of functions marked as once_differentiable, which autograd silently treats as linear for constant gradients.
+_MARKED = once_differentiable(lambda _: None).__code__
 Nodes = Sequence[Any]
-"""The nodes of a graph: what :func:`nodes` returns."""
-# The products that linear layers run: which of the factors is the weight, and under what name the other is saved.
+"""The nodes of a graph, as returned by :func:`nodes`."""
+# The products in linear layers: the position of the weight among the factors, and the name of the other saved factor.
 _MATMULS = {"AddmmBackward0": (2, "_saved_mat1"), "MmBackward0": (1, "_saved_self")}
 
 
 def twice_differentiable(y: Tensor) -> bool:
-    """Say whether y has a graph, without kernels that are known to be differentiated once only."""
+    """Return whether y has a graph without kernels that are known to be differentiable only once."""
     return y.requires_grad and not any(_once(node) or _vanishes(node) for node in nodes(y))
 
 
 def require_twice_differentiable(nodes: Nodes, sources: Iterable[Tensor]) -> None:
-    """Check the graph between outputs and what they are differentiated with respect to.
-
-    Raises:
-        RuntimeError: if there is a kernel in it that is known to be differentiated once only.
-    """
+    """Raise a ``RuntimeError`` if a kernel between the sources and the outputs is differentiable only once."""
     once = [node for node in nodes if _once(node)]
     if not once:
         return
@@ -65,11 +61,7 @@ def require_twice_differentiable(nodes: Nodes, sources: Iterable[Tensor]) -> Non
 
 
 def require_recomputable(nodes: Nodes) -> None:
-    """Check that torch gives gradients with respect to chosen tensors through the graph.
-
-    Raises:
-        ValueError: if it does not, because modules are checkpointed with ``use_reentrant=True``.
-    """
+    """Raise a ``ValueError`` if modules are checkpointed with ``use_reentrant=True``."""
     if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
         raise ValueError(
             "the model: expected activation checkpointing with use_reentrant=False, got use_reentrant=True, which "
@@ -78,38 +70,37 @@ def require_recomputable(nodes: Nodes) -> None:
 
 
 def gradients(value: Tensor, leaves: Sequence[Tensor], **options: Any) -> tuple[Tensor | None, ...]:
-    """Return the gradients of a value that was made of gradients: as :func:`torch.autograd.grad` does.
+    """Return the gradients of a value that depends on gradients, by :func:`torch.autograd.grad`.
 
     Raises:
-        RuntimeError: if something on the way can be differentiated once only.
+        RuntimeError: if an operation is differentiable only once; the message names the operation.
     """
     try:
         return torch.autograd.grad(value, leaves, **options)
-    except RuntimeError as error:  # NotImplementedError is one
-        if found := re.search(
-            r"derivative for '?(?:aten::)?(\w+)'? is not implemented|(once_differentiable)", str(error)
-        ):
-            raise once_only(found[1] or "a custom autograd function") from error
+    except RuntimeError as error:  # includes NotImplementedError
+        pattern = r"derivative for '?(?:aten::)?(\w+)'? is not implemented|(once_differentiable)"
+        if match := re.search(pattern, str(error)):
+            raise once_only(match[1] or "a custom autograd function") from error
         raise
 
 
 def once_only(name: str) -> RuntimeError:
-    """Return the error that tells of an operation that is differentiated once only, from the name of its node."""
+    """Return the error for an operation that is differentiable only once, given the name of its node."""
     operation = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", re.sub(r"_?[bB]ackward\d*$", "", name)).lower().strip("_")
     return RuntimeError(
         f"the model: expected operations that torch can differentiate twice, got {operation}. Write it with others, "
-        "take it out of what forward_fn runs, or select parameters after it; metrics with method='exact' and products "
-        "without create_graph need a first derivative only."
+        "exclude it from forward_fn, or select parameters after it. Metrics with method='exact' and products without "
+        "create_graph need only a first derivative."
     )
 
 
 def vectorizes(nodes: Nodes) -> bool:
-    """Say whether a vectorized backward pass can be differentiated: without normalizations in fused kernels."""
+    """Return whether a vectorized backward pass can be differentiated: it has no normalizations in fused kernels."""
     return not any(node.name().startswith(_CONSTANTS) or _HIDDEN in node.name() for node in nodes)
 
 
 def dtypes(nodes: Nodes) -> set[torch.dtype]:
-    """Return the dtypes of all that outputs were made of, also where nothing was kept for the backward pass."""
+    """Return the dtypes of all tensors in the graph, including those not saved for the backward pass."""
     return {meta.dtype for node in nodes for meta in getattr(node, "_input_metadata", ())}
 
 
@@ -128,12 +119,12 @@ def _vanishes(node: Any) -> bool:
 
 
 def leaves_of(nodes: Nodes) -> list[Tensor]:
-    """Return the leaves, parameters mostly, in a graph."""
+    """Return the leaves of a graph, which are mostly parameters."""
     return [node.variable for node in nodes if hasattr(node, "variable")]
 
 
 def sources(y: Tensor, params: Mapping[str, Tensor]) -> tuple[set[str], list[Tensor]]:
-    """Return the names of the tensors that y depends on, and the leaves that it depends on past them."""
+    """Return the names of the ``params`` that y depends on, and the leaves that it depends on by other paths."""
     places = {get_gradient_edge(p).node: name for name, p in params.items()}
     used, elsewhere = set(), []
     for node in nodes(y, stop=places):
@@ -145,16 +136,9 @@ def sources(y: Tensor, params: Mapping[str, Tensor]) -> tuple[set[str], list[Ten
 
 
 def pull(y: Tensor, params: Mapping[str, Tensor], cotangents: Tensor, *, create_graph: bool) -> dict[str, Tensor]:
-    """Return Φᵀω by parameter name ``(m, *shape)``, from the graph of the outputs y, which is kept.
+    """Return Φᵀω ``(m, *shape)`` by parameter name for cotangents ``(m, n, c)``, from the graph of the outputs y.
 
-    Args:
-        y: outputs ``(n, c)``.
-        params: what to differentiate with respect to.
-        cotangents: Ω ``(m, n, c)``.
-        create_graph: make the result differentiable.
-
-    Raises:
-        ValueError: if the cotangents do not fit the outputs.
+    The graph is kept.
     """
     own = list(params.values())
     columns = _pull(y, own, own, cotangents, create_graph=create_graph)
@@ -162,19 +146,10 @@ def pull(y: Tensor, params: Mapping[str, Tensor], cotangents: Tensor, *, create_
 
 
 def grams(y: Tensor, params: Mapping[str, Tensor], cotangents: Tensor, *, create_graph: bool) -> dict[str, Tensor]:
-    """Return ⟨Φᵀω_a, Φᵀω_b⟩ by parameter name ``(m, m)``, from the graph of the outputs y, which is kept.
+    """Return ⟨Φᵀω_a, Φᵀω_b⟩ ``(m, m)`` by parameter name, like :func:`pull`.
 
-    Of a weight through which vectors x_p went, Φᵀω = Σ_p d_p x_pᵀ, d_p the gradient of what came out, so that the
-    products are Σ_pq (x_p·x_q)(d_p·d'_q). For few vectors, as the examples of an MLP are, that is far less work.
-
-    Args:
-        y: outputs ``(n, c)``.
-        params: what to differentiate with respect to.
-        cotangents: Ω ``(m, n, c)``.
-        create_graph: make the result differentiable.
-
-    Raises:
-        ValueError: if the cotangents do not fit the outputs.
+    For a weight that is applied to vectors x_p, Φᵀω = Σ_p d_p x_pᵀ with d_p the gradient of the result, so that the
+    products are Σ_pq (x_p·x_q)(d_p·d'_q). For few vectors, such as the examples of an MLP, this is far less work.
     """
     products = {name: one for name, one in _matmuls(y, params).items() if one.is_short(len(cotangents))}
     others = [name for name in params if name not in products]
@@ -182,10 +157,10 @@ def grams(y: Tensor, params: Mapping[str, Tensor], cotangents: Tensor, *, create
     sources += [one.output for one in products.values()]
     like = [*(params[name] for name in others), *(one.inputs.new_empty(one.output_shape) for one in products.values())]
     columns = _pull(y, sources, like, cotangents, create_graph=create_graph)
-    found = {name: estimators.inner_products(column) for name, column in zip(others, columns, strict=False)}
+    grams = {name: estimators.inner_products(column) for name, column in zip(others, columns, strict=False)}
     for (name, one), d in zip(products.items(), columns[len(others) :], strict=True):
-        found[name] = one.gram(d)
-    return {name: found[name] for name in params}
+        grams[name] = one.gram(d)
+    return {name: grams[name] for name in params}
 
 
 def _pull(
@@ -196,15 +171,15 @@ def _pull(
     *,
     create_graph: bool,
 ) -> list[Tensor]:
-    # One backward pass after the other: a vectorized one, with its gradient, is slower on a CPU but for small MLPs, and
-    # takes more memory.
+    # One backward pass at a time: a vectorized pass with its gradient needs more memory and is slower on a CPU, except
+    # for small MLPs.
     if cotangents.ndim != 3 or cotangents.shape[1:] != y.shape:
         n, c = y.shape
         raise ValueError(f"cotangents: expected (m, n, c) = (m, {n}, {c}), got {tuple(cotangents.shape)}.")
     passes = [
         torch.autograd.grad(
             y,
-            sources,  # type: ignore[arg-type]  # tensors and edges may be mixed
+            sources,  # type: ignore[arg-type]  # a mixture of tensors and edges is allowed
             cotangent.to(y),
             retain_graph=True,
             create_graph=create_graph,
@@ -215,7 +190,7 @@ def _pull(
     if not passes:
         return [tensor.new_empty(0, *tensor.shape) for tensor in like]
     columns = [list(column) for column in zip(*passes, strict=True)]
-    passes.clear()  # so that what is stacked can go, parameter by parameter
+    passes.clear()  # so that memory is freed parameter by parameter, after stacking
     return [
         torch.stack([torch.zeros_like(tensor) if g is None else g.to_dense() for g in columns.pop(0)])
         for tensor in like
@@ -223,15 +198,15 @@ def _pull(
 
 
 class _MatMul(NamedTuple):
-    """The one product with a weight that a graph contains."""
+    """The only product with a weight in a graph."""
 
     inputs: Tensor
-    """The vectors x ``(N, in)`` that went through it."""
+    """The vectors x ``(N, in)`` that are multiplied with the weight."""
     output: GradientEdge
     output_shape: torch.Size
 
     def is_short(self, m: int) -> bool:
-        """Say whether :meth:`gram` takes fewer multiplications than the m gradients of the weight and theirs."""
+        """Return whether :meth:`gram` needs fewer multiplications than the m gradients and their products."""
         n, width = self.inputs.shape
         out = self.output_shape[1]
         return n * (n * width + m * n * out + m * m * out) < m * width * out * (n + m)
@@ -244,17 +219,17 @@ class _MatMul(NamedTuple):
 
 
 def _matmuls(y: Tensor, params: Mapping[str, Tensor]) -> dict[str, _MatMul]:
-    """Return the products of those parameters that the graph uses as the weight of one product and nowhere else."""
+    """Return the products of the parameters that the graph uses as the weight of one product and nowhere else."""
     users: dict[Any, list[tuple[Any, int]]] = {}
     for node in nodes(y):
         for place, (following, _) in enumerate(node.next_functions):
             users.setdefault(following, []).append((node, place))
 
     def only_user(node: Any) -> tuple[Any, int]:
-        found = users.get(node, [])
-        return found[0] if len(found) == 1 else (None, 0)
+        own = users.get(node, [])
+        return own[0] if len(own) == 1 else (None, 0)
 
-    found = {}
+    products = {}
     for name, p in params.items():
         user, place = only_user(get_gradient_edge(p).node)
         out = 1
@@ -266,17 +241,12 @@ def _matmuls(y: Tensor, params: Mapping[str, Tensor]) -> dict[str, _MatMul]:
             continue
         x = getattr(user, saved)
         if x.layout == torch.strided and not x.is_complex():
-            found[name] = _MatMul(x, GradientEdge(user, 0), torch.Size((len(x), p.shape[out])))
-    return found
+            products[name] = _MatMul(x, GradientEdge(user, 0), torch.Size((len(x), p.shape[out])))
+    return products
 
 
 def nodes(y: Tensor, stop: Container[Any] = ()) -> Nodes:
-    """Return the nodes of the graph of y.
-
-    Args:
-        y: outputs.
-        stop: nodes past which not to look.
-    """
+    """Return the nodes of the graph of y, without the nodes behind those of ``stop``."""
     seen = dict.fromkeys([y.grad_fn])
     waiting = [y.grad_fn]
     while waiting:

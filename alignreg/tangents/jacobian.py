@@ -1,4 +1,4 @@
-"""Jacobian of the outputs with respect to named parameters, a few examples at a time."""
+"""The Jacobian of the outputs with respect to named parameters, computed for a few examples at a time."""
 
 from __future__ import annotations
 
@@ -37,34 +37,33 @@ def reduce_jacobian(
     create_graph: bool,
     precision: torch.dtype,
 ) -> T:
-    """Feed the rows of the Jacobian, some examples at a time, to ``consume`` and return what it makes of them.
+    """Feed the rows of the Jacobian to ``consume``, some examples at a time, and return its result.
 
-    Three routes are tried in turn, from the fastest to the one that assumes nothing: several examples together,
-    vectorized; one example at a time; one output of one example of the whole batch at a time. The first two take the
-    outputs of an example to depend on that example alone. Whether that is so is checked at the end, against a
-    vector–Jacobian product of the whole batch, and a route that fails it, or that torch cannot run, gives way to the
-    next.
+    Three routes are tried in turn, from the fastest one to the one without assumptions: several examples together,
+    vectorized; one example at a time; one output of one example of the whole batch at a time. The first two assume
+    that the outputs of an example depend on no other example. At the end, a route is checked against a vector–Jacobian
+    product of the whole batch. If the check fails, or torch cannot run the route, the next one is tried.
 
     Args:
         f: the function ``(params, batch of n) -> (n, c)``.
-        params: what to differentiate with respect to.
+        params: the tensors to differentiate with respect to.
         x: the batch.
-        consume: called afresh for each route that is tried; must iterate to the end.
+        consume: called anew for each route; must iterate to the end.
         outputs: c.
         rows: how many rows (example, output) of the Jacobian may be in memory at once.
-        pullback: ``u (n, c) -> Jᵀu``, by which the routes are checked.
-        before_whole_batch: called before the last route is tried; may raise.
-        whole_batch: try the last route alone, for functions that take all examples together.
+        pullback: ``u (n, c) -> Jᵀu``, for the check.
+        before_whole_batch: called before the last route; may raise.
+        whole_batch: try only the last route, for functions of all examples together.
         vectorize: try the first route.
-        create_graph: keep the graph of the Jacobian, for differentiating it again.
-        precision: the coarsest dtype on the way through f.
+        create_graph: keep the graph of the Jacobian, to differentiate it again.
+        precision: the coarsest dtype in f.
 
     Raises:
         RuntimeError: if no route gives a Jacobian that agrees with ``pullback``.
     """
     n = size(x)
-    probe = signs(torch.empty(n, outputs, device="cpu"))
-    expected = pullback(probe)
+    u = signs(torch.empty(n, outputs, device="cpu"))
+    expected = pullback(u)
     per_example = partial(_by_row, examples=1, create_graph=create_graph)
     last = partial(_by_row, examples=n, create_graph=create_graph)
     failure: Exception | None = None
@@ -73,7 +72,7 @@ def reduce_jacobian(
         if route is last and before_whole_batch is not None:
             before_whole_batch()
         try:
-            return consume(_checked(route(f, params, x, outputs, rows), probe, expected, precision))
+            return consume(_checked(route(f, params, x, outputs, rows), u, expected, precision))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - the plain forward ran, so this is the route's own failure
@@ -114,7 +113,7 @@ def _by_row(
                     y[i, k], leaves, retain_graph=True, create_graph=create_graph, materialize_grads=True
                 )
                 if y.requires_grad
-                else [torch.zeros_like(leaf) for leaf in leaves]  # none of these parameters matters
+                else [torch.zeros_like(leaf) for leaf in leaves]  # the outputs depend on none of these parameters
                 for i in range(start, stop)
                 for k in range(outputs)
             ]
@@ -126,23 +125,22 @@ def _by_row(
 
 
 def _checked(
-    jacobian: Iterator[JacobianRows], probe: Tensor, expected: Params, precision: torch.dtype
+    jacobian: Iterator[JacobianRows], u: Tensor, expected: Params, precision: torch.dtype
 ) -> Iterator[JacobianRows]:
     total = {name: torch.zeros_like(value) for name, value in expected.items()}
     energy = {name: torch.zeros((), dtype=torch.float64, device=value.device) for name, value in expected.items()}
     for examples, rows in jacobian:
         for name, value in rows.items():
             flat = value.detach().flatten(0, 1)
-            u = probe[examples].flatten().to(flat)
-            total[name] += torch.tensordot(u, flat, dims=1)
+            total[name] += torch.tensordot(u[examples].flatten().to(flat), flat, dims=1)
             energy[name] += flat.to(torch.promote_types(flat.dtype, torch.float32)).square().sum()
         yield examples, rows
     device = next(iter(expected.values())).device
     whole = torch.stack([one.to(device) for one in energy.values()]).sum().sqrt()
     for name, value in expected.items():
-        # For random signs u, E‖Jᵀu‖² = ‖J‖_F²: the scale of an honest difference. Where a derivative vanishes (a bias
-        # before a normalization), what is left is rounding of the terms that cancel in it, over all positions of all
-        # examples where statistics of the batch couple them: hundreds of eps, so a tenth of the whole counts too.
+        # For random signs u, E‖Jᵀu‖² = ‖J‖_F² is the scale of rounding errors. Where a derivative vanishes (a bias
+        # before a normalization), the remainder is the rounding error of the terms that cancel, at all positions of all
+        # examples if batch statistics couple them. This is hundreds of eps, so add a tenth of the whole.
         difference = torch.linalg.vector_norm((total[name] - value).to(torch.float64)).to(device)
         norm = energy[name].to(device).sqrt()
         if not bool(agrees(difference, norm + whole / 10, precision)):

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, final
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from typing_extensions import override
 
 from alignreg.checks import deferred
 from alignreg.tangents import graph, memory
@@ -27,15 +28,15 @@ T = TypeVar("T")
 
 @final
 class Bound(nn.Module):
-    """Model and ``forward_fn`` as one module, so that ``functional_call`` reaches through both."""
+    """The model and ``forward_fn`` as one module, as needed by ``functional_call``."""
 
     def __init__(self, model: nn.Module, forward_fn: ForwardFn | None) -> None:
         super().__init__()
         self.model = model
         self.forward_fn = forward_fn or call
 
+    @override
     def forward(self, x: Batch) -> Any:
-        """Run ``forward_fn``."""
         return self.forward_fn(self.model, x)
 
 
@@ -45,12 +46,12 @@ class Linearization:
 
     Args:
         bound: the model.
-        parameters: those to differentiate with respect to, by name.
+        parameters: the parameters to differentiate with respect to, by name.
         others: the model's other parameters, by name.
         x: the batch.
         inside: the frozen model.
-        chunk_size: how many directions or rows go through the model at once; ``None`` for what is quick.
-        proven: kinds of self-checks that held before (:func:`.checks.deferred.passes`).
+        chunk_size: how many directions or rows go through the model at once; ``None`` for a fast choice.
+        proven: the kinds of self-checks that have passed (:func:`.checks.deferred.passes`).
         create_graph: make results differentiable.
         keep_graph: keep the graph of the first forward pass, for pullbacks of the whole batch.
     """
@@ -70,7 +71,8 @@ class Linearization:
     ) -> None:
         self.proven = proven
         self.create_graph = create_graph
-        # Not around backward passes, whose every step a mode would look at; where rules of layers watch, it is outside.
+        # With a kept graph, only forward passes run in this mode, which would slow down every step of a backward pass.
+        # Otherwise the caller enters the mode, outside of that of the rules of layers.
         self._primitives = partial(Primitives, backward_only=True) if create_graph and keep_graph else nullcontext
         self._bound = bound
         self._inside = inside
@@ -84,14 +86,14 @@ class Linearization:
         self.x = map_tensors(self._primal, x)
         self._devices = {t.device for t in (*self.params.values(), *tensors(self.x))}
         self.n = size(x)
-        # Whether passes must be kept from what the first one did.
+        # Side effects of the first pass that later passes must avoid.
         self._draws = self._writes_inputs = self._leaves_traces = False
 
         leaves = self.leaves()
         saved, checkpoints = Saved(besides=(*self.params.values(), *self._others.values())), Checkpoints()
         copied = map_tensors(torch.clone, self.x)
         parts = tensors(copied)
-        versions = [part._version for part in parts]  # noqa: SLF001 - of changes in place
+        versions = [part._version for part in parts]  # noqa: SLF001 - counts changes in place
         try:
             with saved.recording(), checkpoints:
                 y, self._draws = draws(self.function, leaves, copied, devices=self._devices)
@@ -103,7 +105,7 @@ class Linearization:
         self._writes_inputs = versions != [part._version for part in parts]  # noqa: SLF001
         self._leaves_traces = inside.settle()
         self.y = y.detach()
-        # Checkpointed modules run again with the model's own parameters, and must save what they saved before.
+        # Checkpointed modules run again with the model's own parameters, and must then save the same tensors.
         self._recomputes = checkpoints.any
         bare = [p for name, p in self._others.items() if others[name].requires_grad and not p.requires_grad]
         if self._recomputes and bare:
@@ -114,7 +116,7 @@ class Linearization:
         self.c = y.shape[1]
         self.activation_bytes = saved.nbytes
         self.largest_activation_bytes = saved.largest
-        # The coarsest precision on the way, a cast inside the model included: the scale of honest rounding.
+        # The coarsest precision in the pass, including casts inside the model, is the scale of rounding errors.
         nodes = graph.nodes(y)
         dtypes = {y.dtype, *saved.dtypes, *graph.dtypes(nodes), *(p.dtype for p in self.params.values())}
         if torch.float32 in dtypes and any(map(rounds_products, self._devices)):
@@ -129,10 +131,10 @@ class Linearization:
         self.graph_leaves = graph.leaves_of(nodes)
 
     def _unused(self, y: Tensor, leaves: Params, names: Mapping[int, str]) -> set[str]:
-        """Return which of the parameters the outputs do not depend on.
+        """Return the parameters that the outputs do not depend on.
 
         Raises:
-            ValueError: if there is no other, or the outputs depend on one past the place that it has.
+            ValueError: if they depend on none, or on one through a tensor that was computed before this pass.
         """
         others = {name: p for name, p in self._others.items() if p.requires_grad}
         used, elsewhere = graph.sources(y, {**leaves, **others})
@@ -140,13 +142,13 @@ class Linearization:
         if held:
             raise ValueError(
                 f"the model's outputs depend on {held} by something that was made of them before this pass, such as a "
-                "cached weight, which has no derivative here. Clear the cache, or let the model compute it in each "
-                "forward pass."
+                "cached weight, through which they cannot be differentiated. Clear the cache, or let the model compute "
+                "it in each forward pass."
             )
         if not used & leaves.keys():
             raise ValueError(
-                f"the model's output does not depend on the selected parameters {list(leaves)}: nothing to "
-                "differentiate. Does forward_fn detach, or run under no_grad?"
+                f"the model's output does not depend on the selected parameters {list(leaves)}, so it cannot be "
+                "differentiated. Does forward_fn detach, or run under no_grad?"
             )
         return leaves.keys() - used
 
@@ -157,7 +159,7 @@ class Linearization:
 
     @property
     def couples_examples(self) -> bool:
-        """Whether the outputs of an example depend on the others of the batch by its statistics, as they are to."""
+        """Whether the outputs of an example depend on the others of the batch by design, through batch statistics."""
         return self._inside.couples_examples
 
     @property
@@ -170,19 +172,19 @@ class Linearization:
 
     @cached_property
     def _working_memory(self) -> int:
-        """Bytes that a call may use beyond one forward and backward pass of its batch and its result."""
         return memory.budget(self.y.device, alike=self._inside.over_ranks)
 
     def fit(self, nbytes: int, *, part: int = 1) -> int:
-        """Return how many things of ``nbytes`` fit into one ``part``-th of the working memory: one at least."""
+        """Return how many items of ``nbytes`` fit into one ``part``-th of the working memory; at least one."""
         return max(1, self._working_memory // part // max(1, nbytes))
 
     def function(self, params: Params, x: Batch) -> Tensor:
         """Return f(x) ``(n, c)`` at the given parameters."""
-        # Buffers go in as copies: what a module writes to them in its forward pass is dropped with the copy.
+        # The pass gets copies of the buffers, so that modules write only to copies.
         buffers = {name: buffer.detach().clone() for name, buffer in self._bound.model.named_buffers()}
         state = {f"model.{name}": value for name, value in {**self._others, **buffers, **params}.items()}
-        x = map_tensors(torch.clone if self._writes_inputs else _same, x)  # a dict of its own, to take keys out of
+        # A new dict in any case, since the model may remove keys from it.
+        x = map_tensors(torch.clone if self._writes_inputs else (lambda t: t), x)
         with self._primitives():
             y = (
                 repeatably(functional_call, self._bound, state, (x,), devices=self._devices)
@@ -200,12 +202,9 @@ class Linearization:
         *,
         independent: bool = False,
     ) -> T:
-        """Return what ``consume`` makes of the rows of the Jacobian, of some parameters or all.
+        """Return the result of ``consume`` for the rows of the Jacobian, as :func:`.jacobian.reduce_jacobian`.
 
-        Args:
-            consume: called afresh for every route that is tried.
-            names: the parameters.
-            independent: refuse a model whose examples depend on each other.
+        ``names`` selects parameters; ``independent`` refuses a model whose examples depend on each other.
         """
         params = self.params if names is None else {name: self.params[name] for name in names}
         every = self.leaves() if self._recomputes else self.params
@@ -220,23 +219,21 @@ class Linearization:
 
         numbers = sum(p.numel() for p in params.values())
         per_row = numbers * self.gram_dtype.itemsize + 2 * self.activation_bytes // self.n
-        compute = partial(
-            reduce_jacobian,
-            function,
-            params,
-            self.x,
-            consume,
-            outputs=self.c,
-            rows=self.chunk_size or self.fit(per_row, part=32),
-            pullback=pullback,
-            before_whole_batch=self.require_independent_examples if independent else None,
-            whole_batch=self.couples_examples,
-            vectorize=self.vectorizes,
-            create_graph=self.create_graph,
-            precision=self.precision,
-        )
         try:
-            return compute()
+            return reduce_jacobian(
+                function,
+                params,
+                self.x,
+                consume,
+                outputs=self.c,
+                rows=self.chunk_size or self.fit(per_row, part=32),
+                pullback=pullback,
+                before_whole_batch=self.require_independent_examples if independent else None,
+                whole_batch=self.couples_examples,
+                vectorize=self.vectorizes,
+                create_graph=self.create_graph,
+                precision=self.precision,
+            )
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
@@ -244,14 +241,15 @@ class Linearization:
             raise
 
     def require_independent_examples(self) -> None:
-        """Check that the outputs of an example do not depend on the others of its batch, unless they are to.
+        """Check that the outputs of an example do not depend on the others, unless batch statistics couple them.
 
         Raises:
-            ValueError: if they do: a kernel between two examples is then not defined.
+            ValueError: if they do, since a kernel between two examples is then not defined.
         """
         if self.couples_examples:
             return
-        few = representatives(self.n)[: max(1, self.n - 1)]  # not all: what is the same for every order must change
+        # Leave out an example, since a dependence on the set of examples would be the same for all their orders.
+        few = representatives(self.n)[: max(1, self.n - 1)]
         orders = (
             torch.arange(self.n, device="cpu"),
             torch.tensor(few, device="cpu").repeat(self.n)[: self.n],
@@ -262,40 +260,33 @@ class Linearization:
                 (self.function(self.params, take(self.x, order)) - self.y[order.to(self.y.device)]).abs().double()
                 for order in orders
             )
-        honest = rounding(self.y, self.y, tolerance(self.precision), self.precision).amax(0)
-        if not bool((noise <= honest).all()):
+        expected = rounding(self.y, self.y, tolerance(self.precision), self.precision).amax(0)
+        if not bool((noise <= expected).all()):
             self.require_repeatable()
-        allowed = 2 * noise.amax(0) + honest
+        allowed = 2 * noise.amax(0) + expected
         if not all(bool((change <= allowed).all()) for change in changes):
             raise ValueError(
                 "the model's outputs for an example depend on the other examples of its batch, so there is no kernel "
-                "between examples. Where it normalizes over the batch, use running statistics "
-                "(track_running_stats=True), or normalize each example by itself, as GroupNorm does."
+                "between examples. If it normalizes over the batch, use running statistics (track_running_stats=True), "
+                "or normalize each example by itself, as GroupNorm does."
             )
 
     def require_repeatable(self) -> None:
-        """Check that the outputs are the same when the model is run again: asked where derivatives disagree.
-
-        Raises:
-            ValueError: if they are others.
-        """
-        deferred.settle()  # outputs that are not finite, say
+        """Raise a ``ValueError`` if the outputs change when the model runs again, which explains other failures."""
+        deferred.settle()  # an earlier failure, such as outputs that are not finite, comes first
         with torch.no_grad():
             again = self.function(self.params, self.x)
         if not self.reproduces(again, torch.arange(self.n, device="cpu"), self.y):
             raise ValueError(
                 "the model: expected the same outputs whenever it is run on the same inputs, got others. Let it draw "
-                "what is random from torch's global state or a torch.Generator that is an attribute of its modules, "
-                "which are put back after each pass, and keep no state past a forward pass."
+                "random numbers from torch's global state, or from a torch.Generator that is an attribute of a module "
+                "(both are restored after each pass), and keep no state from one forward pass to the next."
             )
 
     def reproduces(self, outputs: Tensor, rows: Tensor, spread: Tensor) -> bool:
-        """Say whether outputs ``(n, c)`` at the examples ``rows`` are those of this batch, but for rounding.
+        """Return whether ``outputs[rows]`` of another pass equal those of this batch, up to rounding.
 
-        Args:
-            outputs: of another pass.
-            rows: which of its examples this batch has.
-            spread: ``(n', c)``, from which the spread of each output over examples is taken.
+        The tolerance depends on the spread of each output over the examples of ``spread`` ``(n', c)``.
         """
         difference = (outputs[rows.to(outputs.device)].to(self.y.device) - self.y).abs().double()
         allowed = rounding(self.y, spread, torch.finfo(self.precision).eps ** 0.5, self.precision)
@@ -306,10 +297,7 @@ class Linearization:
     ) -> Params:
         """Return Φᵀω for cotangents ``(m, n, c)``, by parameter name ``(m, *shape)``.
 
-        Args:
-            cotangents: Ω.
-            create_graph: overrides that of the linearization.
-            examples: take only these as the batch.
+        ``create_graph`` overrides that of the linearization, and ``examples`` reduces the batch.
         """
         create_graph = self.create_graph if create_graph is None else create_graph
         leaves, y = self._graph_of(examples)
@@ -331,18 +319,14 @@ class Linearization:
         return leaves, self.function(leaves, map_tensors(lambda t: t[examples], self.x))
 
     def _primal(self, tensor: Tensor) -> Tensor:
-        """Return an alias that the user's hooks on gradients do not see."""
+        """Return an alias that hides this library's passes from the user's hooks on gradients."""
         if tensor.is_inference():
-            return tensor.clone()  # made under inference_mode: autograd may not save it
+            return tensor.clone()  # autograd cannot save a tensor of inference_mode
         return tensor.view_as(tensor) if self.create_graph else tensor.detach()
 
     def leaves(self) -> Params:
-        """Return the parameters as tensors that require a gradient, whether they carry a graph or not."""
+        """Return the parameters as tensors that require a gradient, with or without a graph."""
         return {name: p if p.requires_grad else p.detach().requires_grad_() for name, p in self.params.items()}
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _renormed(model: nn.Module) -> set[str]:
@@ -367,8 +351,10 @@ def _checked_output(y: Any, x: Batch) -> Tensor:
     if y.ndim != 2 or y.shape[0] != n or y.shape[1] == 0:
         raise ValueError(
             f"the model's output: expected shape (n, c) = ({n}, number of outputs), got {tuple(y.shape)}. "
-            "Bring it to that shape with forward_fn; a single output per example is (n, 1)."
+            "Reshape it with forward_fn; a single output per example has shape (n, 1)."
         )
     if not y.is_floating_point():
-        raise TypeError(f"the model's output: expected floating-point numbers, got {y.dtype}.")
+        raise TypeError(
+            f"the model's output: expected floating-point numbers, got {y.dtype}. Convert it with forward_fn."
+        )
     return y

@@ -1,4 +1,4 @@
-"""A live model: referred to, with parameters selected, frozen and linearized at a batch whenever it is asked."""
+"""A live model with selected parameters, frozen and linearized at a batch in every call."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from alignreg.tangents.primitives import Primitives
 from alignreg.tangents.switches import eager
 
 
-class LiveModel(ABC):  # noqa: B024 - what is made of a model is left to subclasses
-    """A model that is referred to, never registered or copied, and seen as it is at the time of a call.
+class LiveModel(ABC):  # noqa: B024 - subclasses compute things from the model
+    """A reference to a model, which is used in its present state in every call, and is never registered or copied.
 
-    The arguments are those of :class:`alignreg.TangentFeatures`.
+    :class:`alignreg.TangentFeatures` describes the arguments.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class LiveModel(ABC):  # noqa: B024 - what is made of a model is left to subclas
         checks.choice("statistics", statistics, ("running", "training"))
         self.statistics = statistics
         self.over_ranks = False
-        """Whether a ``SyncBatchNorm`` takes the statistics of all ranks, which must then make every call together."""
+        """If true, ``SyncBatchNorm`` uses the statistics of all ranks, which must then make every call together."""
         self._bound: Bound | None = Bound(bare, forward_fn)
-        self._refused: set[str] = set()  # parameters that the model uses otherwise than the rules of layers know
-        self._proven: set[Any] = set()  # kinds of self-checks that held
+        self._refused: set[str] = set()  # parameters for which the rules of layers fail
+        self._proven: set[Any] = set()  # kinds of self-checks that have passed
         self._held: tuple[Frozen, dict[str, Any]] | None = None
         self._warned: set[str] = set()
         self._memo: dict[int, Any] | None = None
@@ -68,9 +68,9 @@ class LiveModel(ABC):  # noqa: B024 - what is made of a model is left to subclas
     def model(self) -> nn.Module:
         """The bare model."""
         if self._bound is None:
-            raise RuntimeError("these tangent features lost their model in pickling: call bind(model) first.")
+            raise RuntimeError("these tangent features lost their model when they were pickled. Call bind(model).")
         if self._memo is not None:
-            # Copied before its model was, in one deepcopy that is over by now.
+            # These features were copied before their model, in a deepcopy that has finished by now.
             copied = self._memo.get(id(self._bound.model), self._bound.model)
             self._forward_fn = _copied(self._forward_fn, self._memo)
             self._memo = None
@@ -79,18 +79,18 @@ class LiveModel(ABC):  # noqa: B024 - what is made of a model is left to subclas
 
     @property
     def forward_fn(self) -> ForwardFn | None:
-        """The function that makes outputs of the model, if there is one."""
+        """The function that computes the outputs, if there is one."""
         return self._forward_fn
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters w by name, as they are now."""
+        """The selected parameters w by name, with their present values."""
         live = dict(self.model.named_parameters())
         changed = [name for name, shape in self._shapes.items() if name not in live or live[name].shape != shape]
         if changed:
             raise RuntimeError(
-                f"parameters {changed} of the model were removed or changed shape since it was bound. "
-                "Make new tangent features for the changed model."
+                f"parameters {changed} of the model were removed or changed shape since it was bound. Create new "
+                "tangent features for the changed model."
             )
         require_values(live)
         if self._patterns is None:
@@ -113,28 +113,28 @@ class LiveModel(ABC):  # noqa: B024 - what is made of a model is left to subclas
 
     @property
     def like(self) -> Tensor:
-        """A parameter without its gradient, which tells their dtype and device."""
+        """A detached parameter, for the dtype and device of all of them."""
         for name in self._shapes:
             with suppress(AttributeError):
-                if not (found := self.model.get_parameter(name)).is_meta:
-                    return found.detach()
-        return next(iter(self.parameters.values())).detach()  # raises, and says what is missing
+                if not (parameter := self.model.get_parameter(name)).is_meta:
+                    return parameter.detach()
+        return next(iter(self.parameters.values())).detach()  # raises an error that names the missing parameters
 
     @property
     def num_parameters(self) -> int:
-        """P, the length of a tangent feature."""
+        """The number of parameters P, which is the length of a tangent feature."""
         return sum(shape.numel() for shape in self._shapes.values())
 
     @property
     def layers(self) -> dict[str, list[str]]:
-        """The names of each layer's parameters; a layer is the path of the module that owns them."""
+        """The names of each layer's parameters, by the path of the module that owns them."""
         owners: dict[str, list[str]] = {}
         for name in self._shapes:
             owners.setdefault(name.rpartition(".")[0], []).append(name)
         return owners
 
     def bind(self, model: nn.Module) -> None:
-        """Refer to ``model`` from now on, which must have the same parameters; or select them anew of the same model.
+        """Refer to ``model``, with the same parameters, from now on; or select parameters of the same model again.
 
         Raises:
             ValueError: if the selected parameters of another model differ in name or shape.
@@ -146,14 +146,12 @@ class LiveModel(ABC):  # noqa: B024 - what is made of a model is left to subclas
             raise ValueError(f"model: its selected parameters differ from those bound before: {odd}.")
         self._shapes = shapes
         self._bound = Bound(bare, self._forward_fn)
-        self._refused = set()
-        self._proven = set()
-        self._warned = set()
+        self._refused, self._proven, self._warned = set(), set(), set()
         self._memo = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LiveModel:
-        # A copy of what watches the model watches the same live model, unless the model is being copied along: before,
-        # or after, which shows at the first use.
+        # A copy refers to the same live model, unless the same deepcopy copies the model: before this object, or after
+        # it, which `memo` shows when the copy is first used.
         bound = None if self._bound is None else Bound(self.model, self._forward_fn)
         copied = copy(self)
         own = {"_refused": set(self._refused), "_proven": set(self._proven), "_warned": set(self._warned)}
@@ -164,32 +162,27 @@ class LiveModel(ABC):  # noqa: B024 - what is made of a model is left to subclas
         return {**self.__dict__, "_bound": None, "_memo": None, "_held": None}
 
     def leaves(self, x: Any) -> list[Tensor]:
-        """Return the leaves, parameters mostly, that the outputs at a batch depend on, where gradients may flow to."""
+        """Return the leaves (mostly parameters) that the outputs at a batch depend on, which receive gradients."""
         with self._linearized(x, create_graph=True, backward_only=True) as at:
             return at.graph_leaves
 
     def require_independent_examples(self, x: Any) -> None:
-        """Check that the outputs of an example do not depend on the others of its batch.
-
-        Raises:
-            ValueError: if they do.
-        """
+        """Raise a ``ValueError`` if the outputs of an example depend on the other examples of its batch."""
         with self._linearized(x, create_graph=False) as at:
             at.require_independent_examples()
 
     @contextmanager
     def held(self, *, detached: bool) -> Iterator[dict[int, Tensor]]:
-        """Make all calls inside the block, and backward passes through their results, of the model as it is now.
+        """Freeze the model for all calls inside the block, and for backward passes through their results.
 
         Args:
-            detached: differentiate with respect to detached aliases of the parameters, by whose ``id`` the parameters
-                are yielded. What hangs on the parameters themselves (hooks, caches) does not see these passes, and is
-                to be handed the gradients of the aliases.
+            detached: differentiate with respect to detached aliases of the parameters, so that hooks and caches of the
+                parameters do not see these passes. The block gets the parameters by the ``id`` of their aliases, and
+                must pass on the gradients.
         """
-        own = dict(self.model.named_parameters())
-        require_values(own)
+        require_values(dict(self.model.named_parameters()))
         with self._frozen() as inside:
-            own = dict(self.model.named_parameters())  # those of a sharded model are whole by now
+            own = dict(self.model.named_parameters())  # inside, those of a sharded model are whole
             aliases = {name: p.detach().requires_grad_(p.requires_grad) for name, p in own.items()} if detached else own
             self._held = inside, aliases
             try:
@@ -199,24 +192,15 @@ class LiveModel(ABC):  # noqa: B024 - what is made of a model is left to subclas
 
     @eager
     def agree(self, x: Any, outputs: Tensor) -> bool:
-        """Say whether ``outputs`` of a forward pass of yours can stand for those that are differentiated here.
+        """Return whether ``outputs`` ``(n, c)`` of your own forward pass may replace those of a pass of this object.
 
-        They cannot where dropout is on, normalization takes other statistics than here or autocast rounds, for which
-        they are compared, output by output, at the first, the last and a random example (all of them where the batch
-        is normalized by its own statistics); nor where attention, recurrent layers or compiled parts ran in kernels
-        that are differentiated once only, where their graph does not lead to the parameters, as that of a copy of the
-        model or past a ``detach``, or where hooks on gradients are in it.
-
-        Args:
-            x: tensor, tuple or dict of tensors with the n examples on axis 0.
-            outputs: ``(n, c)``.
-
-        Raises:
-            TypeError: as :meth:`outputs`.
-            ValueError: as :meth:`outputs`.
+        They may not if your pass had dropout, other statistics in normalizations, or autocast. To detect this, each
+        output is compared at the first, the last and a random example (at all examples with batch statistics). Nor may
+        they if attention, recurrent layers or compiled parts ran in kernels that are differentiable only once, if the
+        graph does not lead to the parameters (the outputs of a copy of the model, or behind a ``detach``), or if it
+        contains hooks on gradients.
 
         Example:
-            >>> import torch
             >>> from alignreg import TangentFeatures
             >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Dropout(), torch.nn.Linear(8, 2))
             >>> x = torch.randn(5, 3)
@@ -234,13 +218,13 @@ class LiveModel(ABC):  # noqa: B024 - what is made of a model is left to subclas
         with self._linearized(take(batch, rows), create_graph=False) as at:
             if outputs.shape[1:] != at.y.shape[1:] or outputs.dtype != at.y.dtype:
                 return False
-            # Not all parameters: a few examples use some of the experts that a batch does.
+            # Do not require all parameters: a few examples use only some of the experts that a batch uses.
             return at.params.keys() - at.unused <= self.reached(outputs) and at.reproduces(
                 outputs.detach(), rows, outputs
             )
 
     def serves(self, outputs: Tensor) -> bool:
-        """Say whether the graph of ``outputs`` can be differentiated twice, and has no hooks on gradients in it."""
+        """Return whether the graph of ``outputs`` is twice differentiable and contains no hooks on gradients."""
         hooked = hooks_on_gradients(self.model) or hooks_on_outputs(outputs)
         return not hooked and graph.twice_differentiable(outputs)
 
@@ -250,7 +234,7 @@ class LiveModel(ABC):  # noqa: B024 - what is made of a model is left to subclas
 
     @property
     def couples_examples(self) -> bool:
-        """Whether, in the present modes, outputs of an example depend on the others of its batch by its statistics."""
+        """Whether, in the present modes, batch statistics make the outputs of an example depend on the others."""
         return self.statistics == "training" and any(map(normalization.couples_examples, self.model.modules()))
 
     def _frozen(self) -> AbstractContextManager[Frozen]:
@@ -288,17 +272,17 @@ class LiveModel(ABC):  # noqa: B024 - what is made of a model is left to subclas
 
     def _notice_unused(self, names: set[str]) -> None:
         kinds = {re.sub(r"\d+", "", name) for name in self._shapes.keys() - names}
-        # Of experts, say, some are used and some are not.
+        # Ignore a parameter if others of its kind are used, as with a mixture of experts.
         if odd := sorted(name for name in names if re.sub(r"\d+", "", name) not in kinds):
             self._warn(
-                f"the model's outputs do not depend on {odd}, whose features are zero. That is as it should be for "
-                "layers that these outputs do not use, as the pooler of an encoder; it is not for weights whose "
-                "place something else holds, such as merged adapters or a weight that is cached in evaluation mode."
+                f"the model's outputs do not depend on {odd}, whose features are zero. This is correct for layers that "
+                "these outputs do not use, such as the pooler of an encoder. It is wrong if other tensors replace "
+                "these weights, such as merged adapters or a weight that is cached in evaluation mode."
             )
 
 
 def _copied(fn: ForwardFn | None, memo: Mapping[int, Any]) -> ForwardFn | None:
-    """Return what a deepcopy made of a function: of a method, that of the copied object, if there is one."""
+    """Return the copy that a deepcopy made of a function, or of the object of a method; else the function itself."""
     if isinstance(fn, MethodType):
         return MethodType(fn.__func__, memo.get(id(fn.__self__), fn.__self__))
     copied: ForwardFn | None = memo.get(id(fn), fn)

@@ -1,26 +1,21 @@
-"""How much memory a call may take on a device, beyond what it cannot do without."""
+"""The memory that a call may use on a device, in addition to the unavoidable."""
 
 from __future__ import annotations
 
 import torch
 
 WORKING_MEMORY = 2 * 2**30
-"""Bytes that a call may use beyond one forward and backward pass of its batch and its result, where nothing else is
-known of the device: on a CPU."""
+"""Bytes that a call may use on a CPU, in addition to one forward and backward pass of its batch and its result."""
 SHARE = 0.5
-"""Which part of what is free on a GPU a call may use."""
+"""The part of the free memory of a GPU that a call may use."""
 
 
 def budget(device: torch.device, *, alike: bool = False) -> int:
     """Return the bytes of working memory that a call may use on a device.
 
-    On a GPU that is half of what is free there: with the driver, or held in reserve by torch's allocator. It is rounded
-    down to a power of two, so that the same call takes the same steps, and rounds alike, whenever about as much is
-    free.
-
-    Args:
-        device: where the call computes.
-        alike: ranks must take the same steps, however much each has free: then it is what a CPU may use.
+    On a GPU this is half of the memory that is free or reserved by torch's allocator. It is rounded down to a power of
+    two, so that the same call does the same steps, with the same rounding errors, if about as much memory is free.
+    If ``alike``, all ranks must do the same steps, and the result is that for a CPU.
     """
     if device.type != "cuda" or alike or torch.cuda.is_current_stream_capturing():
         return WORKING_MEMORY

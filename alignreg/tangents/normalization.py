@@ -1,4 +1,4 @@
-"""Modules that normalize by the statistics of the batch while they train."""
+"""Modules that normalize by batch statistics in training mode."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from typing_extensions import override
 
 from alignreg.distributed.wrappers import AllReduce
 
 Statistics = Literal["running", "training"]
-"""With which statistics modules in training mode normalize: those that they predict with, or those they train with."""
+"""The statistics by which modules in training mode normalize: those of predictions, or those of the batch."""
 
 
 def keeps_running_statistics(module: nn.Module) -> bool:
-    """Say whether the module normalizes otherwise in training mode than in evaluation mode: torch's or a user's own."""
-    names = module._buffers.keys()  # noqa: SLF001 - named_buffers() is slow, and those of scripted modules have no iterator
+    """Return whether the module, torch's or a user's own, normalizes differently in training and evaluation mode."""
+    names = module._buffers.keys()  # noqa: SLF001 - named_buffers() is slow, and scripted modules lack an iterator
     return isinstance(module, _NormBase) or any(name.startswith("running_") for name in names)
 
 
 def couples_examples(module: nn.Module) -> bool:
-    """Say whether what the module makes of an example, in its present mode, may depend on the others of the batch."""
+    """Return whether the module's output for an example, in its present mode, may depend on the other examples."""
     if isinstance(module, nn.modules.instancenorm._InstanceNorm):  # noqa: SLF001 - the class of all of them
         return False
     if isinstance(module, _BatchNorm):
@@ -34,24 +35,25 @@ def couples_examples(module: nn.Module) -> bool:
 
 
 class _Synced(nn.SyncBatchNorm, ABC):
-    """Torch's class with a forward pass that is differentiated any number of times, and runs on CPUs too."""
+    """Torch's class with a forward pass that is differentiable any number of times, and runs on CPUs too."""
 
     ranks: dist.ProcessGroup | None
+    """The ranks whose examples the statistics come from; ``None`` for this rank only."""
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
-        """Normalize by the statistics of the examples of :attr:`ranks`, or of this rank's for ``None``."""
+    @override
+    def forward(self, input: Tensor) -> Tensor:
         return _sync_batch_norm(self, self.ranks, input)
 
 
 @cache
 def differentiable(own: type) -> type[nn.SyncBatchNorm]:
     """Return a class like ``own``, torch's or one derived from it, with the forward pass of :class:`_Synced`."""
-    # Between a derived class and torch's, so that what the derived one does before and after is done.
+    # Insert _Synced between a derived class and torch's, so that the code of the derived class still runs.
     return type(own.__name__, (_Synced,) if own is nn.SyncBatchNorm else (own, _Synced), {})
 
 
 def ranks_of(module: nn.SyncBatchNorm) -> dist.ProcessGroup | None:
-    """Return the ranks over which the module takes its statistics, which must run, and go backward, together."""
+    """Return the ranks that share the module's statistics, and must run forward and backward passes together."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
     group = module.process_group or dist.group.WORLD

@@ -1,4 +1,4 @@
-"""Which parameters of a model count."""
+"""Selection of the parameters of a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from alignreg.checks import each
 
 
 def as_patterns(params: Any) -> tuple[str, ...] | None:
-    """Return glob patterns of parameter names, as given alone or several; ``None`` for all parameters.
+    """Return the glob patterns of parameter names, given as one or several strings; ``None`` for all parameters.
 
     Raises:
         TypeError: if they are no strings.
@@ -33,24 +33,20 @@ def as_patterns(params: Any) -> tuple[str, ...] | None:
 
 
 def require_values(parameters: Mapping[str, Tensor]) -> None:
-    """Check that parameters are on a device that holds values.
-
-    Raises:
-        ValueError: if they are not.
-    """
+    """Raise a ``ValueError`` if parameters are on the meta device."""
     meta = [name for name, p in parameters.items() if p.is_meta]
     if meta:
         raise ValueError(
             f"model: expected parameters with values, got {_some(meta)} on the meta device. "
-            "Give them memory with model.to_empty(device=...) and load the weights first."
+            "Allocate them with model.to_empty(device=...) and load the weights first."
         )
 
 
 def select(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Parameter]:
-    """Return the trainable parameters by name, those that match a glob pattern where there are patterns.
+    """Return the trainable parameters by name; with patterns, only those that match one.
 
     Raises:
-        ValueError: if nothing is trainable, has no shape or no values yet, or is complex, or a pattern matches nothing.
+        ValueError: if there are none, a pattern matches none, or one has no shape or values yet, or is complex.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     lazy = [name for name, p in (*trainable.items(), *model.named_buffers()) if nn.parameter.is_lazy(p)]
@@ -63,19 +59,19 @@ def select(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Par
     for pattern in patterns or ():
         if not any(fnmatchcase(name, pattern) for name in trainable):
             raise ValueError(
-                f"params: the pattern {pattern!r} matches no trainable parameter. There are: {', '.join(trainable)}."
+                f"params: the pattern {pattern!r} matches no trainable parameter. Choose from: {', '.join(trainable)}."
             )
     chosen = {
         name: p
         for name, p in trainable.items()
         if patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)
     }
-    # Each complex number is two real ones, of which real directions and probes would see one.
+    # Real directions and probes would only see one of the two real numbers of a complex one.
     odd = [name for name, p in chosen.items() if p.is_complex()]
     if odd:
         raise ValueError(
             f"model: expected real parameters, got complex ones, {_some(odd)}. Leave them out with params=, patterns "
-            "that match the others alone, or hold them as real ones (torch.view_as_real)."
+            "that match only the others, or store them as real ones (torch.view_as_real)."
         )
     return chosen
 

@@ -1,4 +1,4 @@
-"""A progress bar where one is asked for."""
+"""An optional progress bar."""
 
 from __future__ import annotations
 
@@ -8,15 +8,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def bar(description: str, total: int, *, show: bool) -> Iterator[Callable[[float], None]]:
-    """Yield a function that is told how much more is done, and shows it on the terminal if ``show``.
-
-    Args:
-        description: what is going on.
-        total: how much there is to do.
-        show: whether to show it, which takes the package rich.
+    """Yield a function that advances a bar by an amount; ``show`` the bar on the terminal if the package rich exists.
 
     Raises:
-        ImportError: if rich is missing.
+        ImportError: if the bar is to be shown and rich is missing.
     """
     if not show:
         yield lambda _: None

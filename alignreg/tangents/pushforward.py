@@ -1,4 +1,4 @@
-"""Features along directions, ΦS, by the first of several routes that torch can run and that passes its check."""
+"""Features along directions, ΦS, by the first of several routes that runs and passes its check."""
 
 from __future__ import annotations
 
@@ -22,19 +22,15 @@ Route = Callable[[Linearization, Params], Tensor]
 
 
 def pushforward(at: Linearization, directions: Directions) -> Tensor:
-    """Return ΦS ``(n, c, m)``.
-
-    Raises:
-        RuntimeError: if the model can be differentiated neither forward nor twice; names the module.
-    """
+    """Return ΦS ``(n, c, m)``, or raise a ``RuntimeError`` that names the module where all routes fail."""
     if not directions.m:
         return at.y.new_empty(at.n, at.c, 0)
-    # ⟨u, ΦS⟩ = ⟨Φᵀu, S⟩ for random signs u: both routes have ways to go wrong without an error, such as functions
-    # that may be differentiated once.
+    # Check ⟨u, ΦS⟩ = ⟨Φᵀu, S⟩ for random signs u, since both routes can fail without an error, for example on functions
+    # that are differentiable only once.
     u = signs(at.y)
     back = {name: value[0] for name, value in at.pullback(u[None], create_graph=False).items()}
-    # Forward-mode formulas take some of what they use for constants, which a check of values does not see: they are
-    # not differentiated.
+    # Never differentiate forward-mode formulas: they treat some variables as constants, which a check of values does
+    # not detect.
     reverse = _double_reverse if at.vectorizes else _by_rows
     failures: list[Exception] = []
     for route in (reverse,) if at.create_graph else (_forward_mode, reverse):
@@ -50,8 +46,8 @@ def pushforward(at: Linearization, directions: Directions) -> Tensor:
     raise RuntimeError(
         f"no pushforward through {where}: torch does not differentiate it "
         + "".join(f"in forward mode ({said}), nor " for said in forward)
-        + f"twice in reverse mode ({twice}). Replace the operation, exclude the module from what forward_fn runs, "
-        "or select parameters after it; metrics with method='exact' need its first derivative only."
+        + f"twice in reverse mode ({twice}). Replace the operation, exclude the module from forward_fn, or select "
+        "parameters after it. Metrics with method='exact' need only a first derivative."
     ) from failures[0]
 
 
@@ -80,7 +76,7 @@ def _checked(route: Route, at: Linearization, directions: Directions, u: Tensor,
 
 
 def _forward_mode(at: Linearization, directions: Params) -> Tensor:
-    # Detached unless asked for, so that no graph is recorded along.
+    # Detach, unless a graph is wanted, so that none is recorded.
     params = at.params if at.create_graph else {name: p.detach() for name, p in at.params.items()}
 
     def derivative(direction: Params) -> Tensor:
@@ -93,7 +89,7 @@ def _forward_mode(at: Linearization, directions: Params) -> Tensor:
 
 
 def _double_reverse(at: Linearization, directions: Params) -> Tensor:
-    # u ↦ Jᵀu is linear, so its own vector–Jacobian product with s is J s.
+    # The map u ↦ Jᵀu is linear, so its vector–Jacobian product with s is J s.
     leaves = at.leaves()
     with Primitives(backward_only=True):
         y = at.function(leaves, at.x)
@@ -126,6 +122,6 @@ def _directions_at_once(at: Linearization) -> int:
     if at.chunk_size is not None:
         return at.chunk_size
     numbers = sum(p.numel() * p.element_size() for p in at.params.values())
-    # More at once fall out of a CPU's caches: 8 were quickest there, for small networks as for Transformers. A GPU
-    # is idle between the operations of small networks.
+    # More than 8 directions do not fit into the caches of a CPU, where 8 were fastest for small networks and
+    # Transformers alike. A GPU would idle between the operations of small networks.
     return min(at.fit(2 * numbers + at.activation_bytes, part=2), 8 if at.y.device.type == "cpu" else 256)

@@ -1,4 +1,4 @@
-"""Settings of the whole process that the passes of this library need, in whatever thread they run."""
+"""Settings of the whole process that the passes of this library need, in any thread."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def eager(fn: Callable[P, T]) -> Callable[P, T]:
-    """Let a function be called in a compiled step, which breaks its graph there, without importing the compiler."""
+    """Run a function eagerly in a compiled step, which breaks its graph there, without importing the compiler."""
 
     @wraps(fn)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -33,13 +33,11 @@ def eager(fn: Callable[P, T]) -> Callable[P, T]:
 
 @final
 class Switches:
-    """Settings that every block wants alike: the first to enter makes them, the last to leave puts them back.
+    """Settings that are shared by blocks: the first block to enter sets them, the last one to leave restores them.
 
-    Threads that measure models of their own are in such blocks at the same time. If each saved and restored for
-    itself, the last would restore what another had set.
-
-    Args:
-        settings: makes the context managers that set and restore.
+    Several threads may be in such blocks at the same time. If each block saved and restored the settings by itself,
+    the last one would restore a value that another block had set. ``settings`` yields context managers that set and
+    restore.
     """
 
     def __init__(self, settings: Callable[[], Iterator[AbstractContextManager[Any]]]) -> None:
@@ -50,7 +48,7 @@ class Switches:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Have the settings inside the block."""
+        """Apply the settings inside the block."""
         with self._lock:
             if self._users == 0:
                 with ExitStack() as stack:
@@ -69,7 +67,7 @@ class Switches:
 
 @contextmanager
 def _muted(*messages: str) -> Iterator[None]:
-    # catch_warnings would put back the filters of all threads, those that were added meanwhile included.
+    # Unlike catch_warnings, keep the filters that other threads add in the meantime.
     own = []
     for message in messages:
         warnings.filterwarnings("ignore", message=message)
@@ -79,7 +77,7 @@ def _muted(*messages: str) -> Iterator[None]:
     finally:
         for entry in own:
             if entry in warnings.filters:
-                warnings.filters.remove(entry)  # type: ignore[attr-defined]  # a list, which its type hides
+                warnings.filters.remove(entry)  # type: ignore[attr-defined]  # it is a list, unlike its declared type
         warnings._filters_mutated()  # type: ignore[attr-defined]  # noqa: SLF001 - as warnings.filterwarnings does
 
 
@@ -95,15 +93,15 @@ def _slow_attention_path() -> Iterator[None]:
 
 @contextmanager
 def _no_cached_parametrizations() -> Iterator[None]:
-    # Inside ``parametrize.cached()`` weights are not functions of the parameters that the model is given.
+    # Inside ``parametrize.cached()`` weights would not be functions of the given parameters.
     parametrize = torch.nn.utils.parametrize
-    users, cache = parametrize._cache_enabled, parametrize._cache  # noqa: SLF001 - it has no other switch
+    users, cache = parametrize._cache_enabled, parametrize._cache  # noqa: SLF001 - there is no other switch
     parametrize._cache_enabled -= users  # noqa: SLF001
     parametrize._cache = {}  # noqa: SLF001
     try:
         yield
     finally:
-        parametrize._cache_enabled += users  # noqa: SLF001 - other threads may have entered or left theirs
+        parametrize._cache_enabled += users  # noqa: SLF001 - other threads may have changed it in the meantime
         parametrize._cache = cache if users else {}  # noqa: SLF001
 
 
@@ -112,32 +110,32 @@ _GLOBAL = ("_global_backward_hooks", "_global_backward_pre_hooks")
 
 
 def global_hooks_on_gradients() -> bool:
-    """Say whether there are hooks on the gradients of all modules."""
+    """Return whether there are hooks on the gradients of all modules."""
     return any(_EVERYWHERE[place] for place in _GLOBAL)
 
 
 @contextmanager
 def _no_global_hooks_on_gradients() -> Iterator[None]:
-    # As the hooks of one module, they are for the gradients of training.
+    # Like the hooks of a single module, they are meant for the gradients of training.
     before = {place: _EVERYWHERE[place] for place in _GLOBAL}
     _EVERYWHERE.update({place: OrderedDict() for place in _GLOBAL})
     try:
         yield
     finally:
         for place, hooks in before.items():
-            hooks.update(_EVERYWHERE[place])  # what other threads may have registered
+            hooks.update(_EVERYWHERE[place])  # hooks that other threads registered in the meantime
         _EVERYWHERE.update(before)
 
 
 def _differentiable() -> Iterator[AbstractContextManager[Any]]:
-    # A batching rule that torch lacks, and the switch of recurrent layers below: notes, the results are the same.
+    # These warnings, about a missing batching rule and about the switch of recurrent layers below, change no result.
     yield _muted("There is a performance drop because", "TF32 acceleration on top of oneDNN")
     yield sdpa_kernel(SDPBackend.MATH)
-    # In evaluation mode attention would take a fused path that has no forward-mode derivative.
+    # In evaluation mode attention would use a fused path that has no forward-mode derivative.
     yield _slow_attention_path()
     yield _no_cached_parametrizations()
     yield _no_global_hooks_on_gradients()
-    if "torch._dynamo" in sys.modules:  # only then can a part of the model be compiled
+    if "torch._dynamo" in sys.modules:  # otherwise no part of the model is compiled
         yield torch.compiler.set_stance("force_eager")
 
 
@@ -148,6 +146,6 @@ def _recurrent() -> Iterator[AbstractContextManager[Any]]:
 
 
 DIFFERENTIABLE = Switches(_differentiable)
-"""Kernels that can be differentiated twice and forward; weights that are functions of the parameters; no compiling."""
+"""Kernels that are differentiable twice and forward, weights that are functions of the parameters, no compilation."""
 RECURRENT = Switches(_recurrent)
-"""Leave the fused kernels of recurrent layers, which cannot."""
+"""No fused kernels of recurrent layers, which are not."""

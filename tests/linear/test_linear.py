@@ -257,7 +257,7 @@ BAD = {
     "NaN correlations": (lambda: optimal_metric(NAN), "correlations: expected finite"),
     "lengths": (
         lambda: one_step_bound(torch.ones(2), torch.ones(2), torch.ones(3)),
-        "nu: expected as many .* 2, got 3",
+        "nu: expected one for each of 2 eigenvalues, got 3",
     ),
     "zero nu": (lambda: one_step_bound(torch.ones(2), torch.ones(2), torch.zeros(2)), "nu: expected positive"),
     "negative": (lambda: one_step_bound(-torch.ones(2), torch.ones(2), torch.ones(2)), "eigenvalues: expected none"),

@@ -1,1 +1,1 @@
-"""Exact Gram matrices of tangent features: a rule a layer, and the general way."""
+"""Exact Gram matrices of tangent features, by the rules of layers or from Jacobians."""

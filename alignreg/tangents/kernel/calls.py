@@ -1,7 +1,8 @@
-"""What the call of a layer's function says about the gradients of its parameters: three kinds of calls.
+"""Three kinds of calls of layers' functions, which give the gradients of their parameters.
 
-Axes: *lead* are the leading axes of the call's output, one item each, some of which are examples (:mod:`.layout`
-finds out which); t are positions inside an item; c are the outputs of the model, and d is the gradient of each.
+The leading axes of the output of a call, *lead*, hold one item each; some of these axes are examples
+(:mod:`.layout` finds out which). t are positions inside an item, c are the outputs of the model, and d is the gradient
+of each.
 """
 
 from __future__ import annotations
@@ -21,31 +22,26 @@ class Call(Protocol):
 
     @property
     def lead(self) -> int:
-        """How many leading axes its output has."""
+        """The number of leading axes of its output."""
 
     def gradients(self, layout: Layout, gradient: Tensor, *, weight: bool, bias: bool, dtype: torch.dtype) -> Gradients:
-        """Return the per-example gradients of its parameters.
+        """Return the per-example gradients of the weight, the bias or both, in a dtype.
 
-        Args:
-            layout: which of the leading axes are examples.
-            gradient: of its output, ``(c, *output)``.
-            weight: whether the weight is one of the parameters in question.
-            bias: whether the bias is.
-            dtype: to compute in.
+        ``gradient`` is that of the output, ``(c, *output)``, and ``layout`` tells which leading axes are examples.
         """
 
 
 class Maps(NamedTuple):
-    """Weight gradient Σ_t d_t a_tᵀ, bias gradient Σ_t d_t: linear maps and convolutions."""
+    """A linear map or convolution, with weight gradient Σ_t d_t a_tᵀ and bias gradient Σ_t d_t."""
 
     lead: int
     inputs: Callable[[], Tensor]
-    """a ``(*lead, groups, in, t)``; called when needed, since unfolded inputs are large."""
+    """Returns a ``(*lead, groups, in, t)``; called when needed, since unfolded inputs are large."""
     outputs: Callable[[Tensor], Tensor]
-    """Gradient of the call's output ``(c, *output)`` to d ``(c, *lead, groups, out, t)``."""
+    """Maps the gradient of the output ``(c, *output)`` to d ``(c, *lead, groups, out, t)``."""
 
     def gradients(self, layout: Layout, gradient: Tensor, *, weight: bool, bias: bool, dtype: torch.dtype) -> Gradients:
-        """See :class:`Call`."""
+        """Return outer products, or rows for the bias only."""
         d = layout.split(self.outputs(gradient.to(dtype)), self.lead, 1)
         if not weight:
             return Rows({"bias": d.sum((2, -1)).transpose(0, 1).flatten(2)})
@@ -55,35 +51,35 @@ class Maps(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """Weight gradient Σ_t d_t ∘ a_t, bias gradient Σ_t d_t: the affine part of a normalization."""
+    """The affine part of a normalization, with weight gradient Σ_t d_t ∘ a_t and bias gradient Σ_t d_t."""
 
     lead: int
     inputs: Callable[[], Tensor]
-    """a ``(*lead, p, t)``."""
+    """Returns a ``(*lead, p, t)``."""
     outputs: Callable[[Tensor], Tensor]
-    """Gradient of the call's output ``(c, *output)`` to d ``(c, *lead, p, t)``."""
+    """Maps the gradient of the output ``(c, *output)`` to d ``(c, *lead, p, t)``."""
 
     def gradients(self, layout: Layout, gradient: Tensor, *, weight: bool, bias: bool, dtype: torch.dtype) -> Gradients:
-        """See :class:`Call`."""
+        """Return rows."""
         d = layout.split(self.outputs(gradient.to(dtype)), self.lead, 1)
         values = {"bias": d.sum((2, -1)).transpose(0, 1)} if bias else {}
         if weight:
             a = layout.split(self.inputs().to(dtype), self.lead)
-            # One output at a time: a product as large as d would cost more than its multiplications.
+            # One output at a time, since storing a product as large as d would cost more than its multiplications.
             values["weight"] = torch.stack([(one * a).sum((1, -1)) for one in d], dim=1)
         return Rows(values)
 
 
 class Lookups(NamedTuple):
-    """Weight gradient Σ_t e_token(t) d_tᵀ: embeddings."""
+    """An embedding, with weight gradient Σ_t e_token(t) d_tᵀ."""
 
     lead: int
     tokens: Tensor
-    """``(*lead)``: the row of the weight, or a negative number where its gradient is dropped."""
+    """The row of the weight ``(*lead)``, or a negative number where its gradient is dropped."""
     rows: int
-    """How many the weight has."""
+    """The number of rows of the weight."""
 
     def gradients(self, layout: Layout, gradient: Tensor, *, weight: bool, bias: bool, dtype: torch.dtype) -> Gradients:  # noqa: ARG002
-        """See :class:`Call`."""
+        """Return sums over tokens."""
         d = layout.split(gradient.to(dtype), self.lead, 1)
         return TokenSums(layout.split(self.tokens, self.lead), d.permute(1, 0, 3, 2)[:, :, None], self.rows)

@@ -1,4 +1,4 @@
-"""The exact tangent kernel: by the rules of layers where they hold, from Jacobians elsewhere; checked in every call."""
+"""The exact tangent kernel, by rules of layers where they hold and from Jacobians elsewhere, checked in every call."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from alignreg.tangents.kernel.recorder import Site
 from alignreg.tangents.linearization import Linearization
 
 Tick = Callable[[float], None]
-"""Told how many more parameters are done."""
+"""A function that is told how many more parameters are done."""
 
 
 def kernels(rules: Rules, two: Linearization | None, tick: Tick) -> dict[str, Tensor]:
     """Return the kernel ``(n, c, n2, c)`` of each layer, zero for layers that the outputs do not depend on.
 
     Args:
-        rules: those of the model at the examples of the rows; they name the layers, in the order of the result.
+        rules: the rules for the model at the examples of the rows.
         two: the model at the examples of the columns; ``None`` for the same.
         tick: progress.
 
@@ -57,31 +57,31 @@ def kernels(rules: Rules, two: Linearization | None, tick: Tick) -> dict[str, Te
             sums.add(layer_of[piece.name], value)
             tick(piece.stop - piece.start)
 
-    found = {layer: sums.kernel(layer) for layer in dict.fromkeys(layer_of.values())}
     members: dict[str, list[str]] = {}
     for name, layer in layer_of.items():
         members.setdefault(layer, []).append(name)
-    check.require(found, members)
-    return found
+    by_layer = {layer: sums.kernel(layer) for layer in members}
+    check.require(by_layer, members)
+    return by_layer
 
 
 class _Case(NamedTuple):
-    """What is to be the kernel of some parameters."""
+    """A computed kernel of some parameters."""
 
     names: tuple[str, ...]
     form: Tensor
-    """Its products with random vectors."""
+    """The products of the kernel with random vectors."""
     norm: Tensor
     layer: str = ""
 
 
 @final
 class _SelfCheck:
-    """The check of a kernel: ωᵀK ω' for random ω, ω' against ⟨Φᵀω, Φᵀω'⟩, by parameters and as a whole.
+    """The check that ωᵀK ω' = ⟨Φᵀω, Φᵀω'⟩ for random ω, ω', for groups of parameters and as a whole.
 
-    It holds K ω' against Φ(Φᵀω') in the direction of ω; Φᵀω and Φᵀω' serve all layers, where Φ Φ_lᵀω' would take a
-    pushforward each. One is random on the first half of the examples, one on the second: together they cost one
-    backward pass of the batch, and K is looked at within and between the halves.
+    It compares K ω' with Φ(Φᵀω') in the direction of ω. The same Φᵀω and Φᵀω' check all layers, whereas Φ Φ_lᵀω' would
+    need a pushforward for each layer. One ω is random on the first half of the examples, another on the second half:
+    both need one backward pass of the batch, and check K within and between the halves.
     """
 
     def __init__(self, one: Linearization, two: Linearization | None) -> None:
@@ -96,14 +96,13 @@ class _SelfCheck:
         self._expected = self._products()
 
     def clear(self) -> None:
-        """Forget what was seen."""
         self._seen.clear()
         self._norms.clear()
 
     def see(
         self, names: tuple[str, ...], value: Tensor, rows: slice = slice(None), columns: slice = slice(None)
     ) -> None:
-        """Note a product of rows, or its half, that belongs to parameters."""
+        """Add a product of rows, or its half, to the kernel of a group of parameters."""
         value = value.detach()
         form = self._form(value, rows, columns)
         if self._symmetric:
@@ -113,12 +112,12 @@ class _SelfCheck:
         self._norms[names] = self._norms.get(names, torch.zeros_like(norm)) + norm
 
     def failing(self, groups: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
-        """Return the groups of parameters of which something was seen that is not their kernel."""
+        """Return the groups of parameters whose accumulated kernel fails the check."""
         cases = [_Case(names, self._seen[names], self._norms[names]) for names in groups]
         return [case.names for case in self._wrong(cases)]
 
     def require(self, kernels: Mapping[str, Tensor], names: Mapping[str, Sequence[str]]) -> None:
-        """Raise if one of these is not the kernel of the parameters of its layer."""
+        """Raise a ``RuntimeError`` if the kernel of a layer, with parameters ``names``, fails the check."""
         cases = []
         for layer, kernel in kernels.items():
             value = kernel.detach()
@@ -132,14 +131,14 @@ class _SelfCheck:
             )
 
     def _wrong(self, cases: Sequence[_Case]) -> list[_Case]:
-        """Return those that are wrong. If none is, the device is waited for once at most."""
+        """Return the wrong cases; wait for the device at most once if there are none."""
         if not cases:
             return []
         right = torch.stack([self._holds(case) for case in cases])
         key = ("kernel", tuple(case.names for case in cases), self._one.precision)
         if deferred.passes(right.all(), key, self._one.proven):
             return []
-        if self._in_halves:  # a model that draws at random, say, is another function of half a batch
+        if self._in_halves:  # half a batch may be another function, for example if the model draws random numbers
             self._in_halves = False
             self._expected = self._products()
             return self._wrong(cases)
@@ -147,22 +146,22 @@ class _SelfCheck:
 
     def _holds(self, case: _Case) -> Tensor:
         whole = torch.stack([value.diagonal().abs().max() for value in self._expected.values()]).sum()
-        digits = 1000 if self._one.couples_examples else 10  # more terms cancel where all examples have a part
+        digits = 1000 if self._one.couples_examples else 10  # with coupled examples, more terms cancel
         return agrees(*self._difference(case), self._precision, whole=whole, digits=digits)
 
     def _difference(self, case: _Case) -> tuple[Tensor, Tensor]:
-        """Return by how much the products are wrong, at which norm."""
+        """Return the error of the products, and the norm of the kernel."""
         expected = torch.stack([self._expected[name] for name in case.names]).sum(0)
         return (case.form - expected).abs().max(), case.norm
 
     @staticmethod
     def _draw(at: Linearization, seed: int) -> Tensor:
         generator = torch.Generator(at.y.device).manual_seed(at.y.numel() + seed)
-        probes = torch.randn(2, *at.y.shape, generator=generator, dtype=torch.float32, device=at.y.device)
+        omega = torch.randn(2, *at.y.shape, generator=generator, dtype=torch.float32, device=at.y.device)
         if at.n > 1:
-            probes[0, at.n // 2 :] = 0
-            probes[1, : at.n // 2] = 0
-        return probes.to(at.gram_dtype)
+            omega[0, at.n // 2 :] = 0
+            omega[1, : at.n // 2] = 0
+        return omega.to(at.gram_dtype)
 
     def _products(self) -> dict[str, Tensor]:
         """Return ⟨Φᵀω, Φᵀω'⟩ ``(2, 2)`` by parameter."""
@@ -174,20 +173,18 @@ class _SelfCheck:
             for name, value in mine.items()
         }
 
-    def _pullback(self, at: Linearization, probes: Tensor) -> dict[str, Tensor]:
-        probes = probes.to(at.y)
+    def _pullback(self, at: Linearization, omega: Tensor) -> dict[str, Tensor]:
+        omega = omega.to(at.y)
         if self._in_halves and at.n > 1:
             parts = (slice(0, at.n // 2), slice(at.n // 2, at.n))
             try:
-                halves = [
-                    at.pullback(probes[i : i + 1, p], create_graph=False, examples=p) for i, p in enumerate(parts)
-                ]
+                halves = [at.pullback(omega[i : i + 1, p], create_graph=False, examples=p) for i, p in enumerate(parts)]
                 return {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
             except torch.OutOfMemoryError:
                 raise
-            except Exception:  # noqa: BLE001 - a model for batches of one size
+            except Exception:  # noqa: BLE001 - the model may accept batches of one size only
                 self._in_halves = False
-        return at.pullback(probes, create_graph=False)
+        return at.pullback(omega, create_graph=False)
 
     def _form(self, value: Tensor, rows: slice, columns: slice) -> Tensor:
         left, right = self._left[:, rows].flatten(1), self._right[:, columns].flatten(1)
@@ -196,7 +193,7 @@ class _SelfCheck:
 
 @final
 class _Totals:
-    """Kernels by layer as they add up, tile by tile: their halves if they are symmetric."""
+    """Sums of tiles of the kernel of each layer, or of its half if it is symmetric."""
 
     def __init__(self, one: Linearization, two: Linearization | None) -> None:
         other = two or one
@@ -207,7 +204,6 @@ class _Totals:
         self._total: dict[str, Tensor] = {}
 
     def clear(self) -> None:
-        """Start again."""
         self._total.clear()
 
     def add(self, layer: str, value: Tensor, rows: slice = slice(None), columns: slice = slice(None)) -> None:
@@ -222,7 +218,7 @@ class _Totals:
         self._total[layer][rows, :, columns] += value
 
     def kernel(self, layer: str) -> Tensor:
-        """Return the kernel of a layer and forget it."""
+        """Remove and return the kernel of a layer."""
         total = self._total.pop(layer, None)
         if total is None:
             return self._zeros.new_zeros(self._shape)
@@ -230,21 +226,21 @@ class _Totals:
 
 
 class _Tile(NamedTuple):
-    """A part of the kernel, and the batch whose gradients it takes."""
+    """A part of the kernel, and the batch of examples whose gradients it needs."""
 
     batch: Batch
     rows: slice
     columns: slice
     diagonal: bool
-    """Rows and columns are the same examples, which the batch holds once; else it holds both, rows first."""
+    """True if rows and columns are the same examples, which the batch holds once; otherwise it holds rows first."""
 
 
 def _by_rules(
     rules: Rules, two: Linearization | None, check: _SelfCheck, tick: Tick
 ) -> tuple[_Totals, list[tuple[str, ...]], set[str]]:
-    """Return what the rules make of the kernel, and of which parameters, by groups that went together.
+    """Return the sums by rules, the groups of parameters in them, and the parameters with a rule for some tiles only.
 
-    The last result are parameters that the rules took in some of the tiles only, and must not.
+    The last must not go by rules, since their sums are incomplete.
     """
     one = rules.at
     totals = _Totals(one, two)
@@ -280,14 +276,14 @@ def _by_rules(
 
 
 def _tiles(rules: Rules, two: Linearization | None) -> Iterator[_Tile]:
-    """Yield parts of the kernel, each from one pass of the model: the whole of it if there is the memory."""
+    """Yield the tiles of the kernel, one for each pass of the model; only one if memory suffices."""
     one, step = rules.at, rules.examples_at_once
     if two is None and step >= one.n:
         yield _Tile(one.x, slice(0, one.n), slice(0, one.n), diagonal=True)
         return
     other = two or one
     if shapes(one.x) != shapes(other.x):
-        return  # they cannot be one batch: without rules, then
+        return  # they cannot be joined in one batch, so no rules apply
     step = max(1, step // 2)
     for i in range(0, one.n, step):
         for j in range(0 if two is not None else i, other.n, step):

@@ -1,4 +1,4 @@
-"""Features along directions that are products of two vectors: from the factors of layers, without a pushforward."""
+"""Features along directions that are products of two vectors, from the factors of layers without a pushforward."""
 
 from __future__ import annotations
 
@@ -14,23 +14,19 @@ from alignreg.tangents.kernel.recorder import Site
 
 
 def features(rules: Rules, directions: FactoredDirections) -> Tensor:
-    """Return ΦS ``(n, c, m)`` from one backward pass for each output, which serves all layers and directions.
+    """Return ΦS ``(n, c, m)`` for the directions S, from one backward pass per output for all layers and directions.
 
-    For a weight that is used at positions t, ⟨Σ_t d_t a_tᵀ, p qᵀ⟩ = Σ_t (p·d_t)(q·a_t). Parameters without a rule go by
-    their rows of the Jacobian.
-
-    Args:
-        rules: those of the model at the examples.
-        directions: S.
+    For a weight that is used at positions t, ⟨Σ_t d_t a_tᵀ, p qᵀ⟩ = Σ_t (p·d_t)(q·a_t). Parameters without a rule
+    are multiplied by their rows of the Jacobian.
     """
     at = rules.at
 
     def measure(site: Site, gradients: Gradients) -> Tensor:
-        found = {kind: directions.factors(name, at.params[name]) for kind, name in site.names.items()}
-        return gradients.project({kind: (p.to(at.gram_dtype), q.to(at.gram_dtype)) for kind, (p, q) in found.items()})
+        factors = {kind: directions.factors(name, at.params[name]) for kind, name in site.names.items()}
+        return gradients.project({kind: (p.to(at.gram_dtype), q.to(at.gram_dtype)) for kind, (p, q) in factors.items()})
 
-    found, rest = by_example(rules, measure)
-    total = torch.stack([value.flatten(2) for value in found.values()]).sum(0) if found else None
+    parts, rest = by_example(rules, measure)
+    total = torch.stack([value.flatten(2) for value in parts.values()]).sum(0) if parts else None
     numbers = at.fit(at.gram_dtype.itemsize * (at.n * at.c + directions.m), part=8)
     for group in general.pieces({name: at.params[name].numel() for name in rest}, numbers):
         for piece, rows in general.rows(at, group):

@@ -1,9 +1,9 @@
-"""Products of Jacobians of any parameters, in pieces that fit in memory."""
+"""Products of the Jacobians of any parameters, in pieces that fit in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -25,12 +25,7 @@ class Piece(NamedTuple):
 
 
 def pieces(sizes: Mapping[str, int], limit: int) -> Iterator[list[Piece]]:
-    """Cut parameters into groups of at most ``limit`` numbers, large ones into slices.
-
-    Args:
-        sizes: numbers in each parameter.
-        limit: numbers in a group, at least 1.
-    """
+    """Cut parameters of given sizes into groups of at most ``limit`` ≥ 1 numbers, and large parameters into slices."""
     group: list[Piece] = []
     room = limit
     for name, numel in sizes.items():
@@ -48,25 +43,39 @@ def pieces(sizes: Mapping[str, int], limit: int) -> Iterator[list[Piece]]:
 
 
 def gram(left: Linearization, right: Linearization | None, group: list[Piece]) -> Iterator[tuple[Piece, Tensor]]:
-    """Yield what each piece of a group adds to the products of rows, or to their half.
+    """Yield the contribution of each piece to the products of rows, or to their half.
 
     Args:
         left: the model at the examples of the rows.
-        right: at those of the columns; ``None`` for the same.
+        right: the model at the examples of the columns; ``None`` for the same.
         group: pieces of parameters.
     """
-    a = _columns(left, group)
-    b = None if right is None else _columns(right, group)
-    widths = [stop - start for _, start, stop in group]
-    others = [None] * len(group) if b is None else torch.split(b, widths, dim=-1)
-    for piece, u, v in zip(group, torch.split(a, widths, dim=-1), others, strict=True):
+    others: Iterable[tuple[Piece, Tensor | None]] = zip(group, repeat(None)) if right is None else rows(right, group)
+    for (piece, u), (_, v) in zip(rows(left, group), others, strict=True):
         yield piece, rows_gram([(u, v)])
 
 
 def rows(at: Linearization, group: list[Piece]) -> Iterator[tuple[Piece, Tensor]]:
-    """Yield the columns of the Jacobian that belong to each piece, ``(n, c, numbers in it)``."""
-    widths = [stop - start for _, start, stop in group]
-    yield from zip(group, torch.split(_columns(at, group), widths, dim=-1), strict=True)
+    """Yield the columns of the Jacobian that belong to each piece, ``(n, c, stop - start)``."""
+
+    def gather(jacobian: Iterator[JacobianRows]) -> Tensor:
+        parts: list[Tensor] = []
+        matrix: Tensor | None = None
+        for examples, rows in jacobian:
+            columns = {name: flat(value, 2) for name, value in rows.items()}
+            part = torch.cat([columns[name][..., start:stop] for name, start, stop in group], dim=-1)
+            # Use float32 at least, since products in half precision would lose digits of the Jacobian.
+            part = part.to(torch.promote_types(part.dtype, torch.float32))
+            if at.create_graph:
+                parts.append(part)
+                continue
+            if matrix is None:
+                matrix = part.new_empty(at.n, *part.shape[1:])
+            matrix[examples] = part
+        return torch.cat(parts) if matrix is None else matrix
+
+    columns = at.reduce(gather, [name for name, _, _ in group], independent=True)
+    yield from zip(group, torch.split(columns, [stop - start for _, start, stop in group], dim=-1), strict=True)
 
 
 def diagonal(at: Linearization, names: Sequence[str], close: Close) -> dict[str, Tensor]:
@@ -81,26 +90,3 @@ def diagonal(at: Linearization, names: Sequence[str], close: Close) -> dict[str,
         return {name: torch.cat(part) for name, part in parts.items()}
 
     return at.reduce(gather, names)
-
-
-def _columns(at: Linearization, group: list[Piece]) -> Tensor:
-    """Return columns of the Jacobian, ``(n, c, numbers in the group)``."""
-    consume = partial(_collect, group=group, n=at.n, create_graph=at.create_graph)
-    return at.reduce(consume, [name for name, _, _ in group], independent=True)
-
-
-def _collect(jacobian: Iterator[JacobianRows], group: list[Piece], *, n: int, create_graph: bool) -> Tensor:
-    parts: list[Tensor] = []
-    matrix: Tensor | None = None
-    for examples, rows in jacobian:
-        columns = {name: flat(value, 2) for name, value in rows.items()}
-        part = torch.cat([columns[name][..., start:stop] for name, start, stop in group], dim=-1)
-        # In float32 at least: products of half-precision Jacobians would lose what they still hold.
-        part = part.to(torch.promote_types(part.dtype, torch.float32))
-        if create_graph:
-            parts.append(part)
-            continue
-        if matrix is None:
-            matrix = part.new_empty(n, *part.shape[1:])
-        matrix[examples] = part
-    return torch.cat(parts) if matrix is None else matrix

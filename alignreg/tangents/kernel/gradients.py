@@ -1,4 +1,4 @@
-"""Per-example gradients of one layer, kept as factors."""
+"""Per-example gradients of one layer, stored as factors."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import final
 
 import torch
 from torch import Tensor
+from typing_extensions import Self, override
 
 from alignreg.tangents.kernel.gram import Affinity, position_products, rows_gram, vector_products
 
 Factors = tuple[Tensor, Tensor]
-"""Of directions in parameters: :meth:`alignreg.sketches.FactoredDirections.factors`."""
+"""Factors of directions in parameter space: :meth:`alignreg.sketches.FactoredDirections.factors`."""
 Close = Callable[[Tensor, Tensor], Tensor]
-"""Products of the rows of each example, of two factors ``(n, c, p)``: :func:`norm_of_each` or :func:`gram_of_each`."""
+"""Products of the rows ``(n, c, p)`` within each example: :func:`norm_of_each` or :func:`gram_of_each`."""
 
 
 def norm_of_each(left: Tensor, right: Tensor) -> Tensor:
-    """Return the products of equal rows, ``(n, c)``."""
+    """Return the products of corresponding rows, ``(n, c)``."""
     return (left * right).sum(-1)
 
 
@@ -28,38 +29,35 @@ def gram_of_each(left: Tensor, right: Tensor) -> Tensor:
 
 
 class Gradients(ABC):
-    """∂f_k(x_i)/∂w for the parameters w of one layer, k < c, i < n."""
+    """Gradients ∂f_k(x_i)/∂w for the parameters w of one layer, k < c, i < n."""
 
     n: int
     c: int
 
     @abstractmethod
-    def take(self, start: int, stop: int) -> Gradients:
-        """Return those of the examples ``start:stop``."""
+    def take(self, start: int, stop: int) -> Self:
+        """Return the gradients of the examples ``start:stop``."""
 
     @abstractmethod
-    def join(self, others: Sequence[Gradients]) -> Gradients:
-        """Return the gradients of parameters that went through several calls: the sum of them all."""
+    def join(self, others: Sequence[Self]) -> Self:
+        """Return the sum of the gradients from several calls with the same parameters."""
 
     @abstractmethod
-    def gram(self, other: Gradients | None, limit: int) -> Tensor:
+    def gram(self, other: Self | None, limit: int) -> Tensor:
         """Return G = ⟨rows, rows of other⟩ ``(n, c, n2, c)``, or the half of ⟨rows, rows⟩ for ``None``.
 
-        Args:
-            other: of the same layer.
-            limit: how many numbers of working memory it may take.
+        ``limit`` is the working memory in numbers.
         """
 
     @abstractmethod
     def diagonal(self, close: Close, limit: int) -> Tensor:
-        """Return :func:`norm_of_each` or :func:`gram_of_each` of the rows of each example."""
+        """Return ``close(rows, rows)``."""
 
     @abstractmethod
     def project(self, factors: dict[str, Factors]) -> Tensor:
-        """Return ⟨∂f_k(x_i)/∂w, p_ru q_rvᵀ⟩ ``(n, c, copies, rank, rank)``, the sum over the parameters.
+        """Return ⟨∂f_k(x_i)/∂w, p_ru q_rvᵀ⟩ ``(n, c, copies, rank, rank)``, summed over the parameters.
 
-        Args:
-            factors: p ``(copies, rank, rows)`` and q ``(copies, rank, columns)``, by ``"weight"`` and ``"bias"``.
+        The factors p ``(copies, rank, rows)`` and q ``(copies, rank, columns)`` are by ``"weight"`` and ``"bias"``.
         """
 
     @abstractmethod
@@ -69,37 +67,36 @@ class Gradients(ABC):
 
 @final
 class Rows(Gradients):
-    """The gradients themselves ``(n, c, p)``, by ``"weight"`` and ``"bias"``: for layers with few parameters."""
+    """The gradients themselves ``(n, c, p)``, by ``"weight"`` and ``"bias"``, for layers with few parameters."""
 
     def __init__(self, values: dict[str, Tensor]) -> None:
         self.values = values
         self.n, self.c = next(iter(values.values())).shape[:2]
 
+    @override
     def take(self, start: int, stop: int) -> Rows:
-        """See the base class."""
         return Rows({kind: value[start:stop] for kind, value in self.values.items()})
 
-    def join(self, others: Sequence[Gradients]) -> Rows:
-        """See the base class."""
-        parts = [self, *(other for other in others if isinstance(other, Rows))]
-        return Rows({kind: torch.stack([part.values[kind] for part in parts]).sum(0) for kind in self.values})
+    @override
+    def join(self, others: Sequence[Rows]) -> Rows:
+        parts = [self.values, *(other.values for other in others)]
+        return Rows({kind: torch.stack([part[kind] for part in parts]).sum(0) for kind in self.values})
 
-    def gram(self, other: Gradients | None, limit: int) -> Tensor:  # noqa: ARG002
-        """See the base class."""
-        assert other is None or isinstance(other, Rows)
+    @override
+    def gram(self, other: Rows | None, limit: int) -> Tensor:
         return rows_gram((value, None if other is None else other.values[name]) for name, value in self.values.items())
 
-    def diagonal(self, close: Close, limit: int) -> Tensor:  # noqa: ARG002
-        """See the base class."""
+    @override
+    def diagonal(self, close: Close, limit: int) -> Tensor:
         return torch.stack([close(value, value) for value in self.values.values()]).sum(0)
 
+    @override
     def project(self, factors: dict[str, Factors]) -> Tensor:
-        """See the base class."""
         parts = [project_rows(value, *factors[kind]) for kind, value in self.values.items()]
         return torch.stack(parts).sum(0)
 
+    @override
     def pullback(self, u: Tensor) -> dict[str, Tensor]:
-        """See the base class."""
         return {name: torch.einsum("nc,ncp->p", u, value) for name, value in self.values.items()}
 
 
@@ -112,20 +109,21 @@ def project_rows(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
 class Sums(Gradients, ABC):
     """Weight gradients Σ_t a_t d_tᵀ, and bias gradients Σ_t d_t if there is a bias.
 
-    Their products are taken from sums over pairs of positions, Σ_tt' (a_t·a_t' + 1)(d_t·d_t'), or from the gradients
-    themselves, whichever takes fewer multiplications. Attributes: d ``(n, c, groups, out, t)``.
+    Their products are computed from sums over pairs of positions, Σ_tt' (a_t·a_t' + 1)(d_t·d_t'), or from the gradients
+    themselves, whichever needs fewer multiplications.
     """
 
     d: Tensor
+    """Gradients of the results, ``(n, c, groups, out, t)``."""
     bias: bool
 
     @abstractmethod
     def _width(self) -> int:
-        """How many different inputs the weight gradients have."""
+        """Return the number of different inputs of the weight gradients."""
 
     @abstractmethod
-    def _affinity(self, other: Sums, group: int) -> Affinity:
-        """Return ``(start, stop, first)`` to a_t·a_t' + 1 between examples ``start:stop`` and, of other, ``first:``."""
+    def _affinity(self, other: Self, group: int) -> Affinity:
+        """Return the map of (start, stop, first) to a_t·a_t' + 1 of the examples start:stop and, in other, first:."""
 
     @abstractmethod
     def _weight_rows(self, limit: int) -> Iterator[Tensor]:
@@ -135,9 +133,8 @@ class Sums(Gradients, ABC):
     def _own_affinity(self, group: int) -> Tensor:
         """Return a_t·a_t' + 1 within each example, ``(n, t', t)``."""
 
-    def gram(self, other: Gradients | None, limit: int) -> Tensor:
-        """See the base class."""
-        assert other is None or isinstance(other, type(self))
+    @override
+    def gram(self, other: Self | None, limit: int) -> Tensor:
         if self._by_positions(pairs=self.n if other is None else 2 * other.n):
             parts = [self._group_products(other, group) for group in range(self.d.shape[2])]
             return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
@@ -145,7 +142,7 @@ class Sums(Gradients, ABC):
             return rows_gram((rows, None) for rows in self.rows(limit))
         return rows_gram(zip(self.rows(limit), other.rows(limit), strict=True))
 
-    def _group_products(self, other: Sums | None, group: int) -> Tensor:
+    def _group_products(self, other: Self | None, group: int) -> Tensor:
         affinity = self._affinity(other or self, group)
         d, d2 = self.d[:, :, group], None if other is None else other.d[:, :, group]
         if d.shape[-1] > 1:
@@ -153,8 +150,8 @@ class Sums(Gradients, ABC):
         weights = affinity(0, self.n, 0).squeeze(1).T
         return vector_products(weights, d.squeeze(-1), None if d2 is None else d2.squeeze(-1))
 
+    @override
     def diagonal(self, close: Close, limit: int) -> Tensor:
-        """See the base class."""
         total: Tensor | None = None
         for left, right in self._diagonal_factors(limit):
             value = close(left, right)
@@ -187,36 +184,29 @@ class Sums(Gradients, ABC):
 
 @final
 class OuterProducts(Sums):
-    """Of linear maps and convolutions.
-
-    Args:
-        a: ``(n, groups, in, t)``.
-        d: ``(n, c, groups, out, t)``.
-        bias: whether the bias is one of the parameters.
-    """
+    """Gradients of linear maps and convolutions, as outer products of a ``(n, groups, in, t)`` and d."""
 
     def __init__(self, a: Tensor, d: Tensor, *, bias: bool) -> None:
         self.a, self.d, self.bias = a, d, bias
         self.n, self.c = d.shape[:2]
 
+    @override
     def take(self, start: int, stop: int) -> OuterProducts:
-        """See the base class."""
         return OuterProducts(self.a[start:stop], self.d[start:stop], bias=self.bias)
 
-    def join(self, others: Sequence[Gradients]) -> OuterProducts:
-        """See the base class."""
-        parts = [self, *(other for other in others if isinstance(other, OuterProducts))]
-        a, d = (torch.cat([getattr(part, name) for part in parts], dim=-1) for name in ("a", "d"))
+    @override
+    def join(self, others: Sequence[OuterProducts]) -> OuterProducts:
+        a, d = (torch.cat([getattr(part, name) for part in (self, *others)], dim=-1) for name in ("a", "d"))
         return OuterProducts(a, d, bias=self.bias)
 
+    @override
     def pullback(self, u: Tensor) -> dict[str, Tensor]:
-        """See the base class."""
         d = torch.einsum("nc,ncgot->ngot", u, self.d)
         found = {"weight": torch.einsum("ngot,ngit->goi", d, self.a).flatten()}
         return {**found, "bias": d.sum((0, -1)).flatten()} if self.bias else found
 
+    @override
     def project(self, factors: dict[str, Factors]) -> Tensor:
-        """See the base class."""
         left, right = factors["weight"]
         n, c, groups, out, t = self.d.shape
         copies = left.shape[0]
@@ -224,7 +214,7 @@ class OuterProducts(Sums):
         for g in range(groups):
             d, p = self.d[:, :, g], left[:, :, g * out : (g + 1) * out]
             a = right.flatten(0, 1) @ self.a[:, g]  # (n, copies·rank, t)
-            # Of two orders the one whose intermediate result is the smaller.
+            # Multiply in the order with the smaller intermediate result.
             if t < out:
                 projected = (p.flatten(0, 1) @ d).reshape(n, c, copies, -1, t)
                 total += torch.einsum("ncrut,nrvt->ncruv", projected, a.reshape(n, copies, -1, t))
@@ -238,10 +228,9 @@ class OuterProducts(Sums):
     def _width(self) -> int:
         return self.a.shape[2]
 
-    def _affinity(self, other: Sums, group: int) -> Affinity:
-        assert isinstance(other, OuterProducts)
+    def _affinity(self, other: OuterProducts, group: int) -> Affinity:
         a = self.a[:, group]
-        # Transposed once: all positions of all examples are then the rows of one matrix.
+        # Transpose once, so that all positions of all examples are rows of one matrix.
         theirs = other.a[:, group].mT.contiguous()
 
         def affinity(start: int, stop: int, first: int) -> Tensor:
@@ -257,7 +246,7 @@ class OuterProducts(Sums):
 
     def _weight_rows(self, limit: int) -> Iterator[Tensor]:
         n, c, groups, out, _ = self.d.shape
-        width = max(1, limit // (n * c * self._width()))  # how many outputs fit
+        width = max(1, limit // (n * c * self._width()))  # the number of outputs that fit
         for g in range(0, groups, max(1, width // out)):
             some = slice(g, g + max(1, width // out))
             for o in range(0, out, min(width, out)):
@@ -273,13 +262,13 @@ class OuterProducts(Sums):
 
 @final
 class TokenSums(Sums):
-    """Of embeddings: a_t is the unit vector of the token at position t, or zero.
+    """Gradients of embeddings; a_t is the unit vector of the token at position t, or zero.
 
     Args:
-        tokens: ``(n, t)``; negative ones count as zero vectors.
+        tokens: ``(n, t)``; negative tokens stand for zero vectors.
         d: ``(n, c, 1, out, t)``.
-        size: how many rows the weight has.
-        labels: those rows of the weight that get a gradient, sorted; by default as ``tokens`` say.
+        size: the number of rows of the weight.
+        labels: the rows of the weight that get a gradient, sorted; by default those in ``tokens``.
     """
 
     bias = False
@@ -289,25 +278,24 @@ class TokenSums(Sums):
         self.labels = torch.unique(tokens[tokens >= 0]) if labels is None else labels
         self.n, self.c = d.shape[:2]
 
+    @override
     def take(self, start: int, stop: int) -> TokenSums:
-        """See the base class."""
         return TokenSums(self.tokens[start:stop], self.d[start:stop], self.size, self.labels)
 
-    def join(self, others: Sequence[Gradients]) -> TokenSums:
-        """See the base class."""
-        parts = [self, *(other for other in others if isinstance(other, TokenSums))]
-        tokens, d = (torch.cat([getattr(part, name) for part in parts], dim=-1) for name in ("tokens", "d"))
+    @override
+    def join(self, others: Sequence[TokenSums]) -> TokenSums:
+        tokens, d = (torch.cat([getattr(part, name) for part in (self, *others)], dim=-1) for name in ("tokens", "d"))
         return TokenSums(tokens, d, self.size)
 
+    @override
     def pullback(self, u: Tensor) -> dict[str, Tensor]:
-        """See the base class."""
         d = torch.einsum("nc,ncgot->nto", u, self.d)
         known = self.tokens >= 0
         weight = d.new_zeros(self.size, d.shape[-1]).index_add(0, self.tokens[known], d[known])
         return {"weight": weight.flatten()}
 
+    @override
     def project(self, factors: dict[str, Factors]) -> Tensor:
-        """See the base class."""
         left, right = factors["weight"]
         known = self.tokens >= 0
         mine = left[:, :, self.tokens.clamp(min=0)] * known.to(left)  # (copies, rank, n, t)
@@ -316,8 +304,7 @@ class TokenSums(Sums):
     def _width(self) -> int:
         return len(self.labels)
 
-    def _affinity(self, other: Sums, group: int) -> Affinity:  # noqa: ARG002
-        assert isinstance(other, TokenSums)
+    def _affinity(self, other: TokenSums, group: int) -> Affinity:  # noqa: ARG002
         return lambda start, stop, first: self._same(other.tokens[first:, :, None], self.tokens[start:stop].flatten())
 
     def _own_affinity(self, group: int) -> Tensor:  # noqa: ARG002
@@ -334,6 +321,6 @@ class TokenSums(Sums):
         for first in range(0, len(self.labels), width):
             size = min(width, len(self.labels) - first)
             here = (index - first).masked_fill(self.tokens < 0, -1)
-            # What does not belong here goes to a row too many.
+            # Tokens outside this chunk go to an extra row, which is dropped.
             here = here.masked_fill((here < 0) | (here >= size), size)[:, None, :, None].expand_as(d)
             yield d.new_zeros(n, c, size + 1, out).scatter_add(2, here, d)[:, :, :size].flatten(2)

@@ -1,7 +1,7 @@
-"""Gram matrices of per-example gradients that are given in rows, or in factors.
+"""Gram matrices of per-example gradients that are given as rows or as factors.
 
 Rows are (example, output), example first. The Gram matrix G of rows with themselves is symmetric, so only its *half* H
-is computed, G = H + Hᵀ: zero below the squares on the diagonal, and half of G in them.
+with G = H + Hᵀ is computed: H is zero below the squares on the diagonal, and half of G in these squares.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 STRIPS = 6
-"""Into how many strips of rows a symmetric product is cut: (1 + 1/6)/2 of all pairs are then computed."""
+"""Number of strips of rows of a symmetric product; (1 + 1/6)/2 of all pairs are then computed."""
 
 Affinity = Callable[[int, int, int], Tensor]
 
@@ -22,10 +22,10 @@ def fill(n: int, part: Callable[[int, int, int], Tensor], *, symmetric: bool, st
 
     Args:
         n: number of examples on the left.
-        part: ``(start, stop, first)`` to the products of the examples ``start:stop`` with those from ``first`` on,
+        part: maps (start, stop, first) to the products of the examples ``start:stop`` with those from ``first`` on,
             ``(stop - start, c, rest, c)``.
-        symmetric: return the half H of the product; else the product.
-        step: how many examples in a strip.
+        symmetric: return the half H of the product, not the product.
+        step: number of examples in a strip.
     """
     ranges = [(start, min(start + step, n)) for start in range(0, n, step)]
     if not symmetric:
@@ -41,7 +41,7 @@ def fill(n: int, part: Callable[[int, int, int], Tensor], *, symmetric: bool, st
 
 
 def rows_gram(chunks: Iterable[tuple[Tensor, Tensor | None]]) -> Tensor:
-    """Return the products of rows that come in chunks of columns: pairs ``(n, c, p)``, ``(n2, c, p)`` or ``None``."""
+    """Return the products of rows from chunks of columns: pairs of ``(n, c, p)`` and ``(n2, c, p)`` or ``None``."""
     total: Tensor | None = None
     for left, right in chunks:
         value = _row_products(left, right)
@@ -70,13 +70,13 @@ def _row_products(left: Tensor, right: Tensor | None) -> Tensor:
 def position_products(affinity: Affinity, d: Tensor, d2: Tensor | None) -> Tensor:
     """Return Σ_tt' B_ij[t, t'] (d_ik[t] · d_jl[t']) for d ``(n, c, out, t)``.
 
-    B is applied to one side before the product is taken: c t² instead of c² t² numbers a pair.
+    B is multiplied with one side first, so that a pair needs c t² instead of c² t² numbers.
 
     Args:
-        affinity: ``(start, stop, first)`` to the transposed B_ij of the examples i in ``start:stop`` and j from
+        affinity: maps (start, stop, first) to the transposed B_ij of the examples i in ``start:stop`` and j from
             ``first`` on, ``(j, t', i t)``.
         d: output gradients of the rows.
-        d2: those of the columns; ``None`` for the same.
+        d2: output gradients of the columns; ``None`` for the same.
     """
     n, c, out, t = d.shape
     other = (d if d2 is None else d2).reshape(-1, c * out, t)
@@ -89,7 +89,7 @@ def position_products(affinity: Affinity, d: Tensor, d2: Tensor | None) -> Tenso
 
 
 def vector_products(weights: Tensor, d: Tensor, d2: Tensor | None) -> Tensor:
-    """Return B_ij (d_ik · d_jl) for B ``(n, n2)`` and d ``(n, c, out)``: one position each."""
+    """Return B_ij (d_ik · d_jl) for B ``(n, n2)`` and d ``(n, c, out)``, with one position each."""
     n, c, out = d.shape
     other = d if d2 is None else d2
 

@@ -1,4 +1,4 @@
-"""Which of the leading axes of a tensor inside the model are examples."""
+"""Search for the examples among the leading axes of a tensor inside the model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Layout(NamedTuple):
-    """Axis ``axis`` is ``(outer, n, inner)`` flattened, and n are the examples."""
+    """The axis ``axis`` is ``(outer, n, inner)`` flattened, where n are the examples."""
 
     axis: int
     outer: int
@@ -17,12 +17,9 @@ class Layout(NamedTuple):
     inner: int
 
     def split(self, x: Tensor, lead: int, offset: int = 0) -> Tensor:
-        """Bring ``(*before, *lead, *after)`` to ``(*before, n, positions, *after)``.
+        """Reshape ``(*before, *lead, *after)`` to ``(*before, n, positions, *after)``, given the numbers of axes.
 
-        Args:
-            x: the tensor.
-            lead: how many leading axes there are.
-            offset: how many axes stand before them.
+        ``lead`` and ``offset`` are the numbers of axes in *lead* and *before*.
         """
         before, after = x.shape[:offset], x.shape[offset + lead :]
         if lead:
@@ -33,7 +30,7 @@ class Layout(NamedTuple):
 
 
 def candidates(lead: torch.Size, n: int) -> list[Layout]:
-    """Return the layouts that leading axes of these sizes can have: an axis of its own, or merged with another."""
+    """Return the possible layouts of leading axes of these sizes: examples are one axis, or merged with another."""
     if n == 1:
         return [Layout(0, 1, 1, lead[0] if lead else 1)]
     own = [Layout(axis, 1, n, 1) for axis, size in enumerate(lead) if size == n]
@@ -47,5 +44,5 @@ def candidates(lead: torch.Size, n: int) -> list[Layout]:
 
 
 def explains(layout: Layout, gradient: Tensor, lead: int) -> bool:
-    """Whether the gradient of the first example's outputs is nonzero at that example alone."""
+    """Return whether the gradient of the first example's outputs is nonzero only at that example."""
     return not bool(layout.split(gradient, lead)[1:].any())

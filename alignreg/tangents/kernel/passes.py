@@ -1,4 +1,4 @@
-"""Run the rules of layers over a batch: within the memory budget, vectorized, one output at a time, or not at all."""
+"""Run the rules of layers over a batch within the memory budget: vectorized, one output at a time, or not at all."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ class Rules:
 
     Args:
         at: the model at the examples.
-        layer_of: the layer of each parameter.
-        refused: parameters whose rule is known to fail; those that fail now are added.
+        layer_of: the layer of each parameter, which orders the layers in results.
+        refused: parameters whose rules are known to fail; further failures are added.
     """
 
     def __init__(self, at: Linearization, layer_of: Mapping[str, str], refused: set[str]) -> None:
         self.at = at
         self.layer_of = layer_of
-        # Rules take the gradients of each example alone.
+        # Rules need the gradients of individual examples.
         self._refused = set(layer_of) if at.couples_examples else refused
 
     def visit(self, batch: Batch, consume: Callable[[Site, Gradients], None], *, batched: bool) -> None:
-        """Hand over the gradients of a batch, layer by layer: :func:`.recorder.visit`, without what is refused."""
+        """Call ``consume`` with the gradients of a batch, layer by layer (:func:`.recorder.visit`), unless refused."""
         params = self.at.leaves()
         recorder.visit(
             lambda: self.at.function(params, batch),
@@ -45,22 +45,18 @@ class Rules:
         )
 
     def run(self, visits: Callable[[bool], None]) -> None:
-        """Make visits with all outputs at once if that may be, or else one by one, or else with all rules refused.
-
-        Args:
-            visits: makes them, told whether they are batched; called afresh for each try.
-        """
+        """Call ``visits(True)`` for all outputs at once; if it fails, ``visits(False)``, and then refuse all rules."""
         for batched in (True, False)[0 if self.at.vectorizes else 1 :]:
             try:
                 visits(batched)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # noqa: BLE001 - the plain forward pass ran; the general way decides
+            except Exception as error:  # noqa: BLE001 - the plain forward pass ran, so the rules are the cause
                 failure = error
             else:
                 return
         warnings.warn(
-            f"the exact kernel of this model goes without the rules of its layers, which is slower: {failure}",
+            f"the exact kernel of this model is computed without the rules of its layers, which is slower: {failure}",
             UserWarning,
             stacklevel=2,
         )
@@ -68,31 +64,31 @@ class Rules:
         visits(False)
 
     def refuse(self, names: Iterable[str], *, quietly: bool = False) -> None:
-        """Let parameters go the general way from now on, with a warning."""
+        """Compute parameters from their Jacobian from now on, with a warning."""
         names = tuple(names)
         self._refused.update(names)
         if not quietly:
             warnings.warn(
-                f"the rule for {', '.join(names)} does not give its gradients here, because the model uses it in "
-                "another way too or its examples depend on each other; it goes the general way, which is right and "
-                "slower.",
+                f"the rule for {', '.join(names)} does not give its gradients here, because the model also uses it in "
+                "another way or its examples depend on each other. It is computed from its Jacobian, which is correct "
+                "but slower.",
                 UserWarning,
                 stacklevel=2,
             )
 
     def without(self, groups: Iterable[tuple[str, ...]]) -> list[str]:
-        """Return the parameters that are in none of the groups that the rules took, in order."""
+        """Return the parameters that are in none of the groups, in order."""
         taken = {name for names in groups for name in names}
         return [name for name in self.layer_of if name not in taken]
 
     @property
     def limit(self) -> int:
-        """How many numbers the rows of a layer may take at once: no more than are quick on a CPU."""
+        """The largest number of values in the rows of a layer at once, limited to a fast size on a CPU."""
         fit = self.at.fit(self.at.gram_dtype.itemsize, part=4)
         return min(fit, 2**22) if self.at.y.device.type == "cpu" else fit
 
     @property
     def examples_at_once(self) -> int:
-        """For how many examples there is memory in one pass."""
-        # The gradients of all outputs at the largest layer, in the six or so copies that are alive together.
+        """The number of examples that fit in one pass."""
+        # About six copies of the gradients of all outputs at the largest layer exist at the same time.
         return self.at.fit(6 * self.at.c * self.at.largest_activation_bytes // self.at.n)

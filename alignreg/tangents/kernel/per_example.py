@@ -1,4 +1,4 @@
-"""What is made of the gradients of each example alone, by the rules of layers; checked in every call."""
+"""Functions of the gradients of each example, by the rules of layers; every call checks them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,7 @@ from alignreg.tangents.kernel.recorder import Site
 
 
 def diagonals(rules: Rules, close: Close) -> dict[tuple[str, ...], Tensor]:
-    """Return the products of each example's own rows, by groups of parameters of one layer.
-
-    Args:
-        rules: those of the model at the examples.
-        close: which products: :func:`.gradients.norm_of_each` or :func:`.gradients.gram_of_each`.
-    """
+    """Return the products ``close`` of the rows within each example, by groups of parameters of one layer."""
     result, rest = by_example(rules, lambda _, gradients: gradients.diagonal(close, rules.limit))
     if rest:
         result |= {(name,): value for name, value in general.diagonal(rules.at, rest, close).items()}
@@ -33,16 +28,9 @@ def diagonals(rules: Rules, close: Close) -> dict[tuple[str, ...], Tensor]:
 def by_example(
     rules: Rules, measure: Callable[[Site, Gradients], Tensor]
 ) -> tuple[dict[tuple[str, ...], Tensor], list[str]]:
-    """Return a measure of the gradients of each example, by groups of parameters of one layer, and what is left.
+    """Return ``measure`` ``(n, ...)`` of the gradients of groups of parameters, and the parameters without a rule.
 
-    What the rules say is checked by the vector–Jacobian product that follows from it.
-
-    Args:
-        rules: those of the model at the examples.
-        measure: makes ``(n, ...)`` of the gradients of a group.
-
-    Returns:
-        The results, and the parameters that no rule took.
+    A vector–Jacobian product checks the gradients of each group. The parameters of a group belong to one layer.
     """
     at = rules.at
     if at.couples_examples:
@@ -50,18 +38,18 @@ def by_example(
     u = signs(at.y)
     back = {name: value[0] for name, value in at.pullback(u[None], create_graph=False).items()}
     whole = torch.stack([value.square().sum(dtype=torch.float64).to(u.device) for value in back.values()]).sum().sqrt()
-    found: dict[tuple[str, ...], list[Tensor]] = {}
+    measured: dict[tuple[str, ...], list[Tensor]] = {}
     pulled: dict[str, Tensor] = {}
 
     def consume(site: Site, gradients: Gradients, start: int) -> None:
-        found.setdefault(tuple(site.names.values()), []).append(measure(site, gradients))
+        measured.setdefault(tuple(site.names.values()), []).append(measure(site, gradients))
         with torch.no_grad():
             part = gradients.pullback(u[start : start + gradients.n].to(at.gram_dtype))
         for kind, name in site.names.items():
             pulled[name] = pulled[name] + part[kind] if name in pulled else part[kind]
 
     def visits(batched: bool) -> None:
-        found.clear()
+        measured.clear()
         pulled.clear()
         step = rules.examples_at_once
         for start in range(0, at.n, step):
@@ -74,15 +62,14 @@ def by_example(
         return agrees(difference, scale, at.precision, whole=whole)
 
     rules.run(visits)
-    # The others the rules took in some of the passes only.
-    complete = {names for names, parts in found.items() if sum(len(part) for part in parts) == at.n}
-    verdicts = {names: torch.stack([holds(name) for name in names]).all() for names in found if names in complete}
+    # Drop groups whose rules applied in some of the passes only.
+    complete = {names: parts for names, parts in measured.items() if sum(map(len, parts)) == at.n}
+    verdicts = {names: torch.stack([holds(name) for name in names]).all() for names in complete}
     if verdicts:
         together = torch.stack(list(verdicts.values())).all()
         if not deferred.passes(together, ("examples", tuple(verdicts), at.precision), at.proven):
             for names, verdict in verdicts.items():
                 if not bool(verdict):
-                    complete.discard(names)
+                    del complete[names]
                     rules.refuse(names)
-    found = {names: parts for names, parts in found.items() if names in complete}
-    return {names: torch.cat(parts) for names, parts in found.items()}, rules.without(found)
+    return {names: torch.cat(parts) for names, parts in complete.items()}, rules.without(complete)

@@ -1,4 +1,4 @@
-"""One forward pass that notes what layers do with their parameters, one backward pass that brings their gradients."""
+"""A forward pass that records what layers do with their parameters, and a backward pass for their gradients."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from alignreg.tangents.primitives import is_checkpointed
 
 
 class Site(NamedTuple):
-    """Names of the parameters that go into calls together; ``None`` for what is not differentiated."""
+    """Names of the parameters that are passed to calls together; ``None`` if not differentiated."""
 
     weight: str | None
     bias: str | None
@@ -33,20 +33,20 @@ class Site(NamedTuple):
 
 @final
 class Recorder(TorchFunctionMode):
-    """Notes the calls of functions with rules inside the block, as functions of the parameters they are given.
+    """A mode that records the calls of functions with rules inside the block.
 
-    Functions are recognized by the tensor that they get as weight, so it does not matter which module calls them.
+    Calls are recognized by their parameters, so it does not matter which module makes them.
 
     Args:
         params: the parameters to watch, by name.
-        layer_of: the layer of each: parameters of different layers are not taken together.
+        layer_of: the layer of each; a call with parameters of different layers has no rule.
     """
 
     def __init__(self, params: Mapping[str, Tensor], layer_of: Mapping[str, str]) -> None:
         super().__init__()
         self._names = {id(parameter): name for name, parameter in params.items()}
         self._layer_of = layer_of
-        # Every tap hangs on this leaf: its gradient, which is none, makes autograd come by all of them.
+        # Every tap depends on this dummy leaf, so one backward pass to it visits them all.
         self._root = torch.zeros((), device="cpu", requires_grad=True)
         self._sites: dict[Site, list[_Tap]] = {}
         self._elsewhere: set[str] = set()
@@ -54,31 +54,30 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the function; note it if it has a rule and gets a watched parameter."""
         kwargs = kwargs or {}
         if func in COMPOSITES:
             with self:
                 return COMPOSITES[func](*args, **kwargs)
         quicker = func if func not in QUICKER or is_checkpointed() else QUICKER[func]
         result = quicker(*args, **kwargs)
-        found = {self._names[id(value)] for value in (*args, *kwargs.values()) if id(value) in self._names}
-        if not found or not torch.is_grad_enabled():
+        watched = {self._names[id(value)] for value in (*args, *kwargs.values()) if id(value) in self._names}
+        if not watched or not torch.is_grad_enabled():
             return result
         call = RULES[func](*args, **kwargs) if func in RULES else None
         if call is None:
-            # A shape or a dtype was asked for, or the parameter goes into what no rule knows.
+            # The result is only a shape or a dtype, or there is no rule for the function.
             if isinstance(result, Tensor | tuple | list) and not isinstance(result, torch.Size):
-                self._elsewhere |= found
+                self._elsewhere |= watched
             return result
         given = SIGNATURES[func].bind(*args, **kwargs).arguments
         site = Site(*(self._names.get(id(given.get(kind))) for kind in Site._fields))
-        self._elsewhere |= found - set(site.names.values())
+        self._elsewhere |= watched - set(site.names.values())
         if not site.names:
             return result
         taps = self._sites.setdefault(site, [])
         alike = all(type(call) is type(tap.call) for tap in taps)
         if not alike or len({self._layer_of[name] for name in site.names.values()}) > 1:
-            self._elsewhere |= found
+            self._elsewhere |= watched
             return result
         tap = _Tap(call, result.shape[: call.lead])
         taps.append(tap)
@@ -87,16 +86,15 @@ class Recorder(TorchFunctionMode):
         return tapped
 
     def pull(self, y: Tensor, cotangent: Tensor, *, retain_graph: bool, create_graph: bool) -> None:
-        """Let a gradient of the outputs come by all the taps."""
+        """Run a backward pass from the outputs through all taps."""
         torch.autograd.grad(
             y, self._root, cotangent, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
         )
 
     def sites(self, y: Tensor) -> dict[Site, list[_Tap]]:
-        """Return the calls by site, where a rule knows all that happens to the parameters and where examples are.
+        """Return the calls by site, if rules cover all uses of the parameters, and the axis of examples is known.
 
-        Args:
-            y: the outputs ``(n, c)``.
+        ``y`` is the outputs ``(n, c)``.
         """
         of_name: dict[str, set[Site]] = {}
         for site in self._sites:
@@ -114,11 +112,11 @@ def _find_examples(taps: list[_Tap], y: Tensor) -> None:
     for tap in taps:
         possible = candidates(tap.lead, len(y))
         tap.layout = possible[0] if possible else None
-        # Tokens may be positions, the same for all examples and by chance as many.
+        # Tokens may be positions that are the same for all examples, in the same number by coincidence.
         if len(possible) > 1 or (possible and len(y) > 1 and isinstance(tap.call, Lookups)):
             doubtful.append((tap, possible))
     if doubtful:
-        # Sizes do not tell, but the first example's outputs have no gradient at the others.
+        # Sizes are ambiguous, but the outputs of the first example have no gradient at the other examples.
         outputs = [tap.output for tap, _ in doubtful if tap.output is not None]
         gradients = torch.autograd.grad(y[0], outputs, signs(y[0]), retain_graph=True, materialize_grads=True)
         for (tap, possible), gradient in zip(doubtful, gradients, strict=True):
@@ -137,17 +135,17 @@ def visit(
     create_graph: bool,
     batched: bool,
 ) -> None:
-    """Run the model once forward and once backward and hand over each layer's gradients as soon as they are there.
+    """Run the model forward and backward, and call ``consume`` with each layer's gradients once they are complete.
 
     Args:
-        run: gives the model's outputs ``(n, c)``; its inputs and parameters carry a graph only if they are to be
+        run: returns the model's outputs ``(n, c)``; its inputs and parameters have a graph only if they are to be
             differentiated.
-        params: parameters to watch.
+        params: the parameters to watch.
         layer_of: the layer of each.
-        consume: gets names and per-example gradients of a layer.
-        dtype: to compute products in.
+        consume: called with the names and per-example gradients of a layer.
+        dtype: the dtype of products.
         create_graph: make the gradients differentiable.
-        batched: take all outputs in one vectorized backward pass, or one after the other.
+        batched: use one vectorized backward pass for all outputs, instead of one for each.
     """
     recorder = Recorder(params, layer_of)
     with recorder:
@@ -166,7 +164,7 @@ def visit(
         some = [part for part in parts if part is not None]
         for tap in taps:
             tap.gradients.clear()
-        if some:  # else the outputs do not depend on them
+        if some:  # otherwise the outputs do not depend on the parameters
             consume(site, some[0].join(some[1:]) if len(some) > 1 else some[0])
 
     def arrived(tap: _Tap) -> None:
@@ -192,7 +190,7 @@ def visit(
                 pull(cotangent, keep=k + 1 < c)
     finally:
         for tap in of_tap:
-            tap.arrived = None  # the graph outlives this pass if it is to be differentiated
+            tap.arrived = None  # a graph to be differentiated outlives this pass
     with torch.set_grad_enabled(create_graph):
         for site in list(sites):
             hand_over(site)
@@ -200,7 +198,7 @@ def visit(
 
 @final
 class _Tap:
-    """A call, and the gradients of its output as they come by."""
+    """A call, and the gradients of its output as a backward pass reaches it."""
 
     def __init__(self, call: Call, lead: torch.Size) -> None:
         self.call = call
@@ -213,30 +211,27 @@ class _Tap:
         self.arrived: Callable[[_Tap], None] | None = None
 
     def receive(self, gradient: Tensor, *, batched: bool) -> None:
-        """Take the gradient of one output of the model, or batched those of all of them, ``(c, *shape)``."""
+        """Store the gradient of one output of the model, or, batched, those of all outputs, ``(c, *shape)``."""
         if self.arrived is None:
             return
-        if self.current is None and not batched:  # in a vectorized pass: the same for all
+        if self.current is None and not batched:  # in a vectorized pass, it is the same for all outputs
             gradient = gradient.expand(self.outputs, *gradient.shape)
         self.gradients[self.current] = gradient
         self.arrived(self)
 
     def per_example(self, *, weight: bool, bias: bool, dtype: torch.dtype) -> Gradients | None:
-        """Return the per-example gradients of the call's parameters; ``None`` if no gradient came by."""
+        """Return the per-example gradients of the call's parameters; ``None`` if no gradient has arrived."""
         if self.layout is None or not self.gradients:
             return None
         some = next(iter(self.gradients.values()))
-        whole = (
-            some
-            if None in self.gradients
-            else torch.stack([self.gradients.get(k, torch.zeros_like(some)) for k in range(self.outputs)])
-        )
-        return self.call.gradients(self.layout, whole, weight=weight, bias=bias, dtype=dtype)
+        if None not in self.gradients:
+            some = torch.stack([self.gradients.get(k, torch.zeros_like(some)) for k in range(self.outputs)])
+        return self.call.gradients(self.layout, some, weight=weight, bias=bias, dtype=dtype)
 
 
 @final
 class _Identity(torch.autograd.Function):
-    """A copy, so that the model may change it in place, whose gradient is shown to the tap."""
+    """A copy, which the model may change in place, that passes its gradient to the tap."""
 
     @staticmethod
     def forward(x: Tensor, root: Tensor, tap: _Tap) -> Tensor:  # noqa: ARG004
@@ -254,7 +249,7 @@ class _Identity(torch.autograd.Function):
 
 @final
 class _Arrival(torch.autograd.Function):
-    """Takes a gradient out of a vectorized backward pass, whole."""
+    """A function that passes the whole gradient of a vectorized backward pass to the tap."""
 
     @staticmethod
     def forward(gradient: Tensor, tap: _Tap) -> Tensor:

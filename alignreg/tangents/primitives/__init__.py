@@ -1,4 +1,4 @@
-"""Functions of torch from primitive operations, for derivatives that torch's own do not have or get wrong."""
+"""Torch functions rebuilt from primitive operations, for derivatives that torch's own lack or get wrong."""
 
 from alignreg.tangents.primitives.mode import Checkpoints as Checkpoints
 from alignreg.tangents.primitives.mode import Primitives as Primitives

@@ -1,4 +1,4 @@
-"""Activations and the like whose backward passes have no derivative, or one that is NaN."""
+"""Activations and similar functions whose backward passes have no derivative, or one that is NaN."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from alignreg.tangents.primitives.precision import widened
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002 - torch's name
-    """relu6(x + 3) / 6."""
+    """Return relu6(x + 3) / 6."""
     y = (F.relu6(widened(input) + 3) / 6).to(input.dtype)
     return input.copy_(y) if inplace else y
 
 
 def logcumsumexp(input: Tensor, dim: int) -> Tensor:  # noqa: A002
-    """Logarithms of sums of exponentials up to each place, each sum by itself: quadratic in their number."""
+    """Return the logarithms of the sums of exponentials up to each place, computed separately at quadratic cost."""
     if input.ndim == 0:
         return input.clone()
     x = input.movedim(dim, -1)

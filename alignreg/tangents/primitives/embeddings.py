@@ -1,4 +1,4 @@
-"""Embeddings, and bags of them, from embeddings: the backward pass of the fused kernel has no derivative."""
+"""Embeddings, and bags of embeddings, since the backward pass of the fused kernel of bags has no derivative."""
 
 from __future__ import annotations
 
@@ -18,11 +18,7 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,  # noqa: ARG001
 ) -> Tensor:
-    """Torch's own, where its gradient is a derivative, with dense gradients.
-
-    Raises:
-        ValueError: if it is not.
-    """
+    """Return torch's embeddings, with dense gradients; refuse those whose gradient is no derivative."""
     if scale_grad_by_freq:
         raise _by_frequency("embedding")
     return F.embedding(input, weight, padding_idx, max_norm, norm_type)
@@ -30,8 +26,8 @@ def embedding(
 
 def _by_frequency(name: str) -> ValueError:
     return ValueError(
-        f"{name}: expected scale_grad_by_freq=False, got True: gradients that are divided by counts are no "
-        "derivatives, and cannot be differentiated. Leave it out."
+        f"{name}: expected scale_grad_by_freq=False, got True. Gradients divided by counts are no derivatives, "
+        "and cannot be differentiated. Leave it out."
     )
 
 
@@ -48,31 +44,16 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """Bags of embeddings; torch's own where rows are rescaled first.
-
-    Raises:
-        ValueError: as :func:`embedding`.
-    """
+    """Return bags of embeddings; torch's own if ``max_norm`` rescales rows."""
     if scale_grad_by_freq:
         raise _by_frequency("embedding_bag")
     if max_norm is not None:
-        return F.embedding_bag(
-            input,
-            weight,
-            offsets,
-            max_norm,
-            norm_type,
-            scale_grad_by_freq,
-            mode,
-            sparse,
-            per_sample_weights,
-            include_last_offset,
-            padding_idx,
-        )
+        rest = mode, sparse, per_sample_weights, include_last_offset, padding_idx
+        return F.embedding_bag(input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, *rest)
     if input.ndim == 2:
         bags, bag = len(input), torch.arange(len(input), device=input.device).repeat_interleave(input.shape[1])
     else:
-        assert offsets is not None  # torch would have refused it in the plain pass
+        assert offsets is not None  # torch requires them
         bags = len(offsets) - include_last_offset
         places = torch.arange(len(input), device=input.device)
         bag = torch.searchsorted(offsets[:bags].contiguous(), places, right=True) - 1

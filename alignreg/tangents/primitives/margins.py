@@ -1,4 +1,4 @@
-"""Losses of margins, the backward pass of whose kernel has no derivative."""
+"""Margin losses whose kernels have backward passes without a derivative."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def multi_margin_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Mean over the other classes of max(0, margin − x_target + x)^p."""
+    """Return the mean over the other classes of max(0, margin − x_target + x)^p."""
     if size_average is not None or reduce is not None:
         return F.multi_margin_loss(input, target, p, margin, weight, size_average, reduce, reduction)
     x, labels = (input, target) if input.ndim == 2 else (input[None], target.reshape(1))

@@ -1,4 +1,4 @@
-"""Which functions of torch are replaced where derivatives of derivatives are taken. A new one is a row here."""
+"""The table of torch functions that are replaced for second derivatives. A new replacement is a row here."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ Function = Callable[..., Any]
 
 @final
 class Primitives(TorchFunctionMode):
-    """Compute functions whose derivative torch cannot differentiate, or gets wrong, from primitives inside the block.
+    """A mode that computes functions whose second derivatives torch lacks or gets wrong from primitives.
 
-    Of three kinds:
+    There are three kinds of such functions:
 
     - functions whose backward pass has no derivative (``hardsigmoid``, ``cdist``, ``embedding_bag``, ...), or a wrong
       one (weight normalization);
-    - functions whose backward pass has a derivative that is NaN where the function is given zeros (norms of padding);
-    - normalizations. The fused kernels hand mean and scale to their derivative formulas as constants. A first
-      derivative accounts for what depends on them, and so does that of a plain backward pass; a derivative *of* a
-      vectorized one silently misses it.
+    - functions whose backward pass has a derivative that is NaN at zeros (norms of padding);
+    - normalizations. The fused kernels pass mean and scale to their derivative formulas as constants. A first
+      derivative, and the derivative of a plain backward pass, are correct; the derivative *of* a vectorized backward
+      pass silently misses the terms through mean and scale.
 
-    Calls inside scripted modules do not come by here. Checkpointed modules run again in backward passes, outside the
-    block, and must be what they were: functions in them are left as they are.
+    The mode does not see calls inside scripted modules. It leaves functions in checkpointed modules unchanged, since
+    these run again in backward passes outside of the block, and must then compute the same.
 
     Args:
-        backward_only: for derivatives of plain backward passes, which do with fused normalizations.
+        backward_only: keep fused normalizations, which suffice for derivatives of plain backward passes.
     """
 
     def __init__(self, *, backward_only: bool = False) -> None:
@@ -43,7 +43,6 @@ class Primitives(TorchFunctionMode):
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Replace the functions of the table and run anything else as it is."""
         kwargs = kwargs or {}
         replacement = self._replacements.get(func)
         if replacement is None or kwargs.get("out") is not None or is_checkpointed():
@@ -53,20 +52,19 @@ class Primitives(TorchFunctionMode):
 
 @final
 class Checkpoints(TorchFunctionMode):
-    """Notes whether a checkpointed module runs inside the block."""
+    """A mode that records whether a checkpointed module runs inside the block."""
 
     any = False
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run the function."""
         self.any = self.any or is_checkpointed()
         return func(*args, **(kwargs or {}))
 
 
 def is_checkpointed() -> bool:
-    """Say whether the caller runs inside a checkpointed module, which will be run again."""
+    """Return whether the caller runs inside a checkpointed module, which will run again."""
     frame = inspect.currentframe()
     while frame is not None and frame.f_code.co_filename != _CHECKPOINT:
         frame = frame.f_back
@@ -74,9 +72,9 @@ def is_checkpointed() -> bool:
 
 
 _CHECKPOINT = checkpoint.__code__.co_filename
-_aten = torch.ops.aten  # what exported modules call
+_aten = torch.ops.aten  # called by exported modules
 _TWICE: dict[Function, Function] = {
-    torch._weight_norm: normalization.weight_norm,  # noqa: SLF001 - what both weight_norm of torch.nn.utils call
+    torch._weight_norm: normalization.weight_norm,  # noqa: SLF001 - called by both weight_norm in torch.nn.utils
     F.hardsigmoid: activations.hardsigmoid,
     _aten.hardsigmoid.default: activations.hardsigmoid,
     **dict.fromkeys((torch.logcumsumexp, torch.Tensor.logcumsumexp), activations.logcumsumexp),
@@ -96,9 +94,9 @@ _TWICE: dict[Function, Function] = {
     **dict.fromkeys((torch.linalg.vector_norm, _aten.linalg_vector_norm.default), norms.vector_norm),
     torch.linalg.matrix_norm: norms.matrix_norm,
     **dict.fromkeys((torch.renorm, torch.Tensor.renorm), norms.renorm),
-    F.lp_pool1d: norms.lp_pool1d,
-    F.lp_pool2d: norms.lp_pool2d,
-    F.lp_pool3d: norms.lp_pool3d,
+    F.lp_pool1d: norms.lp_pool(F.avg_pool1d, 1),
+    F.lp_pool2d: norms.lp_pool(F.avg_pool2d, 2),
+    F.lp_pool3d: norms.lp_pool(F.avg_pool3d, 3),
     **dict.fromkeys((torch.std, torch.Tensor.std), at_zero.std),
     torch.std_mean: at_zero.std_mean,
     **dict.fromkeys((torch.atan2, torch.arctan2, torch.Tensor.atan2, torch.Tensor.arctan2), at_zero.atan2),

@@ -1,9 +1,10 @@
-"""Normalizations, computed as torch's kernels do: in float32 at least, and given in the dtype of what is normalized."""
+"""Normalizations, computed like torch's kernels: in float32 at least, with results in the dtype of the input."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ def layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,  # noqa: ARG001
 ) -> Tensor:
-    """Normalization over the last axes."""
+    """Normalize over the last axes."""
     x = _standardize(widened(input), tuple(range(-len(normalized_shape), 0)), eps)
     return _affine(x, weight, bias).to(input.dtype)
 
@@ -47,7 +48,7 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    """Division by the root mean square over the last axes."""
+    """Divide by the root mean square over the last axes."""
     eps = _default_eps(input.dtype, input.device.type) if eps is None else eps
     x = widened(input)
     x = x * (x.square().mean(tuple(range(-len(normalized_shape), 0)), keepdim=True) + eps).rsqrt()
@@ -56,7 +57,7 @@ def rms_norm(
 
 @cache
 def _default_eps(dtype: torch.dtype, device: str) -> float:
-    """Return torch's default: for half types their own eps in some versions, that of float32 in others."""
+    """Return torch's default, which for half precision is its own eps in some versions, that of float32 in others."""
     own, wide = torch.finfo(dtype).eps, torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     if own == wide:
         return own
@@ -72,7 +73,7 @@ def group_norm(
     eps: float = 1e-5,
     cudnn_enabled: bool = True,  # noqa: ARG001
 ) -> Tensor:
-    """Normalization over groups of channels and all positions."""
+    """Normalize over groups of channels and all positions."""
     groups = widened(input).reshape(input.shape[0], num_groups, -1)
     return _by_channel(_standardize(groups, (2,), eps).reshape(input.shape), weight, bias).to(input.dtype)
 
@@ -86,12 +87,13 @@ def batch_norm(
     training: bool = False,
     momentum: float | None = 0.1,  # noqa: ARG001
     eps: float = 1e-5,
+    cudnn_enabled: bool = True,  # noqa: ARG001
 ) -> Tensor:
-    """Normalization over the batch and all positions; running statistics are read, never written."""
+    """Normalize over the batch and all positions; running statistics are read, never written."""
     x = widened(input)
     if training or running_mean is None or running_var is None:
         return _by_channel(_standardize(x, (0, *range(2, x.ndim)), eps), weight, bias).to(input.dtype)
-    # Folded to one scale and one shift, which is also the quickest to differentiate.
+    # Folding into one scale and one shift is also the fastest to differentiate.
     mean, scale = running_mean.to(x.dtype), (running_var.to(x.dtype) + eps).rsqrt()
     scale = scale if weight is None else scale * weight.to(x.dtype)
     shift = -mean * scale if bias is None else bias.to(x.dtype) - mean * scale
@@ -107,8 +109,9 @@ def instance_norm(
     use_input_stats: bool = True,
     momentum: float | None = 0.1,
     eps: float = 1e-5,
+    cudnn_enabled: bool = True,  # noqa: ARG001
 ) -> Tensor:
-    """Normalization over the positions of each channel; running statistics are read, never written."""
+    """Normalize over the positions of each channel; running statistics are read, never written."""
     if not use_input_stats:
         return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     x = _standardize(widened(input), tuple(range(2, input.ndim)), eps)
@@ -121,13 +124,11 @@ def torch_batch_norm(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool,  # noqa: ARG001
+    *args: Any,
+    **kwargs: Any,
 ) -> Tensor:
-    """:func:`batch_norm`, with the arguments of ``torch.batch_norm``."""
-    return batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    """Call :func:`batch_norm` with the arguments in the order of ``torch.batch_norm``."""
+    return batch_norm(input, running_mean, running_var, weight, bias, *args, **kwargs)
 
 
 def torch_instance_norm(
@@ -136,17 +137,15 @@ def torch_instance_norm(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    use_input_stats: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool,  # noqa: ARG001
+    *args: Any,
+    **kwargs: Any,
 ) -> Tensor:
-    """:func:`instance_norm`, with the arguments of ``torch.instance_norm``."""
-    return instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    """Call :func:`instance_norm` with the arguments in the order of ``torch.instance_norm``."""
+    return instance_norm(input, running_mean, running_var, weight, bias, *args, **kwargs)
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """Vectors v of lengths g; ``dim`` is the axis of the vectors' numbers, −1 for a single vector."""
-    others = tuple(axis for axis in range(v.ndim) if axis != dim)  # dim = -1 leaves them all
+    """Return vectors v scaled to lengths g; ``dim`` is the axis that numbers the vectors, −1 for a single vector."""
+    others = tuple(axis for axis in range(v.ndim) if axis != dim)  # all axes for dim = -1
     x = widened(v)
     return (x * (g.to(x.dtype) * x.square().sum(others, keepdim=True).rsqrt())).to(v.dtype)

@@ -1,9 +1,9 @@
-"""Norms whose second derivatives at zero vectors are those of torch's convention: the gradient there is zero."""
+"""Norms whose second derivatives at zero vectors follow torch's convention that the gradient there is zero."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ Dims = int | Sequence[int] | None
 
 
 def root(x: Tensor, p: float = 2.0) -> Tensor:
-    """Return the p-th root of sums of powers: zero, with zero gradient, where they vanish."""
+    """Return the p-th root; it is zero, with zero gradient, at zero."""
     zero = x == 0
     return x.masked_fill(zero, 1).pow(1 / p).masked_fill(zero, 0)
 
@@ -27,9 +27,9 @@ def vector_norm(
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Norm of vectors."""
+    """Return the norm of vectors."""
     axes = _axes(x, dim)
-    if ord <= 0 or not axes:  # of a number, or a function that is no norm
+    if ord <= 0 or not axes:  # x is a number, or the function is no norm
         unchanged: Tensor = torch.linalg.vector_norm(x, ord, dim, keepdim, dtype=dtype)
         return unchanged
     zero = (x == 0).all(axes, keepdim=True)
@@ -46,7 +46,7 @@ def matrix_norm(
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Norm of matrices; others than Frobenius's are torch's."""
+    """Return the norm of matrices; torch computes all but the Frobenius norm."""
     if ord == "fro":
         return vector_norm(A, 2, dim, keepdim, dtype=dtype)
     other: Tensor = torch.linalg.matrix_norm(A, ord, tuple(dim), keepdim, dtype=dtype)
@@ -61,7 +61,7 @@ def linalg_norm(
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Norm of vectors or matrices, as ``dim`` says."""
+    """Return the norm of vectors or matrices, depending on ``dim``."""
     if ord is None:
         return vector_norm(A, 2, dim, keepdim, dtype=dtype)
     axes = _axes(A, dim)
@@ -80,7 +80,7 @@ def norm(
     keepdim: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Norm of vectors, of all axes together by default."""
+    """Return the norm of vectors, by default over all axes together."""
     if input.layout != torch.strided or p == "nuc":
         other: Tensor = torch.norm(input, p, dim, keepdim, dtype=dtype)
         return other
@@ -95,35 +95,28 @@ def normalize(
     eps: float = 1e-12,
     **rest: Any,
 ) -> Tensor:
-    """Vectors, divided by their norm."""
+    """Return vectors divided by their norm."""
     if any(value is not None for value in rest.values()):
         return F.normalize(input, p, dim, eps, **rest)  # type: ignore[arg-type]
     return input / vector_norm(input, p, dim, True).clamp_min(eps)
 
 
 def renorm(input: Tensor, p: float, dim: int, maxnorm: float) -> Tensor:  # noqa: A002
-    """Slices along ``dim``, scaled down to the largest norm that is allowed."""
+    """Return slices along ``dim``, scaled down to the largest allowed norm."""
     axes = [axis for axis in range(input.ndim) if axis != dim % input.ndim]
     size = vector_norm(input, p, axes, True)
     return input * (maxnorm / (size + 1e-7)).masked_fill(size <= maxnorm, 1.0)
 
 
-def lp_pool1d(input: Tensor, norm_type: float, kernel_size: Any, stride: Any = None, ceil_mode: bool = False) -> Tensor:  # noqa: A002
-    """Norms of windows of a sequence."""
-    sums = F.avg_pool1d(input.pow(norm_type), kernel_size, stride, 0, ceil_mode)
-    return root(sums * _numbers(kernel_size, 1), norm_type)
+def lp_pool(avg_pool: Callable[..., Tensor], spatial: int) -> Callable[..., Tensor]:
+    """Return the function that computes norms of windows, given the one for means of windows, with ``spatial`` axes."""
 
+    def pool(input: Tensor, norm_type: float, kernel_size: Any, stride: Any = None, ceil_mode: bool = False) -> Tensor:  # noqa: A002
+        sizes = (kernel_size,) * spatial if isinstance(kernel_size, int) else tuple(kernel_size)
+        numbers = math.prod(sizes * spatial if len(sizes) == 1 else sizes)
+        return root(avg_pool(input.pow(norm_type), kernel_size, stride, 0, ceil_mode) * numbers, norm_type)
 
-def lp_pool2d(input: Tensor, norm_type: float, kernel_size: Any, stride: Any = None, ceil_mode: bool = False) -> Tensor:  # noqa: A002
-    """Norms of windows of an image."""
-    sums = F.avg_pool2d(input.pow(norm_type), kernel_size, stride, 0, ceil_mode)
-    return root(sums * _numbers(kernel_size, 2), norm_type)
-
-
-def lp_pool3d(input: Tensor, norm_type: float, kernel_size: Any, stride: Any = None, ceil_mode: bool = False) -> Tensor:  # noqa: A002
-    """Norms of windows of a volume."""
-    sums = F.avg_pool3d(input.pow(norm_type), kernel_size, stride, 0, ceil_mode)
-    return root(sums * _numbers(kernel_size, 3), norm_type)
+    return pool
 
 
 def _axes(x: Tensor, dim: Dims) -> tuple[int, ...]:
@@ -131,8 +124,3 @@ def _axes(x: Tensor, dim: Dims) -> tuple[int, ...]:
         return tuple(range(x.ndim))
     axes = (dim,) if isinstance(dim, int) else tuple(dim)
     return axes or tuple(range(x.ndim))
-
-
-def _numbers(kernel_size: int | Sequence[int], spatial: int) -> int:
-    sizes = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
-    return math.prod(sizes * spatial if len(sizes) == 1 else sizes)

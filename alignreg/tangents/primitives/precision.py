@@ -1,4 +1,4 @@
-"""The precision in which kernels of torch compute what they are given."""
+"""The precision in which torch's kernels compute."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def widened(x: Tensor) -> Tensor:
 
 
 def rounds_products(device: torch.device) -> bool:
-    """Say whether products of float32 tensors there may be made in TF32, of ten bits: convolutions are, by default."""
+    """Return whether products of float32 tensors may use TF32, with ten bits, as convolutions do by default."""
     if device.type != "cuda":
         return False
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    if hasattr(cudnn, "conv"):  # newer settings, by operation; the older ones cannot be read where these were made
+    if hasattr(cudnn, "conv"):  # newer settings, by operation; once set, the older ones cannot be read
         return "tf32" in (matmul.fp32_precision, cudnn.conv.fp32_precision)
     return bool(matmul.allow_tf32 or cudnn.allow_tf32)

@@ -1,4 +1,4 @@
-"""Which functions of torch have a rule. A new one is a file, and a row here and in the table of the tests."""
+"""The table of torch functions with a rule. A new rule is a function, and a row here and in the table of the tests."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ RULES: dict[Callable[..., Any], Callable[..., Call | None]] = {
     F.embedding: embedding,
     F.prelu: prelu,
 }
-"""Takes what the function takes; ``None`` where the rule does not hold."""
+"""Rules, called with the arguments of the function; they return ``None`` where they do not hold."""
 
 SIGNATURES = {function: inspect.signature(rule) for function, rule in RULES.items()}
 
 
 def _opened(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a copy of a function of torch that lets modes see the calls inside it, as a function of ours would."""
+    """Return a copy of a torch function that makes the calls inside it visible to modes."""
     assert isinstance(function, types.FunctionType)
     scope = {**function.__globals__, "has_torch_function": lambda _: False}
     copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
@@ -45,9 +45,9 @@ def _opened(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 QUICKER: dict[Callable[..., Any], Callable[..., Any]] = {F.batch_norm: normalization.batch_norm}
-"""Functions that are differentiated faster in another form."""
+"""Replacements that are faster to differentiate."""
 
 COMPOSITES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.multi_head_attention_forward: _opened(F.multi_head_attention_forward),
 }
-"""Functions that call those with rules on the parameters they are given."""
+"""Functions that pass their parameters to functions with rules."""

@@ -1,4 +1,4 @@
-"""Convolutions of any dimension: linear maps of patches."""
+"""Rule for convolutions of any dimension, which are linear maps of patches."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def convolution(
     dilation: Sizes = 1,
     groups: int = 1,
 ) -> Maps:
-    """Every output position is a linear map of a patch, so a are the patches and t the output positions."""
+    """Return the linear map of every patch; a are the patches and t the output positions."""
     kernel = weight.shape[2:]
     spatial = len(kernel)
     step, spread = _sizes(stride, spatial), _sizes(dilation, spatial)
 
     def patches() -> Tensor:
         x = F.pad(input, _padding(padding, kernel, spread))
-        lead = x.ndim - spatial  # of what stands before the spatial axes, channels included
+        lead = x.ndim - spatial  # the number of axes before the spatial ones, including channels
         for axis in range(spatial):
             reach = spread[axis] * (kernel[axis] - 1) + 1
             x = x.unfold(lead + axis, reach, step[axis])[..., :: spread[axis]]
@@ -53,7 +53,7 @@ def _sizes(value: Sizes, spatial: int) -> tuple[int, ...]:
 def _padding(padding: Sizes | str, kernel: torch.Size, spread: tuple[int, ...]) -> list[int]:
     """Return the padding before and after each axis in the order of ``F.pad``: the last axis first."""
     if padding == "same":
-        # Of an odd total the larger half goes after, as torch has it.
+        # If the total is odd, torch puts the larger half after.
         totals = [d * (k - 1) for d, k in zip(spread, kernel, strict=True)]
         sides = [(total // 2, total - total // 2) for total in totals]
     else:

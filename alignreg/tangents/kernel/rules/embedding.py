@@ -1,4 +1,4 @@
-"""Embeddings: each token sees its own row of the weight."""
+"""Rule for embeddings, in which each token uses its own row of the weight."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,  # noqa: ARG001
 ) -> Lookups | None:
-    """The weight's row of every token; no rule where rows are rescaled or gradients depend on counts."""
+    """Return the lookup of the row of every token; ``None`` if rows are rescaled or gradients depend on counts."""
     if max_norm is not None or scale_grad_by_freq:
         return None
     tokens = input

@@ -1,4 +1,4 @@
-"""Linear maps: the weight sees each input vector once, at every leading position."""
+"""Rule for linear maps, in which the weight multiplies one input vector at every leading position."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from alignreg.tangents.kernel.calls import Maps
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Maps:  # noqa: A002, ARG001 - torch's names
-    """Y = x Wᵀ + b, so a = x and d = ∂f/∂y."""
+    """Return the map y = x Wᵀ + b, for which a = x and d = ∂f/∂y."""
     return Maps(
         lead=input.ndim - 1,
         inputs=lambda: input[..., None, :, None],

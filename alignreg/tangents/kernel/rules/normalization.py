@@ -1,4 +1,4 @@
-"""Normalizations: a scale and a shift of what they normalize, by channel or by entry."""
+"""Rules for normalizations, which scale and shift normalized values a, by channel or by entry."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def batch_norm(
     momentum: float = 0.1,  # noqa: ARG001
     eps: float = 1e-5,
 ) -> Scales | None:
-    """A = (x − μ)/√(σ² + ε) with running μ and σ²; no rule with those of the batch, which mix its examples."""
+    """Return scales of a = (x − μ)/√(σ² + ε) with running μ and σ²; ``None`` for batch statistics."""
     if training:
         return None
     return by_channel(input, lambda: F.batch_norm(input, running_mean, running_var, eps=eps))
@@ -33,7 +33,7 @@ def group_norm(
     bias: Tensor | None = None,  # noqa: ARG001
     eps: float = 1e-5,
 ) -> Scales:
-    """A = x, normalized over groups of channels and all positions."""
+    """Return scales of a, which is x normalized over groups of channels and all positions."""
     return by_channel(input, lambda: F.group_norm(input, num_groups, eps=eps))
 
 
@@ -47,8 +47,8 @@ def instance_norm(
     momentum: float = 0.1,  # noqa: ARG001
     eps: float = 1e-5,
 ) -> Scales:
-    """A = x, normalized over the positions of each channel, or by running statistics."""
-    # Momentum 0: what the model's own call writes to running statistics is not written twice.
+    """Return scales of a, which is x normalized over the positions of each channel, or by running statistics."""
+    # Momentum 0, so that running statistics are only updated by the model's own call.
     return by_channel(
         input,
         lambda: F.instance_norm(input, running_mean, running_var, None, None, use_input_stats, momentum=0.0, eps=eps),
@@ -62,7 +62,7 @@ def layer_norm(
     bias: Tensor | None = None,  # noqa: ARG001
     eps: float = 1e-5,
 ) -> Scales:
-    """A = x, normalized over its last axes."""
+    """Return scales of a, which is x normalized over its last axes."""
     return by_entry(input, len(normalized_shape), lambda: F.layer_norm(input, normalized_shape, eps=eps))
 
 
@@ -72,17 +72,12 @@ def rms_norm(
     weight: Tensor | None = None,  # noqa: ARG001
     eps: float | None = None,
 ) -> Scales:
-    """A = x, divided by its root mean square over the last axes."""
+    """Return scales of a, which is x divided by its root mean square over the last axes."""
     return by_entry(input, len(normalized_shape), lambda: F.rms_norm(input, normalized_shape, eps=eps))
 
 
 def by_channel(x: Tensor, values: Callable[[], Tensor]) -> Scales:
-    """Return a call with one scale for each channel, on axis 1; the axes that follow are positions.
-
-    Args:
-        x: the input of the call.
-        values: what is scaled, of the shape of x; called when needed.
-    """
+    """Return a call that scales ``values()``, shaped like x, by channel (axis 1); the following axes are positions."""
     places = x.ndim - 2
 
     def flat(value: Tensor) -> Tensor:
@@ -92,12 +87,9 @@ def by_channel(x: Tensor, values: Callable[[], Tensor]) -> Scales:
 
 
 def by_entry(x: Tensor, axes: int, values: Callable[[], Tensor]) -> Scales:
-    """Return a call with one scale for each entry of the last ``axes`` axes.
+    """Return a call with one scale for each entry of the last ``axes`` axes of ``values()``, shaped like x.
 
-    Args:
-        x: the input of the call.
-        axes: how many axes; for 0, one scale serves all entries.
-        values: what is scaled, of the shape of x; called when needed.
+    With 0 axes, one scale applies to all entries.
     """
 
     def flat(value: Tensor) -> Tensor:

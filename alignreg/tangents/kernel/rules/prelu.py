@@ -1,4 +1,4 @@
-"""Rectifiers with a slope that is learned, for all entries or by channel."""
+"""Rule for rectifiers with learned slopes, one for all entries or one for each channel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from alignreg.tangents.kernel.rules.normalization import by_channel, by_entry
 
 
 def prelu(input: Tensor, weight: Tensor) -> Scales:  # noqa: A002 - torch's name
-    """Y = max(x, 0) + w min(x, 0), so a = min(x, 0)."""
+    """Return scales of a = min(x, 0), since y = max(x, 0) + w min(x, 0)."""
     if weight.numel() == 1:
         return by_entry(input, 0, lambda: input.clamp(max=0))
     return by_channel(input, lambda: input.clamp(max=0))

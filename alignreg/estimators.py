@@ -63,15 +63,7 @@ def gram(columns: Mapping[str, Tensor]) -> Tensor:
 
 
 def inner_products(columns: Tensor) -> Tensor:
-    """Return the products ``(m, m)`` of m vectors ``(m, *shape)``, in float32 at least; :func:`gram` without checks.
-
-    Example:
-        >>> import torch
-        >>> from alignreg import estimators
-        >>> estimators.inner_products(torch.ones(2, 3, 4))
-        tensor([[12., 12.],
-                [12., 12.]])
-    """
+    """Return the products ``(m, m)`` of m vectors ``(m, *shape)``, in float32 at least; :func:`gram` without checks."""
     flat = columns.reshape(len(columns), math.prod(columns.shape[1:]))
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
     return flat @ flat.T

@@ -20,7 +20,7 @@ class TangentAlignment(SketchMetric):
     It measures how far the gradient features of the network point along the task (Baratin et al., "Implicit
     Regularization via Neural Feature Alignment", AISTATS 2021, section 3.3). With ``method="sketch"`` the numerator is
     exact up to the differences between the label means of batches, and ‖K_c‖_F² is estimated without bias. The standard
-    error of A is about 5 % for m = 64 on small image classifiers.
+    error is about 5 % of A for m = 64 on small image classifiers.
 
     Alignment depends on the number of examples: it grows as the sample gets smaller. Groups of different sizes are
     therefore not comparable, and the alignment of a sample is not that of the population it comes from. With

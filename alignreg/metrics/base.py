@@ -31,7 +31,7 @@ class TangentMetric(Metric, ABC):
         params: glob pattern or patterns of the names of the parameters to use; by default all trainable ones.
         forward_fn: ``(model, inputs) -> (n, c)``, for models with another output.
         configuration: the kind of the states and everything else they depend on, with a ``repr`` that identifies it.
-        gathers: accept a model under ``fully_shard``, because all ranks evaluate it together.
+        gathers: accept a model under ``fully_shard``, which all ranks must then evaluate together.
         metric_kwargs: options of :class:`torchmetrics.Metric`.
 
     Raises:

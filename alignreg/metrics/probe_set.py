@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ class Examples(NamedTuple):
 class ProbeSetMetric(TangentMetric, ABC):
     """A metric that keeps examples and evaluates all of them at once, at the same weights.
 
-    A subclass sets ``num_outputs`` and, if it keeps only the first examples, ``max_examples``. The options are those of
+    A subclass sets ``num_outputs``, and ``max_examples`` if it keeps only the first ones. The options are those of
     :class:`TangentMetric`.
     """
 
@@ -51,7 +52,8 @@ class ProbeSetMetric(TangentMetric, ABC):
         Args:
             inputs: tensor, or tuple or dict of tensors, with the n examples on axis 0: the *model's inputs*, not its
                 predictions. In a ``MetricCollection`` use keywords, ``update(inputs=x, preds=p, target=y)``.
-            target: class indices ``(n,)`` or values ``(n, c)``; with one output, values ``(n,)``.
+            target: class indices ``(n,)`` or values ``(n, c)``; with one output, values ``(n,)``. Optional for
+                :class:`TangentSpectrum`.
 
         Raises:
             TypeError: if ``inputs`` or the model's output is not made of tensors.
@@ -123,11 +125,10 @@ class ProbeSetMetric(TangentMetric, ABC):
         x = concatenate([record.inputs for record in records])
         if self.max_examples is not None and len(y) > self.max_examples:
             turns: list[tuple[int, int]] = []
-            shown: dict[int, int] = {}
+            shown: Counter[int] = Counter()
             for record in records:
-                for _ in range(size(record.inputs)):
-                    turns.append((shown.get(record.rank, 0), record.rank))
-                    shown[record.rank] = shown.get(record.rank, 0) + 1
+                turns += [(shown[record.rank] + index, record.rank) for index in range(size(record.inputs))]
+                shown[record.rank] += size(record.inputs)
             order = sorted(range(len(turns)), key=turns.__getitem__)[: self.max_examples]
             x, y, groups = take(x, torch.tensor(order, device="cpu")), y[order], groups[order]
         device = next(iter(self._features.parameters.values())).device

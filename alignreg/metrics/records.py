@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,26 +64,28 @@ def _bytes(values: Tensor) -> memoryview:
     return values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
+def _local(parameter: Any) -> Tensor:
+    """Return a parameter, or this rank's shard of it."""
+    values: Tensor = parameter.to_local() if is_shard(parameter) else parameter
+    return values
+
+
 def digest(parameters: Mapping[str, Tensor]) -> str:
     """Return a hash of the values of the parameters; a sharded parameter counts with this rank's shard."""
     total = hashlib.blake2b(digest_size=16)
     for name, parameter in parameters.items():
         total.update(name.encode())
-        total.update(_bytes(parameter.to_local() if is_shard(parameter) else parameter))  # type: ignore[attr-defined]
+        total.update(_bytes(_local(parameter)))
     return total.hexdigest()
 
 
 def fingerprint(parameters: Mapping[str, Tensor]) -> Tensor:
     """Return a checksum of each parameter's bits, on the device: faster than :func:`digest`, but not collision-free."""
     checksums = []
-    for parameter in parameters.values():
-        own = parameter.to_local() if is_shard(parameter) else parameter  # type: ignore[attr-defined]
-        bits = own.detach().contiguous().view(-1).view(_INTEGERS[own.element_size()])
-        rows = (
-            bits.view(len(own) if own.ndim else 1, -1).sum(1, dtype=torch.int64)
-            if own.numel()
-            else bits.to(torch.int64)
-        )
+    for own in map(_local, parameters.values()):
+        rows = own.detach().contiguous().view(-1).view(_INTEGERS[own.element_size()])
+        if own.numel():
+            rows = rows.view(len(own) if own.ndim else 1, -1).sum(1, dtype=torch.int64)
         # Odd weights make the sum depend on the order of the rows. Sums wrap modulo 2^64.
         checksums.append((rows * torch.arange(1, 2 * len(rows) + 1, 2, device=rows.device)).sum())
     return torch.stack([checksum.to(checksums[0].device) for checksum in checksums])

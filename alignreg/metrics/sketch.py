@@ -237,11 +237,8 @@ class SketchMetric(ProbeSetMetric, ABC):
         """Return the standard error of ``compute()`` that is due to the sketch, synced over ranks in the same way.
 
         It is a jackknife over the directions, or over the copies of a factored sketch. For about 95 % of seeds the
-        exact value for these examples lies within ± 2 standard errors. It is zero for ``method="exact"``.
-
-        Raises:
-            ConstantTargetError: as for :meth:`compute`.
-            ValueError: as for :meth:`compute`.
+        exact value for these examples lies within ± 2 standard errors. It is zero for ``method="exact"``. The errors
+        are those of :meth:`compute`.
         """
         with self._synced():
             errors: Tensor | dict[str, Tensor] = group_sets.named(self._errors(), self.groups)
@@ -304,8 +301,11 @@ class SketchMetric(ProbeSetMetric, ABC):
 
     def _errors(self) -> list[Tensor]:
         if self.method == "sketch":
-            return self._each(lambda *sums: self._sketched(*sums).standard_error(self._of_sketch), self._moments())
+            return self._each(self._error, self._moments())
         return [torch.zeros((), dtype=torch.float64, device=self.device)] * (1 + len(self.groups))
+
+    def _error(self, *sums: Any) -> Tensor:
+        return self._sketched(*sums).standard_error(self._of_sketch)
 
     def _sketched(self, sums: Moments, pairs: PairSums | None = None) -> Sketched:
         unknown = torch.full_like(sums.n, torch.nan)

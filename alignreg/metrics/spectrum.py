@@ -107,16 +107,9 @@ class TangentSpectrum(ProbeSetMetric):
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Draw the eigenvalues, the cumulative trace, and with ``per_layer=True`` the alignment of each layer.
 
-        Args:
-            val: a sequence of results of ``forward`` or ``compute``, whose ranks are drawn as curves instead. A single
-                result does not contain the spectrum, so ``compute()`` is called.
-            ax: one matplotlib axes for each plot; new ones by default.
-
-        Returns:
-            The figure and the axes.
-
-        Raises:
-            ImportError: if matplotlib is missing.
+        If ``val`` is a sequence of results of ``forward`` or ``compute``, their two ranks are drawn as curves instead.
+        A single result does not contain the spectrum, so ``compute()`` is called. ``ax`` is one matplotlib axes for
+        each plot; the rest is as for :meth:`TangentMetric.plot`.
         """
         if isinstance(val, Sequence):
             ranks = [{name: one[name] for name in ("effective_rank", "participation_ratio")} for one in val]

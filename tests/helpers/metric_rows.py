@@ -28,7 +28,7 @@ class Kind(NamedTuple):
     number: Callable | None = None
     """The oracle ``(jac, y, centered)`` of a metric that streams a sketch."""
     scalar: bool = True
-    """Whether a value is one number, without groups and errors."""
+    """A value is one number where there are no groups and errors."""
     moments: int = 1
     """At how many weights it is updated."""
 
@@ -134,8 +134,8 @@ def problem(n=60):
 
 def feed(metric, x, y, group=None, size=15):
     """Show a metric all examples in batches of a size, or of sizes."""
-    groups = [None] * len(x) if group is None else group.split(size)
-    for batch in zip(x.split(size), y.split(size), groups, strict=False):
+    parts = [x, y] if group is None else [x, y, group]
+    for batch in zip(*(part.split(size) for part in parts), strict=True):
         metric.update(*batch)
     return metric
 

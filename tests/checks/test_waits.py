@@ -6,18 +6,19 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from devices import CUDA
 from loss_cases import LOSSES
+from metric_rows import NUMBERS
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignreg.checks import deferred
-from alignreg.metrics import TangentAlignment, TangentParticipationRatio, TangentTrace
+from alignreg.metrics import TangentAlignment
 from alignreg.tangents.finite import NonFiniteOutputError
 
-METRICS = {"alignment": TangentAlignment, "trace": TangentTrace, "participation ratio": TangentParticipationRatio}
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
+DEVICES = ["cpu", CUDA]
 
 
 class Reads:
@@ -98,9 +99,9 @@ def batch(device):
 @pytest.mark.parametrize("kind", LOSSES)
 def test_a_step_of_a_loss_waits_once_and_one_without_it_not_at_all(kind, device):
     model, (x, y) = network(device), batch(device)
-    if kind == "kare":
+    if not LOSSES[kind].probes:
         model[1] = nn.GroupNorm(2, 4).to(device)  # its kernel by rows of a Jacobian reads their sums
-    reg = LOSSES[kind](model, weight=1e-3, examples=8, every_n_steps=2)
+    reg = LOSSES[kind].kind(model, weight=1e-3, examples=8, every_n_steps=2)
     counts = []
     for _ in range(6):
         with waits(device) as found:
@@ -112,10 +113,10 @@ def test_a_step_of_a_loss_waits_once_and_one_without_it_not_at_all(kind, device)
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("options", [{}, {"groups": 2}], ids=["all", "groups"])
-@pytest.mark.parametrize("kind", METRICS)
+@pytest.mark.parametrize("kind", NUMBERS)
 def test_an_update_does_not_wait(kind, options, device):
     (x, y), group = batch(device), {"group": torch.arange(12, device="cpu") % 2} if options else {}
-    metric = METRICS[kind](network(device), 3, sketch_dim=4, **options).to(device)
+    metric = kind(network(device), 3, sketch_dim=4, **options).to(device)
     counts = []
     for _ in range(3):
         with waits(device) as found:
@@ -145,7 +146,7 @@ def test_a_batch_that_fails_a_check_later_is_left_out_and_told_of():
 
 def test_a_step_that_somebody_writes_is_read_again():
     """In place, by load_state_dict, in a copy, or by another tensor in its place: the draws are those of the step."""
-    reg = LOSSES["complexity"](network("cpu"), weight=1e-3, every_n_steps=1)
+    reg = LOSSES["complexity"].kind(network("cpu"), weight=1e-3, every_n_steps=1)
     x, _ = batch("cpu")
     values, states = [], []
     for _ in range(4):
@@ -193,12 +194,12 @@ def test_a_check_that_no_longer_holds_brings_the_other_way():
 @pytest.mark.parametrize("kind", LOSSES)
 def test_a_loss_says_later_what_it_says_at_once(kind):
     model, (x, y) = network("cpu"), batch("cpu")
-    reg = LOSSES[kind](model, weight=1e-3, every_n_steps=1, seed=1)
+    reg = LOSSES[kind].kind(model, weight=1e-3, every_n_steps=1, seed=1)
     with pytest.raises(NonFiniteOutputError):
         reg(x * torch.nan, y)
-    if reg.needs_targets:
+    if LOSSES[kind].labeled:
         with pytest.warns(UserWarning, match="same target"):
             assert float(reg(x, torch.ones_like(y))) == 0
         with pytest.raises(ValueError, match=r"in \[0, 3\), got 3"):
             reg(x, y + 1)
-    assert int(reg.step) == (3 if reg.needs_targets else 1)
+    assert int(reg.step) == (3 if LOSSES[kind].labeled else 1)

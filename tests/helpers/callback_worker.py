@@ -1,12 +1,8 @@
 """One of two gloo processes: `python callback_worker.py RANK STORE OUT`. Writes what it found as json."""
 
-import json
 import os
-import sys
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from callback_cases import VALIDATED, Keywords, Scaled, data, metrics, trained_plainly
 from callback_runs import (
     Module,
@@ -19,6 +15,7 @@ from callback_runs import (
     regularized,
     transformers_run,
 )
+from ranks import report
 from torch import nn
 
 from alignreg.callbacks.lightning import TangentMonitor
@@ -36,13 +33,11 @@ def not_a_number(folder, rank):
     return values.seen[0]
 
 
-def main(rank, store, out):
+def work(rank, folder):
     # As torchrun leaves them, but for the port: processes meet in a file.
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
     environment |= {"TORCHELASTIC_RUN_ID": "tests", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
     os.environ |= {name: str(value) for name, value in environment.items()}
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    folder = Path(out).parent
     found = {"lightning": lightning_run(folder, 24, **DDP)[0], "not a number": not_a_number(folder, rank)}
     found["transformers"] = transformers_run(folder, 40, VALIDATED)
     expected = trained_plainly(nn.parallel.DistributedDataParallel(Keywords()), 40, rank, 2)
@@ -52,10 +47,8 @@ def main(rank, store, out):
         "scaled": regularized(folder, 40, expected, model=Scaled()),
         "compute_loss_func": regularized(folder, 40, expected, compute_loss_func=losses),
     }
-    Path(f"{out}.{rank}").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    return found
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
-    os._exit(0)  # gloo's threads outlive its group, and abort a process that they see exit
+    report(work)

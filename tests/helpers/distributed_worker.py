@@ -1,16 +1,12 @@
 """One of two gloo processes: `python distributed_worker.py RANK STORE OUT`. Writes what it found as json."""
 
 import copy
-import json
-import os
-import sys
-import warnings
-from pathlib import Path
 
-import oracles
 import torch
-import torch.distributed as dist
 from cases import build
+from metric_rows import METRICS, feed, numbers, problem
+from notices import told
+from ranks import report
 from shards import shard, shard_at_once
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -19,54 +15,15 @@ from alignreg.metrics import (
     LayerwiseAlignment,
     PathComplexity,
     TangentAlignment,
-    TangentParticipationRatio,
-    TangentSpectrum,
-    TangentTrace,
 )
-
-SKETCHES = {
-    "alignment": (TangentAlignment, {}),
-    "unbiased": (TangentAlignment, {"unbiased": True}),
-    "factored": (TangentAlignment, {"sketch": "factored"}),
-    "trace": (TangentTrace, {}),
-    "ratio": (TangentParticipationRatio, {}),
-}
-
-
-def shares(n, uneven):
-    """Batches of 20 by rank: even, uneven, or none on rank 1."""
-    cuts = [slice(i, min(i + 20, n)) for i in range(0, n, 20)]
-    if uneven == "even":
-        return [cuts[0::2], cuts[1::2]]
-    return [cuts[:4], cuts[4:]] if uneven == "uneven" else [cuts, []]
 
 
 def alignment(rank):
-    model, _, _ = build("mlp")
-    model = model.double()
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(110, 4, dtype=torch.float64, generator=generator)
-    y = torch.arange(110) % 7 % 3
-    wrapped = nn.parallel.DistributedDataParallel(model)
-    exact = oracles.alignment(oracles.jacobian(model, x), oracles.one_hot(y, 3))
-    found = {"oracle": exact}
-    for method in ("sketch", "exact"):
-        for uneven in ("even", "uneven", "empty"):
-            metric = TangentAlignment(wrapped, 3, sketch_dim=16, method=method)
-            for cut in shares(110, uneven)[rank]:
-                metric.update(x[cut], y[cut])
-            local = {
-                k: [t.clone() for t in v] if isinstance(v, list) else v.clone() for k, v in metric.metric_state.items()
-            }
-            first = float(metric.standard_error())
-            value = float(metric.compute())
-            for key, state in metric.metric_state.items():  # the sums of this rank are back
-                torch.testing.assert_close(state, local[key], rtol=0, atol=0)
-            found[f"{method}/{uneven}"] = [value, first]
-            found[f"{method}/{uneven}/again"] = float(metric.standard_error())
-    # Constant on the whole: the error leaves every rank with its own sums, ready to go on.
-    metric = TangentAlignment(wrapped, 3, sketch_dim=16)
-    cuts = shares(110, "even")[rank]
+    """Constant on the whole: the error leaves every rank with its own sums, ready to go on."""
+    found = {}
+    model, x, y, _ = problem(110)
+    cuts = [slice(start, start + 20) for start in range(20 * rank, 110, 40)]
+    metric = TangentAlignment(nn.parallel.DistributedDataParallel(model), 3, sketch_dim=16)
     metric.update(x[cuts[0]], torch.ones(20, dtype=torch.long))
     count = copy.deepcopy(metric.metric_state)
     for call in (metric.compute, metric.standard_error):
@@ -80,40 +37,19 @@ def alignment(rank):
     for cut in cuts:
         metric.update(x[cut], y[cut])
     found["after constant"] = float(metric.compute())
-    # sync_on_compute=False: this rank alone.
-    metric = TangentAlignment(wrapped, 3, sketch_dim=16, sync_on_compute=False)
-    metric.update(x[cuts[0]], y[cuts[0]])
-    found["alone"] = [float(metric.compute()), float(metric.standard_error())]
     return found
 
 
-PROBE_SETS = {
-    "spectrum": lambda model, **options: TangentSpectrum(model, 3, k=[2, 10], per_layer=True, **options),
-    "layers": lambda model, **options: LayerwiseAlignment(model, 3, **options),
-}
-
-
-def probes():
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(110, 4, dtype=torch.float64, generator=generator), torch.arange(110) % 7 % 3
+PROBE_SETS = [name for name, row in METRICS.items() if "max_examples" in row.different]
 
 
 def probe_sets(rank):
-    """Shares of one set, and more examples than are kept, handed out in turn."""
+    """More examples than are kept, handed out in turn."""
     found = {}
-    x, y = probes()
-    for kind, make in PROBE_SETS.items():
-        for uneven in ("even", "uneven", "empty"):
-            metric = make(nn.parallel.DistributedDataParallel(replica()), max_examples=200)
-            for cut in shares(110, uneven)[rank]:
-                metric.update(x[cut], y[cut])
-            found[f"{kind}/{uneven}"] = {name: float(value) for name, value in metric.compute().items()}
-            rows = next(value for name, value in metric.metric_state.items() if "records" in name)
-            found[f"{kind}/{uneven}/kept"] = len(rows)
-        metric = make(nn.parallel.DistributedDataParallel(replica()), max_examples=30)
-        for start in range(0, 55, 11):
-            metric.update(x[rank::2][start : start + 11], y[rank::2][start : start + 11])
-        found[f"{kind}/in turn"] = {name: float(value) for name, value in metric.compute().items()}
+    _, x, y, _ = problem(110)
+    for name in PROBE_SETS:
+        metric = METRICS[name].make(nn.parallel.DistributedDataParallel(replica()), max_examples=30)
+        found[f"{name}/in turn"] = numbers(feed(metric, x[rank::2], y[rank::2], size=11).compute())
     return found
 
 
@@ -127,32 +63,39 @@ def batch(rank, step, n=12):
     return torch.randn(n, 4, dtype=torch.float64, generator=generator), torch.arange(n) % 3
 
 
+def walk(rank, share, each_step, wrap=lambda model: model):
+    """PathComplexity along steps of SGD, which is shown a rank's share of the batches of each moment; and its model."""
+    model = replica()
+    metric, optimizer = PathComplexity(wrap(model)), torch.optim.SGD(model.parameters(), 0.1)
+    for step in range(7):
+        for index, inputs in enumerate(batch(0, 50)[0].split(4)):
+            mine = {
+                "whole": True,
+                "even": index % 2 == rank,
+                "uneven": (index == 2) == (rank == 1),
+                "empty": rank == 0,
+                "now and then": rank == (index == 2 and step % 3 == 1),
+            }[share]
+            if mine:
+                metric.update(inputs)
+        x, y = batch(0, step)
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+        if each_step:
+            metric.step()
+    return metric, model
+
+
 def path(rank):
     """The same walk on both ranks, with batches of a moment shared in several ways."""
     found = {}
     for share in ("even", "uneven", "empty", "now and then"):
         for each_step in (False, True):
-            model = replica()
-            metric = PathComplexity(nn.parallel.DistributedDataParallel(model))
-            optimizer = torch.optim.SGD(model.parameters(), 0.1)
-            for step in range(7):
-                for index, cut in enumerate((slice(0, 4), slice(4, 8), slice(8, 12))):
-                    mine = {
-                        "even": index % 2 == rank,
-                        "uneven": (index == 2) == (rank == 1),
-                        "empty": rank == 0,
-                        "now and then": rank == (index == 2 and step % 3 == 1),
-                    }[share]
-                    if mine:
-                        metric.update(batch(0, 50)[0][cut])
-                x, y = batch(0, step)
-                optimizer.zero_grad()
-                cross_entropy(model(x), y).backward()
-                optimizer.step()
-                if each_step:
-                    metric.step()
+            metric, model = walk(rank, share, each_step, nn.parallel.DistributedDataParallel)
             found[f"path/{share}/{each_step}"] = [float(metric.compute()), metric.history().traces.tolist()]
             found[f"path/{share}/{each_step}/again"] = float(metric.compute())
+    x, _ = batch(0, 0)
     metric = PathComplexity(model)
     metric.update(x)
     with torch.no_grad():
@@ -163,6 +106,9 @@ def path(rank):
     except RuntimeError as error:
         found["path/parted"] = str(error)
     return found
+
+
+SKETCHES = [row for row in METRICS.values() if row.of.number and row.scalar and "method" not in row.options]
 
 
 def sharded(rank):
@@ -176,11 +122,7 @@ def sharded(rank):
                 n, model = len(x), wrap(model.double())
                 x = x if x.dtype == torch.long else x.double()
                 own = slice(0, 1) if rank else slice(1, n)
-                metrics = {
-                    kind: make(model, 3, sketch_dim=8, forward_fn=forward_fn, **options)
-                    for kind, (make, options) in SKETCHES.items()
-                }
-                for metric in metrics.values():
+                for metric in [row.make(model, forward_fn=forward_fn) for row in SKETCHES]:
                     metric.update(x[own], (torch.arange(n) % 3)[own])
                     model(x[own])  # leaves parameters of a sharded model whole
                     metric.update(x[:2], torch.arange(2))
@@ -191,15 +133,14 @@ def sharded(rank):
             )
     model = shard(replica())
     metric = TangentAlignment(model, 3, sketch_dim=8)
-    x, y = probes()
+    _, x, y, _ = problem(110)
     metric.update(x, y)
     before = float(metric.compute())
     cross_entropy(model(x), y).backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with told() as messages:
         metric.update(x, y)
-    found["sharded/changed"] = [str(w.message) for w in caught if "weights changed" in str(w.message)]
+    found["sharded/changed"] = [message for message in messages if "weights changed" in message]
     metric.reset()
     metric.update(x, y)
     found["sharded/moved"] = abs(float(metric.compute()) - before)
@@ -212,18 +153,9 @@ def sharded(rank):
     return found
 
 
-def main(rank, store, out):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    found = {
-        **alignment(rank),
-        **probe_sets(rank),
-        **path(rank),
-        **sharded(rank),
-    }
-    Path(f"{out}.{rank}").write_text(json.dumps(found))
-    dist.destroy_process_group()
+def work(rank, _):
+    return {**alignment(rank), **probe_sets(rank), **path(rank), **sharded(rank)}
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
-    os._exit(0)  # gloo's threads outlive its group, and abort a process that they see exit
+    report(work)

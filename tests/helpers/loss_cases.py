@@ -1,28 +1,131 @@
-"""Networks, options and formulas that the tests of losses share: a new loss is a row in LOSSES and a formula."""
+"""A row for each loss, and networks, options and the oracle that tests of losses share."""
 
+from collections.abc import Callable
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import oracles
 import torch
 from torch import nn
 
-from alignreg import sketches
+from alignreg import functional, sketches
 from alignreg.losses import AlignmentLoss, ComplexityPenalty, KARELoss, ParticipationRatioLoss
 
+
+def _pulled(phi, omega, centered):
+    omega = omega - omega.mean(1, keepdim=True) if centered else omega
+    return omega.flatten(1) @ phi
+
+
+def _off_diagonal_mean(G):
+    return G[~torch.eye(len(G), dtype=torch.bool)].mean()
+
+
+def _norm2(g, rows):
+    """‖K‖² from pairs of probes, and at least what the trace leaves possible."""
+    return max(_off_diagonal_mean((g @ g.T) ** 2), g.square().sum(1).mean() ** 2 / rows)
+
+
+def _complexity(phi, y, omega, n, c, centered):
+    s = len(y)
+    value = _pulled(phi, omega, centered).square().sum() / len(omega) / (s * c)
+    return value * s / (s - 1) * (n - 1) / n if centered else value
+
+
+def _alignment(phi, y, omega, n, c, centered):
+    target = oracles.one_hot(y, c)
+    target = (target - target.mean(0)).reshape(-1)
+    projection = (phi.T @ target).square().sum()
+    norm2 = _norm2(_pulled(phi, omega, centered), (len(y) - centered) * c)
+    return (norm2.sqrt() * target.square().sum() / projection).log() if projection > 0 else None
+
+
+def _participation_ratio(phi, y, omega, n, c, centered):
+    g = _pulled(phi, omega, centered)
+    squares = g.square().sum(1)
+    trace2 = _off_diagonal_mean(torch.outer(squares, squares))
+    return trace2.log() - min(_norm2(g, (len(y) - centered) * c), trace2).log() if trace2 > 0 else None
+
+
+def _kare(phi, y, omega, n, c, centered):
+    phi = phi.reshape(len(y), c, -1)
+    phi = phi - phi.mean(0) if centered else phi
+    K = torch.einsum("ikp,jlp->ikjl", phi, phi)
+    return torch.tensor(oracles.kare(K, oracles.one_hot(y, c), 0.1), dtype=torch.float64)
+
+
+class Row(NamedTuple):
+    kind: type
+    formula: Callable
+    """It gives the loss of features ``(s·c, P)``, targets of s of n examples, and probes ``(m, s, c)``, or None."""
+    weight: float
+    """Its default."""
+    trained: float
+    """A weight with which training lowers ``number``."""
+    number: Callable
+    """What of a kernel and its targets it is there to lower."""
+    refused: list
+    """Options of its own that are refused, and the message."""
+    probes: bool = True
+    """It comes from probes."""
+    labeled: bool = False
+    """It needs targets."""
+    examples: int = 32
+    """How many it looks at by default."""
+    costs: bool = True
+    """A default weight may cost accuracy, and says so."""
+
+
+NO_PROBE = ({"probes": 0}, "probes: expected (a positive|an) integer")
+THREE_PROBES = ({"probes": 3}, "probes: expected an integer of at least 4, got 3")
 LOSSES = {
-    "alignment": AlignmentLoss,
-    "complexity": ComplexityPenalty,
-    "participation ratio": ParticipationRatioLoss,
-    "kare": KARELoss,
+    "alignment": Row(
+        AlignmentLoss,
+        _alignment,
+        weight=0.1,
+        trained=0.2,
+        number=lambda K, y: -functional.alignment(K, y),
+        refused=[NO_PROBE, THREE_PROBES],
+        labeled=True,
+    ),
+    "complexity": Row(
+        ComplexityPenalty,
+        _complexity,
+        weight=0.01,
+        trained=0.05,
+        number=lambda K, _: torch.einsum("ikik->", functional.center(K)),
+        refused=[NO_PROBE],
+    ),
+    "participation ratio": Row(
+        ParticipationRatioLoss,
+        _participation_ratio,
+        weight=0.01,
+        trained=0.3,
+        number=lambda K, _: functional.participation_ratio(functional.center(K)),
+        refused=[NO_PROBE, THREE_PROBES],
+    ),
+    "kare": Row(
+        KARELoss,
+        _kare,
+        weight=1.0,
+        trained=3.0,
+        number=lambda K, y: functional.kare(functional.center(K), y, 0.1),
+        refused=[({"ridge": 0.0}, "ridge: expected a positive number")],
+        probes=False,
+        labeled=True,
+        examples=16,
+        costs=False,
+    ),
 }
+PROBED = [kind for kind, row in LOSSES.items() if row.probes]
 
 
 def make(kind, model, **options):
     """A loss of the whole batch at every step, unless told otherwise; probes where it has any."""
     options = {"examples": None, "every_n_steps": 1, "clip": None, **options}
-    if kind == "kare":
+    if not LOSSES[kind].probes:
         options.pop("probes", None)
-    return LOSSES[kind](model, **options)
+    return LOSSES[kind].kind(model, **options)
 
 
 def mlp():
@@ -100,36 +203,11 @@ def formula(
     for name in jac:
         layers.setdefault(name.rpartition(".")[0] if per_layer else "", []).append(name)
     values = [
-        _of_features(kind, oracles.matrix({name: jac[name] for name in some}), y[rows], omega, n, c, centered)
+        LOSSES[kind].formula(oracles.matrix({name: jac[name] for name in some}), y[rows], omega, n, c, centered)
         for some in layers.values()
     ]
     defined = [value for value in values if value is not None]
     return weight * every_n_steps * sum(defined) / len(defined)
-
-
-def _of_features(kind, phi, y, omega, n, c, centered):
-    s, probes = len(y), len(omega)
-    target = oracles.one_hot(y, c)
-    if kind == "kare":
-        phi = phi.reshape(s, c, -1)
-        phi = phi - phi.mean(0) if centered else phi
-        K = torch.einsum("ikp,jlp->ikjl", phi, phi)
-        return torch.tensor(oracles.kare(K, target, 0.1), dtype=torch.float64)
-    omega = omega - omega.mean(1, keepdim=True) if centered else omega
-    g = omega.reshape(probes, -1) @ phi
-    if kind == "complexity":
-        value = (g**2).sum() / probes / (s * c)
-        return value * s / (s - 1) * (n - 1) / n if centered else value
-    pairs = [(a, b) for a in range(probes) for b in range(probes) if a != b]
-    squares = (g**2).sum(1)
-    norm2 = sum((g[a] @ g[b]) ** 2 for a, b in pairs) / len(pairs)
-    norm2 = max(norm2, squares.mean() ** 2 / ((s - 1) * c if centered else s * c))
-    if kind == "participation ratio":
-        trace2 = sum(squares[a] * squares[b] for a, b in pairs) / len(pairs)
-        return trace2.log() - min(norm2, trace2).log() if trace2 > 0 else None
-    target = (target - target.mean(0)).reshape(-1)
-    projection = (phi.T @ target).square().sum()
-    return (norm2.sqrt() * target.square().sum() / projection).log() if projection > 0 else None
 
 
 def slopes_of(value, model, formula, directions=2, eps=1e-6):

@@ -1,17 +1,15 @@
 """Losses on one of two gloo processes: `python loss_worker.py RANK STORE OUT`. Writes what it found as json."""
 
-import json
-import os
-import sys
 import types
 import warnings
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from distributed_worker import batch, replica
 from loss_cases import LOSSES, make
 from loss_matrix import ROWS, build, close, gradient, plain, train_step
+from notices import told
+from ranks import report
 from shards import shard, shard_at_once
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -71,12 +69,11 @@ def losses(rank):
     found["own examples"] = float((one != other).double().mean())
     one, other = gathered(make("complexity", ddp)(x).detach())
     found["own probes"] = float(one) != float(other)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with told() as caught:
         reg = make("complexity", replica())
         reg(x)
         reg(x)
-    found["bare model"] = [str(w.message) for w in caught if "DistributedDataParallel" in str(w.message)]
+    found["bare model"] = [message for message in caught if "DistributedDataParallel" in message]
     return found
 
 
@@ -365,13 +362,12 @@ def sharded(rank):
             attempt()
         except (TypeError, ValueError) as error:
             found[f"sharded/{name}"] = str(error)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with told() as caught:
         reg = make("complexity", model, weight=0.01)
         values = [float(reg(x, outputs=outputs).detach()) for outputs in (model(x), None)]
         reg.step.zero_()
         values.append(float(reg(x).detach()))
-    found["sharded/reused"] = [values[0] == values[2], [str(w.message)[:8] for w in caught]]
+    found["sharded/reused"] = [values[0] == values[2], [message[:8] for message in caught]]
     exact = TangentFeatures(replica()).kernel(x)
     found["sharded/kernel"] = float((TangentFeatures(model).kernel(x) - exact).norm() / exact.norm())
     return found
@@ -384,17 +380,14 @@ def _tensor_parallel():
     return parallelize_module(nn.Sequential(nn.Linear(4, 4)), mesh, {"0": ColwiseParallel()})
 
 
-def main(rank, store, out):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def work(rank, _):
     warnings.filterwarnings("ignore", message="the model is not wrapped in DistributedDataParallel")
     found = {"matrix": matrix(rank), "synced": synced(rank)}
     found |= {"normalized": normalized_over_ranks(rank), "not finite": not_finite(rank), "clipped": clipped(rank)}
     warnings.resetwarnings()
     found |= {**sharded(rank), **losses(rank), **wrappers(rank), **opaque_output(rank)}
-    Path(f"{out}.{rank}").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    return found
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
-    os._exit(0)  # gloo's threads outlive its group, and abort a process that they see exit
+    report(work)

@@ -1,110 +1,25 @@
-"""What torchmetrics promises of a metric, checked for every metric of ours: a new metric is a row in METRICS.
+"""What torchmetrics promises of a metric, checked for every row of metric_rows.METRICS.
 
 As `python metric_tester.py RANK STORE OUT ROWS` it is one of two gloo processes, each of which is shown its own share:
 of the rows that ROWS names, in json.
 """
 
+import copy
 import io
 import json
-import os
 import pickle
-import sys
 import traceback
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import pytest
 import torch
-import torch.distributed as dist
+from metric_rows import METRICS, numbers, same
+from ranks import report
 from sklearn.datasets import load_digits
 from torch import nn
 from torchmetrics import BootStrapper, MetricCollection, MetricTracker
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.wrappers.bootstrapping import _bootstrap_sampler
-
-from alignreg import functional
-from alignreg.metrics import (
-    Estimate,
-    LayerwiseAlignment,
-    PathComplexity,
-    TangentAlignment,
-    TangentParticipationRatio,
-    TangentSpectrum,
-    TangentTrace,
-)
-
-mpl.use("Agg")
-
-
-class Row(NamedTuple):
-    kind: Any
-    options: dict
-    different: dict  # an option that must keep a collection from sharing
-    scalar: bool = True  # else BootStrapper cannot stack its values
-    moments: int = 1  # at how many weights it is updated
-    drawn: str = "points"  # how `plot` is checked: a method `plot_of_...`
-
-    def make(self, model, num_outputs=3, **options):
-        if self.kind is PathComplexity:
-            return PathComplexity(model, **self.options, **options)
-        return self.kind(model, num_outputs, **self.options, **options)
-
-
-SKETCH = {"sketch_dim": 8}
-GROUPS = {"groups": ("even", "odd")}
-EXACT = {"method": "exact"}
-MORE = {"max_examples": 99}
-OTHER_SEED, OTHER_LAYER = {"seed": 1}, {"params": "0.*"}
-METRICS = {
-    "alignment": Row(TangentAlignment, SKETCH, OTHER_SEED),
-    "alignment, uncentered": Row(TangentAlignment, {**SKETCH, "centered": False}, OTHER_SEED),
-    "alignment, target mean": Row(TangentAlignment, {**SKETCH, "target_mean": [0.42, 0.29, 0.29]}, OTHER_SEED),
-    "alignment, error": Row(TangentAlignment, {**SKETCH, "return_std_error": True}, OTHER_SEED, scalar=False),
-    "alignment, groups": Row(TangentAlignment, {**SKETCH, **GROUPS}, {"params": "0.*"}, scalar=False),
-    "alignment, unbiased": Row(TangentAlignment, {**SKETCH, "unbiased": True}, OTHER_SEED),
-    "alignment, factored": Row(TangentAlignment, {**SKETCH, "sketch": "factored"}, {"sketch": "gaussian"}),
-    "alignment, exact": Row(TangentAlignment, EXACT, OTHER_LAYER),
-    "alignment, exact, groups": Row(TangentAlignment, {**EXACT, **GROUPS}, OTHER_LAYER, scalar=False),
-    "trace": Row(TangentTrace, SKETCH, OTHER_SEED),
-    "trace, error, groups": Row(TangentTrace, {**SKETCH, **GROUPS, "return_std_error": True}, OTHER_SEED, scalar=False),
-    "trace, exact": Row(TangentTrace, EXACT, OTHER_LAYER),
-    "participation ratio": Row(TangentParticipationRatio, SKETCH, OTHER_SEED),
-    "participation ratio, exact": Row(TangentParticipationRatio, EXACT, OTHER_LAYER),
-    "spectrum": Row(TangentSpectrum, {"per_layer": True, "k": 5}, MORE, scalar=False, drawn="spectrum"),
-    "layers": Row(LayerwiseAlignment, {}, MORE, scalar=False, drawn="layers"),
-    "layers, sketch": Row(LayerwiseAlignment, {"method": "sketch", "probes": 6}, MORE, scalar=False, drawn="layers"),
-    "layers, sketch, error": Row(
-        LayerwiseAlignment,
-        {"method": "sketch", "return_std_error": True},
-        {"max_examples": 99},
-        scalar=False,
-        drawn="layers",
-    ),
-    "path": Row(PathComplexity, {}, {"convention": "official"}, moments=3, drawn="path"),
-    "path, official": Row(PathComplexity, {"convention": "official"}, {"convention": "paper"}, moments=3, drawn="path"),
-}
-
-
-def same(found, expected, rtol=1e-10):
-    """Equal in structure and numbers."""
-    assert type(found) is type(expected)
-    if isinstance(expected, torch.Tensor):
-        torch.testing.assert_close(found, expected, rtol=rtol, atol=0, equal_nan=True)
-        assert expected.dtype == torch.float64
-    elif isinstance(expected, dict):
-        assert list(found) == list(expected)
-        for name, value in expected.items():
-            same(found[name], value, rtol)
-    else:
-        for mine, theirs in zip(found, expected, strict=True):
-            same(mine, theirs, rtol)
-
-
-def numbers(value):
-    if isinstance(value, torch.Tensor):
-        return value.flatten().tolist()
-    return [number for part in (value.values() if isinstance(value, dict) else value) for number in numbers(part)]
 
 
 class MetricTester:
@@ -130,14 +45,19 @@ class MetricTester:
         """A metric that knows nothing of other ranks."""
         return self.make(sync_on_compute=False)
 
-    def feed(self, *pairs):
-        """Show batches to metrics, in step, at as many moments as the row has."""
-        for moment in range(self.row.moments):
+    def moments(self):
+        """As many moments as the row has, with other weights from one to the next."""
+        for moment in range(self.row.of.moments):
             if moment:
                 with torch.no_grad():
                     for parameter in self.model.parameters():
                         change = 0.1 * torch.cos(torch.arange(parameter.numel()) + moment)
                         parameter.add_(change.to(parameter).view_as(parameter))
+            yield moment
+
+    def feed(self, *pairs):
+        """Show batches to metrics, in step, at each moment."""
+        for _ in self.moments():
             for metric, batches in pairs:
                 for batch in batches:
                     metric.update(**batch)
@@ -149,28 +69,35 @@ class MetricTester:
         return metric, whole.compute()
 
     def check_value(self):
-        metric, expected = self.fed()
+        metric, whole = self.make(), self.alone()
+        self.feed((metric, self.mine), (whole, self.batches))
+        expected = whole.compute()
         before = {k: [t.clone() for t in v] if isinstance(v, list) else v for k, v in metric.metric_state.items()}
         same(metric.compute(), expected)
+        if hasattr(metric, "standard_error"):
+            same(metric.standard_error(), whole.standard_error())
         for name, state in metric.metric_state.items():  # this rank's own are back
             torch.testing.assert_close(state, before[name], rtol=0, atol=0)
         assert not any(number == 0 for number in numbers(expected)) or "exact" in self.row.options.values()
 
     def check_forward(self):
         metric, whole = self.make(), self.alone()
-        for batch in self.mine:
-            one = self.alone()
-            one.update(**batch)
-            same(metric(**batch), one.compute())
-        for batch in self.batches:
-            whole.update(**batch)
+        for _ in self.moments():
+            for batch in self.mine:
+                one = self.alone()
+                one.update(**batch)
+                same(metric(**batch), one.compute())
+            for batch in self.batches:
+                whole.update(**batch)
         same(metric.compute(), whole.compute())
-        assert metric.update_count == len(self.mine)
+        assert metric.update_count == self.row.of.moments * len(self.mine)
 
     def check_reset(self):
         metric, _ = self.fed()
         metric.compute()
         metric.reset()
+        with pytest.raises(ValueError, match="no examples"), pytest.warns(UserWarning, match="before the ``update``"):
+            metric.compute()
         whole = self.alone()
         self.feed((metric, self.mine), (whole, self.batches))
         same(metric.compute(), whole.compute())
@@ -182,6 +109,15 @@ class MetricTester:
         clone.reset()
         assert clone._features.model is self.model
         same(metric.compute(), expected)
+        with torch.no_grad():
+            self.model[0].weight.mul_(2)
+        fresh = self.alone()
+        self.feed((clone, self.mine), (fresh, self.batches))
+        same(clone.compute(), fresh.compute())
+        parent = nn.Module()
+        parent.net, parent.metric = self.model, metric
+        copied = copy.deepcopy(parent)
+        assert copied.metric._features.model is copied.net
 
     def check_collection(self):
         other = self.row._replace(options={**self.row.options, **self.row.different})
@@ -245,7 +181,7 @@ class MetricTester:
                 reference.update(**{name: value[rows] for name, value in batch.items()})
         expected = torch.stack([reference.compute() for reference in references])
         torch.testing.assert_close(boot.compute()["raw"], expected, rtol=1e-10, atol=0)
-        assert self.row.kind is PathComplexity or expected.std() > 0
+        assert self.row.of.moments > 1 or expected.std() > 0
 
     def check_pickle(self):
         metric, expected = self.fed()
@@ -276,7 +212,7 @@ class MetricTester:
         for one in (metric, other):
             one.update(**self.mine[0])
         same(other.compute(), metric.compute())
-        if self.row.kind in (TangentTrace, TangentAlignment):
+        if self.row.of.number is not None:
             assert numbers(other.compute()) != numbers(expected)
 
     def check_set_dtype(self):
@@ -333,46 +269,8 @@ class MetricTester:
         metric, expected = self.fed()
         figure, axes = metric.plot()
         assert figure is not None
-        getattr(self, f"plot_of_{self.row.drawn}")(metric, expected, axes)
+        self.row.of.drawn(metric, expected, axes, torch.cat([batch["inputs"] for batch in self.batches]))
         mpl.pyplot.close("all")
-
-    def plot_of_points(self, metric, expected, axes):
-        names = expected if isinstance(expected, dict) else {"": expected}
-        drawn = [float(container.lines[0].get_ydata()[0]) for container in axes.containers]
-        values = [value.value if isinstance(value, Estimate) else value for value in names.values()]
-        assert drawn == pytest.approx([float(value) for value in values], rel=1e-6)
-        errors = metric.standard_error()
-        bars = [container.lines[2][0].get_segments()[0][:, 1] for container in axes.containers]
-        want = errors.values() if isinstance(errors, dict) else [errors]
-        assert [bar[1] - bar[0] for bar in bars] == pytest.approx([4 * float(e) for e in want], rel=1e-6)
-        self.plot_of_a_curve(metric, expected)
-
-    def plot_of_path(self, metric, expected, axes):
-        assert axes.lines[0].get_ydata()[-1] == pytest.approx(float(expected), rel=1e-6)
-        self.plot_of_a_curve(metric, expected)
-
-    def plot_of_layers(self, metric, expected, axes):
-        bars = axes.containers[0].lines[2][0].get_segments()
-        want = [4 * float(error) for error in metric.standard_error().values()]
-        assert [bar[1, 0] - bar[0, 0] for bar in bars] == pytest.approx(want, rel=1e-6)
-        metric.plot(expected)
-
-    def plot_of_spectrum(self, metric, expected, axes):
-        kernel = metric._features.kernel(torch.cat([batch["inputs"] for batch in self.batches]))
-        largest = torch.linalg.eigvalsh(functional.center(kernel).reshape(72, 72))[-1]
-        assert axes[0].lines[0].get_ydata()[0] == pytest.approx(float(largest), rel=1e-6)
-
-    def plot_of_a_curve(self, metric, expected):
-        metric.plot(expected)
-        _, axes = metric.plot([expected, expected])
-        assert axes.lines[0].get_xdata().tolist() == [0, 1]
-        one = next(iter(expected.values())) if isinstance(expected, dict) else expected
-        if isinstance(one, Estimate):
-            edges = sorted({float(y) for _, y in axes.collections[0].get_paths()[0].vertices})
-            want = [float(one.value + sign * 2 * one.standard_error) for sign in (-1, 1)]
-            assert [edges[0], edges[-1]] == pytest.approx(want, rel=1e-6)
-        given = mpl.pyplot.subplots()[1]
-        assert metric.plot(ax=given)[1] is given
 
     def check_hash(self):
         metric, _ = self.fed()
@@ -389,6 +287,8 @@ class MetricTester:
             whole.update(**batch)
         same(collection["ours"].compute(), whole.compute())
         found = collection.compute()
+        value = whole.compute()
+        assert {*(value if isinstance(value, dict) else ["ours"]), "accuracy"} <= set(found)
         right = torch.cat([self.model(batch["inputs"]).argmax(1) == batch["target"] for batch in self.batches])
         assert float(found["accuracy"]) == pytest.approx(float(right.double().mean()))
         with pytest.raises(ValueError, match="grad_fn"):
@@ -397,7 +297,7 @@ class MetricTester:
     def check_merge_state(self):
         one, other, whole = self.alone(), self.alone(), self.alone()
         self.feed((one, self.batches[:1]), (other, self.batches[1:]), (whole, self.batches))
-        if self.row.kind is PathComplexity:
+        if self.row.of.moments > 1:  # parts of a path have no order
             with pytest.raises(RuntimeError, match="merge_state"):
                 one.merge_state(other)
             return
@@ -447,7 +347,7 @@ def digits(row, batches):
     options = {**row.options, "target_mean": [0.5]} if "target_mean" in row.options else row.options
     more = {"max_examples": len(x)} if "max_examples" in row.different else {}
     metric = row._replace(options=options).make(model, num_outputs=1, **more)
-    for moment in range(row.moments):
+    for moment in range(row.of.moments):
         with torch.no_grad():
             model[0].weight += 0.01 * moment
         for start in range(0, len(x), 100):
@@ -461,10 +361,9 @@ def digits(row, batches):
 SHARES = {"1000 and 797": [range(10), range(10, 18)], "1797 and none": [range(18), []]}
 
 
-def main(rank, store, out, rows):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def work(rank, _, rows):
     found = {}
-    for name in rows:
+    for name in json.loads(rows):
         row = METRICS[name]
         for wanted in PROPERTIES:
             try:
@@ -474,10 +373,8 @@ def main(rank, store, out, rows):
                 found[f"{name}/{wanted}"] = traceback.format_exc()
         for share, batches in SHARES.items():
             found[f"{name}/digits/{share}"] = digits(row, batches[rank])
-    Path(f"{out}.{rank}").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    return found
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3], json.loads(sys.argv[4]))
-    os._exit(0)  # gloo's threads outlive its group, and abort a process that they see exit
+    report(work)

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 
+import pytest
 from paths import RECIPES
 from ranks import PATIENCE
 
@@ -57,6 +58,15 @@ def recipe(name, monkeypatch, *flags):
         source.main()
     finally:
         forget()
+
+
+def refused(*arguments, capsys=None):
+    """What a recipe says when it ends, in one line."""
+    with pytest.raises(SystemExit) as stop:
+        recipe(*arguments)
+    said = f"{capsys.readouterr().err if capsys else ''}{stop.value}"
+    assert "\n" not in str(stop.value)
+    return said
 
 
 def plan(**values):

@@ -4,7 +4,7 @@ import copy
 
 import oracles
 import torch
-from loss_cases import _of_features, make
+from loss_cases import LOSSES, make
 
 from alignreg import TangentFeatures, sketches
 
@@ -36,7 +36,7 @@ def formulas(jac, y, omega, directions):
         "pullback": torch.cat(list(back.values()), 1),
         "pushforward": (phi @ S.T).reshape(n, c, -1),
         **{
-            kind: torch.as_tensor(_of_features(kind, phi, y, probes, n, c, True))
+            kind: torch.as_tensor(LOSSES[kind].formula(phi, y, probes, n, c, True))
             for kind in ("complexity", "alignment", "kare")
         },
     }

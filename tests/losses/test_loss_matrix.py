@@ -45,10 +45,10 @@ def test_synced_gradient_is_that_of_the_whole_batch(two_ranks, kind, options, sh
         assert difference <= bound
         assert found["synced"][f"{at}/value"] == pytest.approx(float(value.detach()), rel=bound)
         sent, parameters = found["synced"][f"{at}/sent"]
-        if kind == "kare":
-            assert sent <= max(SHARES[share]) * (4 + 3) + 1  # examples and targets, padded
+        if LOSSES[kind].probes:
+            assert sent <= (8 + LOSSES[kind].labeled) * parameters + 8 * 3 + 3 + 2 + 2
         else:
-            assert sent <= (8 + (kind == "alignment")) * parameters + 8 * 3 + 3 + 2 + 2
+            assert sent <= max(SHARES[share]) * (4 + 3) + 1  # examples and targets, padded
 
 
 @pytest.mark.parametrize("share", SHARES)
@@ -67,7 +67,7 @@ def test_statistics_over_ranks(two_ranks, kind, share):
 def test_ranks_agree_on_what_is_not_finite(two_ranks, kind):
     one, other = (found["not finite"] for found in two_ranks)
     assert one == other
-    name = "NonFiniteOutputError" if kind == "kare" else "NonFiniteGradientError"
+    name = "NonFiniteGradientError" if LOSSES[kind].probes else "NonFiniteOutputError"
     assert one[f"{kind}/raise"][:2] == [name, 2]
     assert one[f"{kind}/skip"][:2] == [0.0, 2]
     assert one[f"{kind}/skip"][2] != 0

@@ -2,17 +2,16 @@
 
 import copy
 import pickle
-import warnings
 
 import pytest
 import torch
+from devices import CUDA
 from loss_cases import LOSSES, make, problem
+from notices import silent, told
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from alignreg import TangentFeatures, functional
-
-CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))
+from alignreg import TangentFeatures
 
 
 @pytest.mark.parametrize("kind", LOSSES)
@@ -64,15 +63,14 @@ def test_undefined_alignment_is_zero_with_one_warning():
     reg = make("alignment", model, weight=1.0)
     with pytest.warns(UserWarning, match="same target"):
         reg(x, y * 0).backward()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         assert float(reg(x, y * 0 + 1).detach()) == 0
     assert reg(x, y) != 0
-    silent = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
-    for p in silent.parameters():
+    dead = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    for p in dead.parameters():
         nn.init.zeros_(p)
     with pytest.warns(UserWarning, match="nothing along"):
-        value = make("alignment", silent, weight=1.0, params="0.*")(x, y)
+        value = make("alignment", dead, weight=1.0, params="0.*")(x, y)
     value.backward()
     assert float(value.detach()) == 0
     with pytest.warns(UserWarning, match="same target"):
@@ -159,19 +157,10 @@ def test_dtypes_and_devices(kind, dtype, device):
     assert float(value.detach()) == pytest.approx(float(expected), rel=0.1)
 
 
-MOVED = {  # weight, and the number that goes down
-    "alignment": (0.2, lambda K, y: -functional.alignment(K, y)),
-    "complexity": (0.05, lambda K, _: torch.einsum("ikik->", functional.center(K))),
-    "participation ratio": (0.3, lambda K, _: functional.participation_ratio(functional.center(K))),
-    "kare": (3.0, lambda K, y: functional.kare(functional.center(K), y, 0.1)),
-}
-
-
 @pytest.mark.parametrize("kind", LOSSES)
 def test_training_with_it_moves_what_it_says(kind):
     reached = []
-    given, number = MOVED[kind]
-    for weight in (0.0, given):
+    for weight in (0.0, LOSSES[kind].trained):
         torch.manual_seed(0)
         model, x, y = problem()
         reg = make(kind, model, weight=weight, probes=16)
@@ -180,7 +169,7 @@ def test_training_with_it_moves_what_it_says(kind):
             optimizer.zero_grad()
             (cross_entropy(model(x), y) + reg(x, y)).backward()
             optimizer.step()
-        reached.append(float(number(TangentFeatures(model).kernel(x), y)))
+        reached.append(float(LOSSES[kind].number(TangentFeatures(model).kernel(x), y)))
     without, with_it = reached
     assert with_it < without - 0.1 * abs(without)
 
@@ -191,12 +180,11 @@ def test_defaults(kind):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     x, y = torch.randn(40, 4, dtype=torch.float64), torch.arange(40) % 3
-    reg = LOSSES[kind](model)
-    assert reg.weight == {"alignment": 0.1, "complexity": 0.01, "participation ratio": 0.01, "kare": 1.0}[kind]
+    reg = LOSSES[kind].kind(model)
+    assert reg.weight == LOSSES[kind].weight
     values = [float(reg(x, y).detach()) for _ in range(5)]
     assert [value != 0 for value in values] == [True, False, False, True, False]
-    examples = 16 if kind == "kare" else 32
-    same = make(kind, model, weight=3 * reg.weight, examples=examples)
+    same = make(kind, model, weight=3 * reg.weight, examples=LOSSES[kind].examples)
     assert values[0] == pytest.approx(float(same(x, y).detach()), rel=1e-12)
 
 
@@ -232,91 +220,6 @@ def test_stride_counts_optimizer_steps_under_accumulation(kind):
     assert len(set(values)) > 4  # each micro-batch has its own draw
 
 
-@pytest.mark.parametrize("net", ["mlp", "cnn", "norms"])
-@pytest.mark.parametrize("kind", [kind for kind in LOSSES if kind != "kare"])
-def test_outputs_of_the_main_forward_pass_serve_as_well(kind, net):
-    if net == "norms":
-        model, x, y = problem()
-        model = nn.Sequential(nn.LayerNorm(4), model, nn.RMSNorm(3)).double()
-    else:
-        model, x, y = problem(net)
-    reg, plain = make(kind, model, weight=1.0), make(kind, model, weight=1.0)
-    calls = []
-    model.register_forward_hook(lambda *_: calls.append(1))
-    outputs = model(x)
-    reg(x, y, outputs=outputs)
-    reg.step.zero_()
-    calls.clear()
-    value = reg(x, y, outputs=outputs)
-    assert len(calls) == 1  # two examples, to compare
-    grads = torch.autograd.grad(value, list(model.parameters()), materialize_grads=True)
-    expected = torch.autograd.grad(plain(x, y), list(model.parameters()), materialize_grads=True)
-    torch.testing.assert_close(grads, expected, rtol=1e-9, atol=1e-12)
-
-
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x):
-        x = x[:, None, None].expand(-1, 1, 3, -1) * self.head.weight[:, None].sum()
-        return self.head(nn.functional.scaled_dot_product_attention(x, x, x).mean((1, 2)))
-
-
-NOT_REUSED = {
-    "dropout": lambda: nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.Linear(5, 3)).train(),
-    "autocast": lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)),
-    "fused attention": Attention,
-    "compiled": lambda: torch.compile(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), backend="aot_eager"),
-    "weight norm": lambda: nn.Sequential(
-        nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3)
-    ),
-    "sub-batch": lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)),
-}
-
-
-@pytest.mark.parametrize("kind", LOSSES)
-@pytest.mark.parametrize("case", NOT_REUSED)
-def test_outputs_of_another_function_are_not_reused(case, kind):
-    model, (_, x, y) = NOT_REUSED[case](), problem()
-    x = x.float()
-    examples = 5 if case == "sub-batch" else None
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=case == "autocast"):
-        outputs = model(x).float()
-    reg = make(kind, model, weight=1.0, examples=examples)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        value = reg(x, y, outputs=outputs)
-        reg(x, y, outputs=outputs)
-    told = [str(warning.message) for warning in caught if "outputs:" in str(warning.message)]
-    assert len(told) == (0 if case == "sub-batch" else 1)
-    value.backward()
-    assert float(value.detach()) == float(make(kind, model, weight=1.0, examples=examples)(x, y).detach())
-
-
-@pytest.mark.parametrize("kind", ["alignment", "complexity", "participation ratio"])
-def test_outputs_of_a_training_pass_serve_where_it_normalizes_by_the_batch(kind):
-    model, x, y = problem("batchnorm in train mode")
-    passes = []
-    model.register_forward_hook(lambda *_: passes.append(1))
-    losses = [make(kind, model, weight=1.0), make(kind, model, weight=1.0)]
-    for call in range(5):
-        outputs = model(x)
-        passes.clear()
-        value = losses[0](x, y, outputs=outputs)
-        assert len(passes) <= (0 if call == 2 else 2)  # looked at in the 1st, 2nd and 4th
-        own = losses[1](x, y)
-        assert float(value.detach()) == pytest.approx(float(own.detach()), rel=1e-12)
-        grads = [torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True) for loss in (value, own)]
-        torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model.eval()
-        losses[0](x, y, outputs=model(x) + 1)  # another function in another mode is noticed
-    assert [str(warning.message).split(":")[0] for warning in caught] == ["outputs"]
-
-
 def test_layers_without_a_say_are_left_out_with_one_warning():
     model, x, y = problem()
     with torch.no_grad():
@@ -326,38 +229,27 @@ def test_layers_without_a_say_are_left_out_with_one_warning():
     with pytest.warns(UserWarning, match=r"layers \['0'\] leave this loss undefined"):
         value = reg(x, y)
     assert float(value.detach()) == pytest.approx(float(alone.detach()), rel=1e-12)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         reg(x, y)
 
 
-BAD = {
-    "weight": ({"weight": -1.0}, "weight: expected a finite"),
-    "nan weight": ({"weight": float("nan")}, "weight: expected a finite"),
-    "examples": ({"examples": 1}, "examples: expected an integer of at least 2, got 1"),
-    "fraction of examples": ({"examples": 0.5}, "examples: expected an integer"),
-    "stride": ({"every_n_steps": 0}, "every_n_steps: expected a positive integer, got 0"),
-    "no probe": ({"probes": 0}, "probes: expected (a positive|an) integer"),
-    "accumulation": ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: expected a positive integer"),
-    "weight as text": ({"weight": "0.1"}, "weight: expected a finite"),
-    "pattern": ({"params": "head.*"}, "matches no trainable"),
-}
+BAD = [
+    ({"weight": -1.0}, "weight: expected a finite"),
+    ({"weight": float("nan")}, "weight: expected a finite"),
+    ({"examples": 1}, "examples: expected an integer of at least 2, got 1"),
+    ({"examples": 0.5}, "examples: expected an integer"),
+    ({"every_n_steps": 0}, "every_n_steps: expected a positive integer, got 0"),
+    ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: expected a positive integer"),
+    ({"weight": "0.1"}, "weight: expected a finite"),
+    ({"params": "head.*"}, "matches no trainable"),
+]
 
 
-@pytest.mark.parametrize("case", BAD)
 @pytest.mark.parametrize("kind", LOSSES)
-def test_bad_arguments(kind, case):
-    options, message = BAD[case]
-    if "probes" in options and kind == "kare":
-        options, message = {"ridge": 0.0}, "ridge: expected a positive number"
-    with pytest.raises(ValueError, match=message):
-        make(kind, problem()[0], **{"weight": 1.0, **options})
-
-
-@pytest.mark.parametrize("kind", ["alignment", "participation ratio"])
-def test_some_need_four_probes(kind):
-    with pytest.raises(ValueError, match="probes: expected an integer of at least 4, got 3"):
-        make(kind, problem()[0], weight=1.0, probes=3)
+def test_bad_arguments(kind):
+    for options, message in (*BAD, *LOSSES[kind].refused):
+        with pytest.raises(ValueError, match=message):
+            make(kind, problem()[0], **{"weight": 1.0, **options})
 
 
 @pytest.mark.parametrize("kind", LOSSES)
@@ -383,7 +275,7 @@ def test_misuse_counts_nothing_and_bad_values_count(kind):
         ((x, y[0]), ValueError, "one row for each of the 7"),
         ((model(x), y), ValueError, r"probably predictions.*reg\(x, y\)"),
     ]
-    if kind in ("alignment", "kare"):
+    if LOSSES[kind].labeled:
         cases += [((x,), ValueError, r"Call reg\(x, y\)")]
     for arguments, error, message in cases:
         with pytest.raises(error, match=message):
@@ -392,7 +284,7 @@ def test_misuse_counts_nothing_and_bad_values_count(kind):
     with pytest.raises(ValueError, match="NaN or inf"):
         reg(x * torch.nan, y)
     assert int(reg.step) == 2
-    if kind in ("alignment", "kare"):
+    if LOSSES[kind].labeled:
         reg.every_n_steps = 2
         reg(x, y)
         with pytest.raises(ValueError, match=r"in \[0, 3\)"):  # between strides too
@@ -427,15 +319,11 @@ def test_under_a_gradient_scaler_with_clipping(kind, device):
     assert float(grads[0].norm()) == pytest.approx(0.1, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["complexity", "alignment", "participation ratio", "kare"])
+@pytest.mark.parametrize("kind", LOSSES)
 def test_a_default_weight_that_may_cost_accuracy_says_so(kind):
-    def said(**options):
-        with warnings.catch_warnings(record=True) as found:
-            warnings.simplefilter("always")
-            LOSSES[kind](nn.Linear(4, 3), **options)
-        return [str(one.message) for one in found]
-
-    default = said()
-    assert len(default) == (kind != "kare")
+    with told() as default:
+        LOSSES[kind].kind(nn.Linear(4, 3))
+    assert len(default) == LOSSES[kind].costs
     assert all("no weight is given" in message and "accuracy" in message for message in default)
-    assert said(weight=0.01) == []
+    with silent():
+        LOSSES[kind].kind(nn.Linear(4, 3), weight=0.01)

@@ -1,11 +1,10 @@
 """Steps of losses: gradients that are not finite or too long, the same step again, few examples at a time."""
 
-import warnings
-
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_cases import LOSSES, make
+from loss_cases import LOSSES, PROBED, make
+from notices import silent
 from small_networks import X, Y, gradients, mlp, trace_of
 from torch import nn
 
@@ -124,8 +123,7 @@ def test_layers_frozen_or_unfrozen_later_are_noticed_once():
     for attempt in (lambda: features.trace(X), lambda: reg(X)):
         with pytest.warns(UserWarning, match=r"\['0.bias', '0.weight'\] have become trainable.*do not count.*bind"):
             attempt()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        with silent():
             attempt()
     features.bind(model)
     assert float(features.trace(X)) == pytest.approx(trace_of(model), rel=1e-12)
@@ -170,8 +168,7 @@ def test_gradients_longer_than_the_weights_are_scaled_down(kind):
     assert length > size
     torch.testing.assert_close(gradients(model, value), tuple(0.5 * size / length * g for g in whole))
     assert float(value.detach()) == float(make(kind, model, weight=1e4)(X, Y).detach())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         reg(X, Y)  # said once
         small = make(kind, model, weight=1e-4, clip=1.0)(X, Y)
     torch.testing.assert_close(gradients(model, small), gradients(model, make(kind, model, weight=1e-4)(X, Y)))
@@ -196,7 +193,7 @@ def test_weights_of_zero_set_no_limit():
 
 
 @pytest.mark.parametrize("options", [{}, {"per_layer": True}, {"params": "0.*", "centered": False}])
-@pytest.mark.parametrize("kind", [kind for kind in LOSSES if kind != "kare"])
+@pytest.mark.parametrize("kind", PROBED)
 def test_micro_batches_change_nothing(kind, options):
     model, head = mlp(), nn.Linear(3, 3).double()
 

@@ -7,37 +7,21 @@ import oracles
 import pytest
 import torch
 from cases import build
+from devices import CUDA
+from metric_rows import feed, problem
+from small_networks import calls_of
 from torch import nn
 from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 
 from alignreg import TangentFeatures, functional
 from alignreg.metrics import Estimate, TangentAlignment
-
-CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))
-
-
-def problem(n=60):
-    model, _, _ = build("mlp")
-    x = torch.randn(n, 4, dtype=torch.float64)
-    y = torch.arange(n) % 7 % 3
-    return model.double(), x, y
-
-
-def stream(metric, x, y, sizes):
-    start = 0
-    for size in sizes:
-        metric.update(x[start : start + size], y[start : start + size])
-        start += size
-    assert start == len(x)
-    return metric
 
 
 @pytest.mark.parametrize("sizes", [[60], [20, 20, 20], [1, 58, 1]])
 @pytest.mark.parametrize("centered", [True, False])
 def test_exact_is_the_functional_on_all_rows(centered, sizes):
-    model, x, y = problem()
-    metric = stream(TangentAlignment(model, 3, method="exact", centered=centered), x, y, sizes)
+    model, x, y, _ = problem()
+    metric = feed(TangentAlignment(model, 3, method="exact", centered=centered), x, y, size=sizes)
     expected = oracles.alignment(oracles.jacobian(model, x), oracles.one_hot(y, 3), centered)
     assert float(metric.compute()) == pytest.approx(expected, rel=1e-10)
     assert float(functional.alignment(TangentFeatures(model).kernel(x), y, centered)) == pytest.approx(
@@ -50,9 +34,9 @@ def test_exact_is_the_functional_on_all_rows(centered, sizes):
 @pytest.mark.parametrize("sizes", [[60], [20, 20, 20], [1] * 60, [7, 53]])
 @pytest.mark.parametrize("centered", [True, False])
 def test_sketch_is_within_its_error(centered, sizes, target_mean):
-    model, x, y = problem()
+    model, x, y, _ = problem()
     metric = TangentAlignment(model, 3, sketch_dim=256, centered=centered, target_mean=target_mean)
-    stream(metric, x, y, sizes)
+    feed(metric, x, y, size=sizes)
     expected = oracles.alignment(oracles.jacobian(model, x), oracles.one_hot(y, 3), centered)
     error = metric.standard_error()
     assert abs(metric.compute() - expected) < 3.5 * error
@@ -60,21 +44,19 @@ def test_sketch_is_within_its_error(centered, sizes, target_mean):
 
 
 def test_order_of_batches_changes_nothing():
-    model, x, y = problem()
-    forth = stream(TangentAlignment(model, 3, sketch_dim=8), x, y, [20, 30, 10])
-    back = TangentAlignment(model, 3, sketch_dim=8)
-    for part in (slice(50, 60), slice(20, 50), slice(0, 20)):
-        back.update(x[part], y[part])
+    model, x, y, _ = problem()
+    forth = feed(TangentAlignment(model, 3, sketch_dim=8), x, y, size=[20, 30, 10])
+    back = feed(TangentAlignment(model, 3, sketch_dim=8), x.flip(0), y.flip(0), size=[10, 30, 20])
     torch.testing.assert_close(forth.compute(), back.compute(), rtol=1e-10, atol=0)
 
 
 def test_nothing_is_drawn_from_the_global_state_and_seeds_matter():
-    model, x, y = problem()
+    model, x, y, _ = problem()
     values = {}
     for seed in (0, 0, 1):
         torch.rand(3)
         state = torch.get_rng_state()
-        value = float(stream(TangentAlignment(model, 3, sketch_dim=8, seed=seed), x, y, [60]).compute())
+        value = float(feed(TangentAlignment(model, 3, sketch_dim=8, seed=seed), x, y, size=[60]).compute())
         assert torch.equal(state, torch.get_rng_state())
         assert values.setdefault(seed, value) == value
     assert values[0] != values[1]
@@ -92,9 +74,9 @@ def test_single_output_takes_labels_as_values(method, labels):
 
 
 def test_regression_targets():
-    model, x, _ = problem()
+    model, x, *_ = problem()
     y = torch.randn(60, 3, dtype=torch.float64)
-    metric = stream(TangentAlignment(model, 3, method="exact"), x, y, [30, 30])
+    metric = feed(TangentAlignment(model, 3, method="exact"), x, y, size=[30, 30])
     assert float(metric.compute()) == pytest.approx(oracles.alignment(oracles.jacobian(model, x), y), rel=1e-10)
 
 
@@ -106,30 +88,16 @@ def test_structured_inputs(method, kind):
     y = torch.arange(n) % 3
     metric = TangentAlignment(model, 3, sketch_dim=400, method=method, forward_fn=forward_fn)
     for rows in (slice(0, 1), slice(1, n)):
-        part = {k: v[rows] for k, v in x.items()} if isinstance(x, dict) else x[rows]
-        metric.update(tuple(v[rows] for v in x) if isinstance(x, tuple) else part, y[rows])
+        metric.update(oracles.take(x, rows), y[rows])
     jac = oracles.jacobian(model, x, forward_fn or oracles.call)
     expected = oracles.alignment(jac, oracles.one_hot(y, 3))
     assert abs(metric.compute() - expected) < 3.5 * metric.standard_error() + 1e-5
 
 
 @pytest.mark.parametrize("method", ["sketch", "exact"])
-def test_forward_gives_the_batch_and_accumulates(method):
-    model, x, y = problem()
-    metric = TangentAlignment(model, 3, sketch_dim=8, method=method)
-    for rows in (slice(0, 20), slice(20, 60)):
-        alone = TangentAlignment(model, 3, sketch_dim=8, method=method)
-        alone.update(x[rows], y[rows])
-        torch.testing.assert_close(metric(x[rows], y[rows]), alone.compute())
-    whole = stream(TangentAlignment(model, 3, sketch_dim=8, method=method), x, y, [20, 40])
-    torch.testing.assert_close(metric.compute(), whole.compute())
-    assert metric.update_count == 2
-
-
-@pytest.mark.parametrize("method", ["sketch", "exact"])
 def test_one_class_batches(method):
     """Legal, also in forward, whose own value is NaN; undefined only if everything is one class."""
-    model, x, y = problem()
+    model, x, y, _ = problem()
     order = y.argsort()
     x, y = x[order], y[order]
     metric = TangentAlignment(model, 3, sketch_dim=400, method=method)
@@ -143,8 +111,8 @@ def test_one_class_batches(method):
 
 
 def test_failing_forward_loses_nothing():
-    model, x, y = problem()
-    metric = stream(TangentAlignment(model, 3, sketch_dim=8), x, y, [60])
+    model, x, y, _ = problem()
+    metric = feed(TangentAlignment(model, 3, sketch_dim=8), x, y, size=[60])
     before = metric.compute()
     with pytest.raises(ValueError, match="one row for each"):
         metric(x, y[:3])
@@ -155,18 +123,8 @@ def test_failing_forward_loses_nothing():
     assert metric.update_count == 2
 
 
-def test_reset():
-    model, x, y = problem()
-    metric = stream(TangentAlignment(model, 3, sketch_dim=8), x, y, [60])
-    first = metric.compute()
-    metric.reset()
-    with pytest.raises(ValueError, match="no examples"), pytest.warns(UserWarning, match="before the ``update``"):
-        metric.compute()
-    torch.testing.assert_close(stream(metric, x, y, [60]).compute(), first)
-
-
 def test_weights_that_change_between_updates():
-    model, x, y = problem()
+    model, x, y, _ = problem()
     exact, sketch = (TangentAlignment(model, 3, sketch_dim=8, method=m) for m in ("exact", "sketch"))
     for metric in (exact, sketch):
         metric.update(x, y)
@@ -191,39 +149,12 @@ def test_weights_that_change_between_updates():
     assert exact.compute() != before
 
 
-def test_never_owns_the_model():
-    model, x, y = problem()
-    metric = TangentAlignment(model, 3, sketch_dim=8)
-    assert metric.state_dict() == {}
-    assert list(metric.parameters()) == []
-    assert list(metric.children()) == []
-    metric.eval()
-    metric.set_dtype(torch.float32)
-    assert model.training
-    assert model[0].weight.dtype == torch.float64
-    clone = metric.clone()
-    with torch.no_grad():
-        model[0].weight.mul_(2)
-    torch.testing.assert_close(
-        stream(clone, x, y, [60]).compute(), stream(TangentAlignment(model, 3, sketch_dim=8), x, y, [60]).compute()
-    )
-    parent = nn.Module()
-    parent.net, parent.metric = model, metric
-    copied = copy.deepcopy(parent)
-    assert copied.metric._features.model is copied.net
-
-
-def test_pickle_then_bind():
-    model, x, y = problem()
-    metric = stream(TangentAlignment(model, 3, sketch_dim=8), x, y, [60])
+def test_what_is_unpickled_and_bound_elsewhere_shares_nothing():
+    model, x, y, _ = problem()
+    metric = feed(TangentAlignment(model, 3, sketch_dim=8), x, y)
     value = metric.compute()
     restored = pickle.loads(pickle.dumps(metric))
     torch.testing.assert_close(restored.compute(), value)
-    with pytest.raises(RuntimeError, match="bind"):
-        restored.update(x, y)
-    restored.bind(model)
-    restored.update(x, y)
-    assert restored.update_count == 2
     restored.bind(copy.deepcopy(model))
     restored.reset()
     before, after = (
@@ -232,47 +163,8 @@ def test_pickle_then_bind():
     assert not torch.equal(before, after)  # so that a collection does not let them share
 
 
-def test_persistent_state():
-    model, x, y = problem()
-    metric = stream(TangentAlignment(model, 3, sketch_dim=8), x, y, [60])
-    metric.persistent(True)
-    other = TangentAlignment(model, 3, sketch_dim=8)
-    other.persistent(True)
-    other.load_state_dict(metric.state_dict())
-    other.update(x[:5], y[:5])
-    metric.update(x[:5], y[:5])
-    torch.testing.assert_close(other.compute(), metric.compute())
-
-
-class Counter:
-    """Counts forward passes of a model."""
-
-    def __init__(self, model):
-        self.calls = 0
-        model.register_forward_hook(self)
-
-    def __call__(self, *_):
-        self.calls += 1
-
-
-def test_collection_beside_accuracy_by_keywords():
-    model, x, y = problem()
-    collection = MetricCollection(
-        {"alignment": TangentAlignment(model, 3, sketch_dim=8), "accuracy": MulticlassAccuracy(3, average="micro")}
-    )
-    predictions = model(x)
-    for rows in (slice(0, 30), slice(30, 60)):
-        collection.update(inputs=x[rows], preds=predictions[rows], target=y[rows])
-    values = collection.compute()
-    expected = stream(TangentAlignment(model, 3, sketch_dim=8), x, y, [30, 30]).compute()
-    torch.testing.assert_close(values["alignment"], expected)
-    assert float(values["accuracy"]) == pytest.approx(float((predictions.argmax(1) == y).double().mean()))
-    with pytest.raises(ValueError, match="grad_fn"):
-        collection.update(predictions, y)
-
-
 def test_collection_shares_what_is_equal_and_nothing_else():
-    model, x, y = problem()
+    model, x, y, _ = problem()
     twin = copy.deepcopy(model)
     variants = {
         "a": TangentAlignment(model, 3, sketch_dim=8),
@@ -305,27 +197,27 @@ def test_collection_shares_what_is_equal_and_nothing_else():
             assert isinstance(expected, Estimate)
             continue
         torch.testing.assert_close(values[key], expected, msg=key)
-    alone, shared = Counter(model), Counter(twin)
+    alone, shared = calls_of(model), calls_of(twin)
     TangentAlignment(model, 3, sketch_dim=8).update(x, y)
     pair = MetricCollection([TangentAlignment(twin, 3, sketch_dim=8)], prefix="c_")
     pair.add_metrics({"u": TangentAlignment(twin, 3, sketch_dim=8, centered=False)})
     pair.update(x, y)
-    first = shared.calls
+    first = len(shared)
     pair.update(x, y)
-    assert shared.calls - first == alone.calls  # from the second batch on, one pushforward for both
+    assert len(shared) - first == len(alone)  # from the second batch on, one pushforward for both
 
 
 def test_return_std_error():
-    model, x, y = problem()
-    metric = stream(TangentAlignment(model, 3, sketch_dim=8, return_std_error=True), x, y, [60])
+    model, x, y, _ = problem()
+    metric = feed(TangentAlignment(model, 3, sketch_dim=8, return_std_error=True), x, y, size=[60])
     estimate = metric.compute()
     torch.testing.assert_close(estimate.standard_error, metric.standard_error())
     assert estimate.value.dtype == torch.float64
 
 
 def test_params_and_layers():
-    model, x, y = problem()
-    metric = stream(TangentAlignment(model, 3, method="exact", params=["2.*"]), x, y, [60])
+    model, x, y, _ = problem()
+    metric = feed(TangentAlignment(model, 3, method="exact", params=["2.*"]), x, y, size=[60])
     layer = TangentFeatures(model).kernel(x, per_layer=True)["2"]
     torch.testing.assert_close(metric.compute(), functional.alignment(layer, y))
 
@@ -333,18 +225,18 @@ def test_params_and_layers():
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtypes_and_devices(dtype, device):
-    model, x, y = problem()
-    expected = stream(TangentAlignment(model, 3, method="exact"), x, y, [60]).compute()
+    model, x, y, _ = problem()
+    expected = feed(TangentAlignment(model, 3, method="exact"), x, y, size=[60]).compute()
     model = model.to(device, dtype)
     metric = TangentAlignment(model, 3, sketch_dim=400).to(device)
-    stream(metric, x.to(device, dtype), y.to(device), [30, 30])
+    feed(metric, x.to(device, dtype), y.to(device), size=[30, 30])
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     assert abs(metric.compute().cpu() - expected) < 3.5 * metric.standard_error().cpu() + tolerance * expected
     assert metric.compute().dtype == torch.float64
 
 
 def test_unknown_keyword_is_refused():
-    model, _, _ = problem()
+    model, *_ = problem()
     with pytest.raises(ValueError, match="sketchdim"):
         TangentAlignment(model, 3, sketchdim=8)
 

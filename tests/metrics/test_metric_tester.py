@@ -3,11 +3,10 @@
 import json
 
 import pytest
-import torch
-from metric_tester import METRICS, PROPERTIES, SHARES, MetricTester, digits
+from devices import CUDA
+from metric_rows import METRICS
+from metric_tester import PROPERTIES, SHARES, MetricTester, digits
 from ranks import run_two
-
-CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import oracles
 import pytest
 import torch
 from cases import build
+from metric_rows import NUMBERS, feed, problem
 from torchmetrics import MetricCollection
 
 from alignreg import TangentFeatures, moments
@@ -15,28 +16,7 @@ from alignreg.metrics import (
     TangentTrace,
 )
 
-ALL = [TangentAlignment, TangentTrace, TangentParticipationRatio]
-
-
-def problem(n=60):
-    model, _, _ = build("mlp")
-    x = torch.randn(n, 4, dtype=torch.float64)
-    return model.double(), x, torch.arange(n) % 7 % 3, torch.arange(n) % 5 % 2
-
-
-def number(kind, jac, y, centered):
-    """The oracle of each metric."""
-    if kind is TangentAlignment:
-        return oracles.alignment(jac, y, centered)
-    lam = oracles.eigenvalues(oracles.kernel(oracles.centered_features(jac) if centered else jac))
-    return lam.sum() if kind is TangentTrace else lam.sum() ** 2 / (lam**2).sum()
-
-
-def feed(metric, x, y, group=None, size=15):
-    for start in range(0, len(x), size):
-        cut = slice(start, start + size)
-        metric.update(x[cut], y[cut], None if group is None else group[cut])
-    return metric
+ALL = list(NUMBERS)
 
 
 @pytest.mark.parametrize("centered", [True, False])
@@ -49,7 +29,7 @@ def test_exact_groups(kind, centered):
     jac = oracles.jacobian(model, x)
     for name, rows in (("group_0", group == 0), ("group_1", group == 1), ("total", group >= 0)):
         part = {key: value[rows] for key, value in jac.items()}
-        expected = number(kind, part, oracles.one_hot(y[rows], 3), centered)
+        expected = NUMBERS[kind](part, oracles.one_hot(y[rows], 3), centered)
         assert float(found[name]) == pytest.approx(expected, rel=1e-10)
         assert metric.standard_error()[name] == 0
 
@@ -67,17 +47,23 @@ def test_sketched_groups_are_within_their_errors(kind, centered):
         assert 0 < error < 0.35 * exact[name]
 
 
+MOMENTS = {
+    TangentAlignment: moments.alignment,
+    TangentTrace: moments.trace,
+    TangentParticipationRatio: moments.participation_ratio,
+}
+
+
 @pytest.mark.parametrize("centered", [True, False])
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", MOMENTS)
 def test_values_and_errors_are_those_of_the_moments(kind, centered):
     model, x, y, _ = problem()
     metric = kind(model, 3, sketch_dim=8, centered=centered, return_std_error=True)
     metric.update(x, y)
     ((sums,),) = metric._moments()
-    name = dict(zip(ALL, ("alignment", "trace", "participation_ratio"), strict=True))[kind]
     value, error = metric.compute()
-    assert value == getattr(moments, name)(sums, centered=centered)
-    without = torch.stack([getattr(moments, name)(left_out(sums, a), centered=centered) for a in range(8)])
+    assert value == MOMENTS[kind](sums, centered=centered)
+    without = torch.stack([MOMENTS[kind](left_out(sums, a), centered=centered) for a in range(8)])
     torch.testing.assert_close(error, ((without - without.mean()).square().sum() * 7 / 8).sqrt(), rtol=1e-10, atol=0)
 
 
@@ -153,18 +139,13 @@ def test_collected_metrics_share_one_pushforward(monkeypatch, order):
     pushes = Counter(monkeypatch, "pushforward")
     for expected in (4 + 3 - 1, 4):
         pushes.count = 0
-        feed_collection(collection, x, y)
+        feed(collection, x, y)
         assert pushes.count == expected
         found = collection.compute()
-        for kind in ALL:
+        for kind in (ALL[index] for index in order):
             alone = feed(kind(model, 3, sketch_dim=8), x, y).compute()
             torch.testing.assert_close(found[kind.__name__], alone, rtol=1e-10, atol=0)
         collection.reset()
-
-
-def feed_collection(collection, x, y):
-    for start in range(0, 60, 15):
-        collection.update(inputs=x[start : start + 15], target=y[start : start + 15])
 
 
 def test_forward_does_not_share(monkeypatch):
@@ -173,7 +154,7 @@ def test_forward_does_not_share(monkeypatch):
     pushes = Counter(monkeypatch, "pushforward")
     for _ in range(3):
         collection(x, y)
-    assert pushes.count == 9
+    assert pushes.count == 3 * len(ALL)
 
 
 def test_names_of_states_tell_options_apart():
@@ -195,7 +176,7 @@ def test_targets_that_are_missing(method):
         metric = kind(model, 3, sketch_dim=400, method=method)
         metric.update(x[:20])
         metric.update(x[20:], y[20:])
-        expected = number(kind, oracles.jacobian(model, x), None, True)
+        expected = NUMBERS[kind](oracles.jacobian(model, x), None, True)
         assert abs(metric.compute() - expected) < 3.5 * metric.standard_error() + 1e-9 * expected
     metric = TangentAlignment(model, 3, method=method)
     metric.update(x[:20])
@@ -306,9 +287,7 @@ def test_examples_that_come_twice_have_probes_of_their_own():
 
 def test_layers_are_pulled_back_in_batches_no_larger_than_came(monkeypatch):
     model, x, y, _ = problem(30)
-    metric = LayerwiseAlignment(model, 3, method="sketch")
-    for start in range(0, 30, 12):
-        metric.update(x[start : start + 12], y[start : start + 12])
+    metric = feed(LayerwiseAlignment(model, 3, method="sketch"), x, y, size=12)
     sizes = []
     inner = TangentFeatures.pullback
 

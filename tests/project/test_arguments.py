@@ -181,19 +181,22 @@ class Call(NamedTuple):
     """Arguments that are left alone."""
 
 
-OPTIONS = {"params": None, "forward_fn": None}
-METRIC = {"model": model(), "num_outputs": 3, **OPTIONS, "centered": True}
-SKETCH = {**METRIC, "sketch_dim": 4, "sketch": "gaussian", "seed": 0, "target_mean": None, "groups": None}
-SKETCH |= {"method": "sketch", "return_std_error": False}
-LOSS = {
-    "model": model(),
-    "weight": None,
+def of_a_class(kind):
+    """A call with every option that a metric or loss spells out, by its default where ``OPTIONS`` has no other."""
+    spelled = [p for p in inspect.signature(kind).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    # Metrics set pairs themselves.
+    return Call(kind, {p.name: OPTIONS.get(p.name, p.default) for p in spelled if p.name != "pairs"})
+
+
+OPTIONS = {"model": model(), "num_outputs": 3, "params": None, "forward_fn": None, "sketch_dim": 4, "k": (2,)}
+OPTIONS |= {
+    "max_examples": 5,
+    "probes": 4,
     "examples": 4,
     "every_n_steps": 1,
-    "gradient_accumulation_steps": 1,
-    "seed": 0,
+    "normalize_by_n": False,
+    "micro_batch_size": 2,
 }
-LOSS |= {"centered": True, "per_layer": False, "sync": False, **OPTIONS}
 KY = {"K": KERNEL, "y": LABELS}
 SPECTRUM = {"eigenvalues": VECTOR, "k": (2,)}
 BLOCKS = {"G": GRAM, "block": 1}
@@ -202,22 +205,13 @@ NETS = {"model": model(), "margin": None}
 HISTORY = metrics.PathHistory(VECTOR, VECTOR, VECTOR)
 GRID = {"functions": torch.ones(6, 1), "x": torch.arange(3.0), "y": torch.arange(2.0)}
 CALLS = {
-    "TangentFeatures": Call(TangentFeatures, {"model": model(), "chunk_size": 1, **OPTIONS}),
-    "TangentAlignment": Call(metrics.TangentAlignment, {**SKETCH, "unbiased": False}),
-    "TangentTrace": Call(metrics.TangentTrace, SKETCH),
-    "TangentParticipationRatio": Call(metrics.TangentParticipationRatio, SKETCH),
-    "TangentSpectrum": Call(metrics.TangentSpectrum, {**METRIC, "k": (2,), "per_layer": False, "max_examples": 5}),
-    "LayerwiseAlignment": Call(
-        metrics.LayerwiseAlignment,
-        {**METRIC, "max_examples": 5, "method": "exact", "probes": 4, "seed": 0, "return_std_error": False},
-    ),
-    "PathComplexity": Call(
-        metrics.PathComplexity, {"model": model(), "convention": "paper", "normalize_by_n": False, **OPTIONS}
-    ),
-    "AlignmentLoss": Call(losses.AlignmentLoss, {**LOSS, "probes": 4}),
-    "ComplexityPenalty": Call(losses.ComplexityPenalty, {**LOSS, "probes": 1}),
-    "ParticipationRatioLoss": Call(losses.ParticipationRatioLoss, {**LOSS, "probes": 4}),
-    "KARELoss": Call(losses.KARELoss, {**LOSS, "ridge": 0.1}),
+    "TangentFeatures": Call(TangentFeatures, {"model": model(), "chunk_size": 1, "params": None, "forward_fn": None}),
+    **{
+        name: of_a_class(kind)
+        for module in (metrics, losses)
+        for name, kind in vars(module).items()
+        if isinstance(kind, type) and issubclass(kind, nn.Module) and not inspect.isabstract(kind)
+    },
     "functional.center": Call(functional.center, {"K": KERNEL}),
     "functional.alignment": Call(functional.alignment, {**KY, "centered": True, "unbiased": False}),
     "functional.spectrum": Call(functional.spectrum, {"K": KERNEL}),

@@ -10,23 +10,16 @@ import sys
 import pytest
 import torch
 from paths import RECIPES, ROOT
-from recipe_runs import TINY, module, parse, read, recipe
+from recipe_runs import TINY, module, parse, read, recipe, refused
 
 pytestmark = pytest.mark.usefixtures("recipes_in_this_process")
 PLAIN = [*TINY.split(), "--measure=", "--no-figure"]
 
 
-def refused(monkeypatch, *flags):
-    with pytest.raises(SystemExit) as stop:
-        recipe("train", monkeypatch, *flags)
-    assert "\n" not in str(stop.value)
-    return str(stop.value)
-
-
 def test_batches_that_a_launcher_accumulates_are_refused(tmp_path, monkeypatch):
     """Accelerate would divide the loss, and the recipe step each time."""
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    said = refused(monkeypatch, *PLAIN, "--output_dir", tmp_path / "run")
+    said = refused("train", monkeypatch, *PLAIN, "--output_dir", tmp_path / "run")
     assert "got gradient_accumulation_steps 4" in said
     assert "Unset ACCELERATE_GRADIENT_ACCUMULATION_STEPS" in said
     assert not (tmp_path / "run").exists()
@@ -41,7 +34,7 @@ def test_deepspeed_is_refused(monkeypatch):
 
 
 def test_half_precision_that_would_be_left_out(tmp_path, monkeypatch):
-    said = refused(monkeypatch, *PLAIN, "--mixed_precision", "fp16", "--output_dir", tmp_path / "run")
+    said = refused("train", monkeypatch, *PLAIN, "--mixed_precision", "fp16", "--output_dir", tmp_path / "run")
     assert "--mixed_precision: expected no or bf16 on the CPU, got fp16" in said
     assert not (tmp_path / "run").exists()
 
@@ -168,7 +161,7 @@ def test_files_of_flags_that_cannot_be_meant(name, tmp_path, capsys):
 
 @pytest.mark.parametrize("hidden", [50_000_000, 10**9])
 def test_networks_that_fit_nowhere(hidden, tmp_path, monkeypatch):
-    said = refused(monkeypatch, *PLAIN, "--hidden", hidden, "--depth", 4, "--output_dir", tmp_path / "run")
+    said = refused("train", monkeypatch, *PLAIN, "--hidden", hidden, "--depth", 4, "--output_dir", tmp_path / "run")
     assert "--hidden, --depth: expected a network that fits into the" in said
     assert not (tmp_path / "run").exists()
 

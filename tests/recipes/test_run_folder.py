@@ -11,7 +11,7 @@ import sys
 import types
 
 import pytest
-from recipe_runs import TINY, module, parse, read, recipe
+from recipe_runs import TINY, module, parse, read, recipe, refused
 
 pytestmark = pytest.mark.usefixtures("recipes_in_this_process")
 PLAIN = [*TINY.split(), "--measure=", "--no-figure"]
@@ -20,15 +20,6 @@ STEPS = [*PLAIN, "--steps", "12", "--checkpointing_steps", "4"]
 
 def files(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def refused(*arguments, capsys=None):
-    """What a recipe says when it ends, in one line."""
-    with pytest.raises(SystemExit) as stop:
-        recipe(*arguments)
-    said = f"{capsys.readouterr().err if capsys else ''}{stop.value}"
-    assert "\n" not in str(stop.value)
-    return said
 
 
 @pytest.fixture

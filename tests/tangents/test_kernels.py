@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import MODELS
+from devices import CUDA
 from layer_cases import LAYERS, build, features_of
+from notices import silent
 from oracles import double, jacobian, kernel, matrix
 from torch import nn
 
@@ -141,8 +143,7 @@ def test_outputs_one_after_the_other(name, monkeypatch, by_rules):
         raise RuntimeError("no batching rule")
 
     monkeypatch.setattr(recorder, "vmap", fails)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         warnings.filterwarnings("ignore", message="the model's outputs do not depend")
         close(features.kernel(x), kernel(oracle))
         close(features.trace(x), matrix(oracle).square().sum())
@@ -191,8 +192,7 @@ def test_a_failing_layer_goes_the_general_way_with_one_warning(ask, by_rules):
         close(getattr(features, ask)(x), expected[ask])
     assert len(caught) == 1
     by_rules.clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         for again, value in expected.items():
             close(getattr(features, again)(x), value)
     assert by_rules == {"head.weight", "head.bias"}
@@ -210,8 +210,7 @@ def test_rules_that_break_leave_the_general_way(monkeypatch):
     monkeypatch.setattr(recorder, "visit", lambda run, params, *_, **__: broken() if params else None)
     with pytest.warns(UserWarning, match="slower: out of order"):
         close(features.kernel(x), kernel(oracle))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         close(features.trace(x), matrix(oracle).square().sum())
 
 
@@ -279,8 +278,7 @@ class OneSize(nn.Module):
 
 def test_model_for_batches_of_one_size():
     model, x = OneSize().double(), torch.randn(6, 4, dtype=torch.float64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         close(TangentFeatures(model).kernel(x), kernel(jacobian(model, x)))
         close(
             TangentFeatures(model).kernel(x[:, [0, 0, 1, 1]], per_layer=True)["lin"][:, :, :2],
@@ -319,8 +317,7 @@ def test_lower_precision(name, dtype):
     model = model.to(dtype)
     x = x.to(dtype) if x.is_floating_point() else x
     oracle = kernel(jacobian(model, x))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         K = TangentFeatures(model).kernel(x)
     assert K.dtype == torch.float32
     assert (K.double() - oracle).norm() < {torch.float32: 1e-6}.get(dtype, 0.03) * oracle.norm()
@@ -352,9 +349,7 @@ def test_progress(monkeypatch, capsys):
     capsys.readouterr()
 
 
-@pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
-)
+@pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize(
     "name", ["conv2d, depthwise, dilated", "attention, tokens reshaped", "many tokens", "frames first"]
 )

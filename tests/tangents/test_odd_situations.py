@@ -1,41 +1,18 @@
 """Rarer than those of test_real_networks: what stays as it was, and whose derivative it is, in situations of users."""
 
 import copy
-import sys
-import threading
-import types
-import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from loss_cases import LOSSES, make
 from oracles import jacobian, kernel
+from small_networks import X, Y, gradients, mlp, normalized, trace_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from alignreg import TangentFeatures, sketches
-from alignreg.distributed.wrappers import _note_outputs
 from alignreg.metrics import LayerwiseAlignment, TangentAlignment, TangentTrace
-from alignreg.tangents.switches import eager
-
-X, Y = torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3)), torch.arange(7) % 3
-
-
-def mlp():
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-
-
-def normalized():
-    torch.manual_seed(2)
-    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double()
-
-
-def trace_of(model, x=X):
-    return float(sum(value.square().sum() for value in jacobian(model, x).values()))
 
 
 def everything(model):
@@ -137,106 +114,6 @@ def test_hooks_on_the_gradients_of_all_modules_are_not_in_the_features(name):
     assert not nn.modules.module._global_backward_pre_hooks
 
 
-# --- outputs of another graph -----------------------------------------------------------------------------------------
-
-
-def _of_a_copy(model):
-    return copy.deepcopy(model)(X)
-
-
-def _detached(model):
-    return model[2](torch.tanh(model[0](X)).detach())
-
-
-def _hooked(model):
-    y = model(X)
-    y.register_hook(lambda gradient: 0.1 * gradient)
-    return y
-
-
-def _with_a_hook_of_a_module(model):
-    model[2].register_full_backward_pre_hook(lambda _, after: (0.1 * after[0],))
-    return model(X)
-
-
-GRAPHS = {
-    "a copy": _of_a_copy,
-    "detached": _detached,
-    "hooked": _hooked,
-    "hook of a module": _with_a_hook_of_a_module,
-}
-
-
-@pytest.mark.parametrize("graph", GRAPHS)
-@pytest.mark.parametrize("kind", LOSSES)
-def test_outputs_with_another_graph_are_not_taken(kind, graph):
-    model = mlp()
-    own = make(kind, model, weight=1.0)(X, Y)
-    expected = torch.autograd.grad(own, list(model.parameters()), materialize_grads=True)
-    outputs = GRAPHS[graph](model)
-    assert not TangentFeatures(model).agree(X, outputs)
-    with pytest.warns(UserWarning, match="no graph that serves here"):
-        value = make(kind, model, weight=1.0)(X, Y, outputs=outputs)
-    torch.testing.assert_close(value, own, rtol=1e-10, atol=1e-12)
-    found = torch.autograd.grad(value, list(model.parameters()), materialize_grads=True)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-
-
-def test_hooks_by_which_losses_watch_over_ddp_do_not_count():
-    model = mlp()
-    outputs = model(X)
-    _note_outputs(model, (X,), outputs)
-    assert outputs._backward_hooks
-    assert TangentFeatures(model).agree(X, outputs)
-
-
-def test_outputs_of_experts_of_whom_some_are_used_are_taken():
-    class Experts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.experts = nn.ModuleList(mlp() for _ in range(7))
-
-        def forward(self, x):
-            return sum(torch.where(x[:, 3:] == X[i, 3], self.experts[i](x), 0) for i in range(7) if X[i, 3] in x[:, 3])
-
-    model = Experts()
-    assert TangentFeatures(model).agree(X, model(X))
-    model.idle = nn.Linear(2, 2)
-    with pytest.warns(UserWarning, match="do not depend on"):
-        assert TangentFeatures(model).agree(X, model(X))
-
-
-class Normalized(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net, self.rate, self.detach = normalized(), 0.0, False
-
-    def forward(self, x):
-        h = F.dropout(self.net[:3](x), self.rate, self.training)
-        return self.net[3](h.detach() if self.detach else h)
-
-
-def test_outputs_under_statistics_of_the_batch_are_looked_at_again():
-    model = Normalized().train()
-    reg = make("complexity", model, weight=1.0)
-    own = []
-    for step in range(24):
-        model.rate = 0.5 if step == 16 else model.rate
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            reg.step.zero_()
-            reg(X, Y, outputs=model(X))
-        own += [step] * bool(told)
-    assert own == [23]  # told of once, at the 24th
-    model.rate, reg = 0.0, make("complexity", model, weight=1.0)
-    reg(X, Y, outputs=model(X))
-    reg(X, Y, outputs=model(X))
-    model.detach = True
-    outputs, model.detach = model(X), False
-    with pytest.warns(UserWarning, match="no graph that serves here"):  # whenever the graph is another
-        reg(X, Y, outputs=outputs)
-
-
 # --- the model is as it was -------------------------------------------------------------------------------------------
 
 
@@ -256,11 +133,8 @@ def test_running_statistics_stay_where_modules_run_again_in_the_backward_pass(ki
     before = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
     own, plain = (make(kind, net, weight=1.0)(X, Y) for net in (model, twin))
     torch.testing.assert_close(own, plain, rtol=1e-9, atol=1e-12)
-    gradients = [
-        torch.autograd.grad(value, list(net.parameters()), materialize_grads=True)
-        for value, net in ((own, model), (plain, twin))
-    ]
-    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+    slopes = [gradients(net, value) for value, net in ((own, model), (plain, twin))]
+    torch.testing.assert_close(*slopes, rtol=1e-9, atol=1e-12)
     for name, buffer in model.named_buffers():
         assert buffer is before[name][0]
         torch.testing.assert_close(buffer, before[name][1], rtol=0, atol=0)
@@ -446,46 +320,3 @@ def test_models_that_answer_otherwise_each_time_are_told_of():
     ):
         with pytest.raises(ValueError, match="expected the same outputs whenever it is run on the same inputs"):
             attempt()
-
-
-# --- threads ----------------------------------------------------------------------------------------------------------
-
-
-def test_threads_measure_one_model_one_after_the_other():
-    model = normalized().append(nn.Dropout(0.5)).train()
-    before = [{**module.__dict__} for module in model.modules()]
-    buffers = [id(buffer) for buffer in model.buffers()]
-
-    def measure(_=None):
-        reg = make("complexity", model, weight=1.0)
-        return float(TangentFeatures(model).trace(X)), float(reg(X).detach())
-
-    expected = measure()
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(measure, range(16)))
-    for values in found:
-        assert values == pytest.approx(expected, rel=1e-12)
-    for module, attributes in zip(model.modules(), before, strict=True):
-        assert all(module.__dict__[name] is value for name, value in attributes.items())
-    assert [id(buffer) for buffer in model.buffers()] == buffers
-
-
-def test_the_compiler_may_be_half_imported_by_another_thread(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch._dynamo", types.ModuleType("torch._dynamo"))
-    assert eager(lambda value: value + 1)(1) == 2
-
-
-def test_a_metric_in_a_forward_hook_measures_the_model_that_runs():
-    model = mlp().train()
-    metric, busy = TangentTrace(model, 3, centered=False, method="exact"), threading.Lock()
-
-    def measure(_, inputs, output):
-        if busy.acquire(blocking=False):
-            metric.update(inputs[0])
-            busy.release()
-
-    model.register_forward_hook(measure)
-    model(X).sum().backward()
-    assert float(metric.compute()) == pytest.approx(trace_of(mlp()), rel=1e-9)
-    assert all(module.training for module in model.modules())
-    assert all(p.grad is not None for p in model.parameters())

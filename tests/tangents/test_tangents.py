@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from cases import MODELS, Noisy, build
+from devices import CUDA
 from layer_cases import LAYERS, features_of
 from layer_cases import build as build_layers
 from oracles import call, double, jacobian, kernel, matrix
@@ -278,9 +279,7 @@ def test_neither_forward_nor_twice_names_the_module():
         TangentFeatures(net).pushforward(torch.randn(3, 4), sketches.gaussian(2, seed=0))
 
 
-@pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
-)
+@pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize(
     "name", ["mlp", "cnn", "resnet, batchnorm", "transformer, dict output", "lstm", "checkpointed"]
 )

@@ -1,16 +1,22 @@
-"""Threads that measure models of their own at the same time."""
+"""Threads that measure at the same time: models of their own, and one model."""
 
+import sys
 import threading
+import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from small_networks import gradients
+from loss_cases import make
+from small_networks import X, gradients, mlp, normalized, trace_of
 from torch import nn
 from torch.nn.utils import parametrize
 
+from alignreg import TangentFeatures
 from alignreg.losses import AlignmentLoss
-from alignreg.metrics import TangentAlignment
+from alignreg.metrics import TangentAlignment, TangentTrace
+from alignreg.tangents.switches import eager
 
 
 class Attending(nn.Module):
@@ -86,3 +92,43 @@ def test_threads_measure_models_of_their_own(rounds):
     assert not wrong
     assert len(set(drawn)) == len(drawn)
     assert _switches() == before
+
+
+def test_threads_measure_one_model_one_after_the_other():
+    model = normalized().append(nn.Dropout(0.5)).train()
+    before = [{**module.__dict__} for module in model.modules()]
+    buffers = [id(buffer) for buffer in model.buffers()]
+
+    def measure(_=None):
+        reg = make("complexity", model, weight=1.0)
+        return float(TangentFeatures(model).trace(X)), float(reg(X).detach())
+
+    expected = measure()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(measure, range(16)))
+    for values in found:
+        assert values == pytest.approx(expected, rel=1e-12)
+    for module, attributes in zip(model.modules(), before, strict=True):
+        assert all(module.__dict__[name] is value for name, value in attributes.items())
+    assert [id(buffer) for buffer in model.buffers()] == buffers
+
+
+def test_the_compiler_may_be_half_imported_by_another_thread(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch._dynamo", types.ModuleType("torch._dynamo"))
+    assert eager(lambda value: value + 1)(1) == 2
+
+
+def test_a_metric_in_a_forward_hook_measures_the_model_that_runs():
+    model = mlp().train()
+    metric, busy = TangentTrace(model, 3, centered=False, method="exact"), threading.Lock()
+
+    def measure(_, inputs, output):
+        if busy.acquire(blocking=False):
+            metric.update(inputs[0])
+            busy.release()
+
+    model.register_forward_hook(measure)
+    model(X).sum().backward()
+    assert float(metric.compute()) == pytest.approx(trace_of(mlp()), rel=1e-9)
+    assert all(module.training for module in model.modules())
+    assert all(p.grad is not None for p in model.parameters())

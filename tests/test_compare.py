@@ -197,9 +197,9 @@ def test_a_comparison_from_its_command_and_on(tmp_path, monkeypatch, capsys):
 
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for wrong, message in (
-        (["--output_dir", folder], "holds something"),
+        (["--output_dir", folder], "is not empty"),
         (["--resume", tmp_path], "expected the folder of a comparison"),
-        (["--resume", folder, "--steps", 7], "expected no further flags"),
+        (["--resume", folder, "--steps", 7], "expected no other flags"),
         (["--resume", folder, "--seeds", 1], "expected at least the 3 of the comparison, got 1"),
         (["--report", tmp_path], "expected the folder of a comparison that is done, or its json"),
     ):

@@ -14,12 +14,7 @@ from training.plots import COLORS, Log, pyplot
 
 TEST, ALIGNMENT = "test/accuracy", "test/kernel_alignment"
 RANK, PATH = "train/effective_rank", "train/path_complexity"
-PANELS = {
-    "test accuracy": TEST,
-    "held-out alignment": ALIGNMENT,
-    "effective rank": RANK,
-    "path complexity": PATH,
-}
+PANELS = {"test accuracy": TEST, "held-out alignment": ALIGNMENT, "effective rank": RANK, "path complexity": PATH}
 FIXED = {
     NONE: "k",
     DECAY: "0.55",

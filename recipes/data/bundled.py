@@ -56,18 +56,18 @@ def _disk(x: Tensor) -> Tensor:
 
 
 def _half_disk(x: Tensor) -> Tensor:
-    """The disk, with its classes exchanged in the right half of the square."""
+    """Return the disk with its classes exchanged in the right half of the square."""
     return _disk(x) ^ (x[:, 0] > 0)
 
 
 def _dark(x: Tensor) -> Tensor:
-    """The dark half of a yin and yang: the left half of the disk, plus the upper head and minus the lower one."""
+    """Return the dark half of a yin and yang: the left half of the disk, plus the upper and minus the lower head."""
     upper, lower = ((x - x.new_tensor([0.0, s * RADIUS / 2])).norm(dim=1) < RADIUS / 2 for s in (1, -1))
     return _disk(x) & (((x[:, 0] < 0) & ~lower) | upper)
 
 
 def _dark_with_eyes(x: Tensor) -> Tensor:
-    """The same with eyes: each head holds a disk of the other class."""
+    """Return the same with eyes, a disk of the other class in each head."""
     heads = x.new_tensor([[0.0, RADIUS / 2], [0.0, -RADIUS / 2]])
     return _dark(x) ^ ((x[:, None] - heads).norm(dim=-1) < RADIUS / 5).any(1)
 

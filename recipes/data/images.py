@@ -35,7 +35,7 @@ SPLITS = ("train", "test")
 
 
 def load(name: str, data_path: str | None) -> Split:
-    """Load a data set; inputs ``(n, channels, height, width)`` as uint8.
+    """Load a data set with inputs ``(n, channels, height, width)`` of type uint8.
 
     Args:
         name: one of ``SOURCES``.

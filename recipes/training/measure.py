@@ -65,7 +65,7 @@ class Seen(NamedTuple):
 
 
 def accuracy(seen: Seen) -> Measure:
-    """Loss and accuracy over all training, test and validation examples."""
+    """Log loss and accuracy over all training, test and validation examples."""
     device = seen.accelerator.device
     right = MulticlassAccuracy(seen.data.num_classes, average="micro").to(device)
     loss = MeanMetric(nan_strategy="disable").to(device)  # logs a NaN loss as it is
@@ -91,7 +91,7 @@ def accuracy(seen: Seen) -> Measure:
 
 
 def alignment(seen: Seen) -> Measure:
-    """Sketched alignment with the labels and its standard error, on ``probe_size`` examples of each split."""
+    """Log the sketched alignment with the labels and its standard error, on ``probe_size`` examples of each split."""
     options = {"sketch_dim": seen.config.sketch_dim, "seed": seen.config.seed, "return_std_error": True}
     metric = TangentAlignment(seen.model, seen.data.num_classes, **options).to(seen.accelerator.device)
     loaders = seen.loaders(seen.config.probe_size)
@@ -111,7 +111,7 @@ def alignment(seen: Seen) -> Measure:
 
 
 def held_out(seen: Seen) -> Measure:
-    """Exact alignment with the labels, on ``kernel_size`` examples of each split."""
+    """Log the exact alignment with the labels, on ``kernel_size`` examples of each split."""
     features = TangentFeatures(seen.model)
 
     def measure(*_: object) -> Values:
@@ -124,7 +124,7 @@ def held_out(seen: Seen) -> Measure:
 
 @final
 class PathSoFar:
-    """Complexity of the path so far, from the trace of the kernel on ``kernel_size`` training examples."""
+    """Logs the complexity of the path so far, from the trace of the kernel on ``kernel_size`` training examples."""
 
     def __init__(self, seen: Seen) -> None:
         self.metric = PathComplexity(seen.model).to(seen.accelerator.device)
@@ -139,7 +139,7 @@ class PathSoFar:
 
 
 def ranks(seen: Seen) -> Measure:
-    """Effective rank and participation ratio of the centered kernel of ``kernel_size`` training examples."""
+    """Log effective rank and participation ratio of the centered kernel of ``kernel_size`` training examples."""
     features = TangentFeatures(seen.model)
 
     def measure(*_: object) -> Values:
@@ -153,7 +153,7 @@ def ranks(seen: Seen) -> Measure:
 
 
 def spectrum(seen: Seen) -> Measure:
-    """Trace ratios and largest eigenvalues of the same kernel."""
+    """Log trace ratios and the largest eigenvalues of the same kernel."""
     features = TangentFeatures(seen.model)
 
     def measure(*_: object) -> Values:
@@ -166,7 +166,7 @@ def spectrum(seen: Seen) -> Measure:
 
 
 def layers(seen: Seen) -> Measure:
-    """Alignment of each layer's own kernel with the labels, on the same examples."""
+    """Log the alignment of each layer's own kernel with the labels, on the same examples."""
     options = {"max_examples": seen.config.kernel_size, "sync_on_compute": False}
     metric = LayerwiseAlignment(seen.model, seen.data.num_classes, **options).to(seen.accelerator.device)
 
@@ -179,7 +179,7 @@ def layers(seen: Seen) -> Measure:
 
 
 def groups(seen: Seen) -> Measure:
-    """Alignment within ``kernel_size`` easy and as many difficult training examples, each group centered on its own."""
+    """Log the alignment within ``kernel_size`` easy and as many difficult training examples, each centered alone."""
     features, data, size = TangentFeatures(seen.model), seen.data, seen.config.kernel_size
     marks = {"easy": ~data.difficult, "difficult": data.difficult}
     rows = {name: mark.nonzero()[:size, 0] for name, mark in marks.items()}
@@ -203,7 +203,7 @@ def groups(seen: Seen) -> Measure:
 
 
 def plane(seen: Seen, grid: Tensor | None = None) -> Measure:
-    """Kernel eigenfunctions and gradient norms of the difference of the two outputs, over a square of inputs."""
+    """Log kernel eigenfunctions and gradient norms of the difference of the two outputs, over a square of inputs."""
     if seen.data.train_x.shape[1:] != (2,):
         raise ValueError("--measure: expected a data set of points for plane, such as --dataset disk, got another one.")
     features = TangentFeatures(seen.model, forward_fn=_difference)
@@ -250,7 +250,7 @@ def _difference(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def norms(seen: Seen) -> Measure:
-    """Norm-based measures of complexity, alone and over the margin, the tenth percentile of the training examples."""
+    """Log norm-based measures, alone and over the margin (the tenth percentile of the training examples)."""
     x, y = seen.data.train_x, seen.data.train_y
     initial = {name: tensor.detach().cpu().clone() for name, tensor in seen.model.state_dict().items()}
     measures: dict[str, Callable[..., Tensor]] = {
@@ -291,7 +291,7 @@ QUANTITIES: dict[str, Callable[[Seen], Measure]] = {
 
 @final
 class Measurements:
-    """Loss, accuracy, and the named quantities."""
+    """The measurements of loss, accuracy, and the named quantities."""
 
     def __init__(self, seen: Seen, names: tuple[str, ...]) -> None:
         kinds = [accuracy, *(kind for name, kind in QUANTITIES.items() if name in names)]

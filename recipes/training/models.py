@@ -69,7 +69,7 @@ def size(*arguments: Any, **options: Any) -> float:
 
 
 def mlp(shape: tuple[int, ...], num_classes: int, width: int, depth: int) -> nn.Module:
-    """``depth`` linear layers with rectifiers between them."""
+    """Return ``depth`` linear layers with rectifiers between them."""
     widths = [math.prod(shape), *[width] * (depth - 1), num_classes]
     layers: list[nn.Module] = [nn.Flatten()]
     for index in range(depth):
@@ -78,7 +78,7 @@ def mlp(shape: tuple[int, ...], num_classes: int, width: int, depth: int) -> nn.
 
 
 def cnn(shape: tuple[int, ...], num_classes: int, width: int, depth: int) -> nn.Module:
-    """``depth - 1`` convolutions, pooled after the first, and a linear layer."""
+    """Return ``depth - 1`` convolutions, pooled after the first, and a linear layer."""
     layers: list[nn.Module] = []
     channels, height, breadth = shape
     for index in range(depth - 1):
@@ -93,7 +93,7 @@ def cnn(shape: tuple[int, ...], num_classes: int, width: int, depth: int) -> nn.
 def vgg(
     stages: tuple[int, ...], shape: tuple[int, ...], num_classes: int, width: int, *, batch_norm: bool
 ) -> nn.Module:
-    """Convolutions, pooled after each stage down to one pixel, and a linear layer."""
+    """Return stages of convolutions, each pooled until one pixel is left, and a linear layer."""
     layers: list[nn.Module] = []
     channels, size = shape[0], min(shape[1:])
     for count, factor in zip(stages, (1, 2, 4, 8, 8), strict=True):
@@ -107,7 +107,7 @@ def vgg(
 
 
 def resnet18(shape: tuple[int, ...], num_classes: int, width: int, *, batch_norm: bool) -> nn.Module:
-    """ResNet18 for small images (He et al., 2016): two blocks at each of 1, 1/2, 1/4 and 1/8 of the resolution."""
+    """Return ResNet18 for small images (He et al., 2016), with two blocks at each of 1, 1/2, 1/4, 1/8 resolution."""
     layers: list[nn.Module] = [*_convolution(shape[0], width, batch_norm=batch_norm), nn.ReLU()]
     channels = width
     for stage in range(4):

@@ -180,7 +180,7 @@ def test_blocks_of_a_text():
     assert "old" not in new
     assert f"short table -->\n{comparison.short_table(a)}<!-- end -->\n" in new
     assert comparison.filled(new, a) == new
-    with pytest.raises(ValueError, match=r"expected a mark of one of short table, .*, got nothing"):
+    with pytest.raises(ValueError, match=r"expected a mark for one of short table, .*, got nothing"):
         comparison.filled("<!-- comparison: nothing -->\n<!-- end -->", a)
 
 

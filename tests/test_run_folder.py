@@ -181,7 +181,7 @@ def test_latest_is_of_this_run(tmp_path, begun, monkeypatch, capsys):
     assert "--lr: expected the value of the resumed run, 0.05, got 0.5" in refused(
         "train", monkeypatch, "--config", config, *latest, capsys=capsys
     )
-    assert "expected an --output_dir with it" in refused(
+    assert "expected --output_dir with it" in refused(
         "train", monkeypatch, "--resume_from_checkpoint", "latest", capsys=capsys
     )
     (tmp_path / "other").mkdir()

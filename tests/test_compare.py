@@ -201,7 +201,7 @@ def test_a_comparison_from_its_command_and_on(tmp_path, monkeypatch, capsys):
         (["--resume", tmp_path], "expected the folder of a comparison"),
         (["--resume", folder, "--steps", 7], "expected no other flags"),
         (["--resume", folder, "--seeds", 1], "expected at least the 3 of the comparison, got 1"),
-        (["--report", tmp_path], "expected the folder of a comparison that is done, or its json"),
+        (["--report", tmp_path], "expected the folder of a finished comparison, or its json"),
     ):
         assert message in call(*wrong)
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -215,9 +215,9 @@ def test_a_comparison_from_its_command_and_on(tmp_path, monkeypatch, capsys):
         ("--tasks few10", "--tasks: expected some of noise40, noise20, few100, few300, got few10"),
         ("--seeds 1", "expected at least 2"),
         ("--seed 3", "expected --seeds and --tuning_seeds"),
-        ("--val_size 0", "--val_size: expected a number of examples to hold out"),
+        ("--val_size 0", "--val_size: expected a number of validation examples"),
         ("--dataset mnist --data_path nowhere --methods none,weight_decay", "expected a folder"),
-        ("--config some.yaml --networks mlp", "expected the network of the configuration alone"),
+        ("--config some.yaml --networks mlp", "expected no such flag with --config"),
         ("--hidden x", "invalid int value: 'x'"),
         ("--hiden 8", "unrecognized arguments: --hiden"),
     ],

@@ -195,7 +195,7 @@ BAD = {
     "--reg_every 0": "--reg_every: expected a number of at least 1",
     "--checkpointing_steps -1": "--checkpointing_steps: expected a number of at least 0",
     "--resume_from_checkpoint nowhere": "nowhere: No such folder",
-    "--resume_from_checkpoint .": "it holds no manifest.json and no checkpoints/step_N in it",
+    "--resume_from_checkpoint .": "it holds no manifest.json and no checkpoints/step_N",
     "--resume_from_checkpoint . --config x": "not allowed with argument",
     "--mixed_precision fp3": "--mixed_precision: expected one of",
 }

@@ -147,7 +147,7 @@ def test_a_comparison_from_its_command_and_on(tmp_path, monkeypatch, capsys):
     assert "23 runs, about" in said
     assert said.index("23 runs") < said.index("10 of 10 runs to choose weights to do")
     assert "5 of 5 runs to choose weights on top of weight decay to do" in said
-    assert "8 of 8 runs of fresh seeds to do" in said
+    assert "8 of 8 runs with fresh seeds to do" in said
     names = {path.name for path in folder.iterdir()}
     outcomes = {"comparison.json", "table.md", "findings.md", "paths.png", "explicit.png"}
     assert names == {"plan.json", "few100-mlp", *outcomes}
@@ -183,7 +183,7 @@ def test_a_comparison_from_its_command_and_on(tmp_path, monkeypatch, capsys):
     (folder / "few100-mlp/tune/alignment/0.1/seed-0/done").unlink()
     said = call("--resume", folder, "--seeds", 3)
     assert "1 of 10 runs to choose weights to do" in said
-    assert "4 of 12 runs of fresh seeds to do" in said
+    assert "4 of 12 runs with fresh seeds to do" in said
     longer = json.loads((folder / "comparison.json").read_text())
     assert longer["seeds"] == 3
     assert longer["minutes"] >= found["minutes"]

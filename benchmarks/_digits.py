@@ -1,4 +1,4 @@
-"""Digits, and small networks for them with each kind of normalization."""
+"""The digits data set, and small networks for it with each kind of normalization."""
 
 import torch
 from sklearn.datasets import load_digits
@@ -7,7 +7,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 
 def digits():
-    """Return 1,000 images ``(n, 1, 8, 8)`` with their labels to train on, and 797 to test on."""
+    """Return 1,000 training and 797 test images ``(n, 1, 8, 8)`` with their labels."""
     images, labels = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
     images = images.float().reshape(-1, 1, 8, 8) / 16
     rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
@@ -16,7 +16,7 @@ def digits():
 
 
 def redrawn(labels, share, seed):
-    """Return labels of which a share is drawn anew, uniformly: a tenth of those are right again by chance."""
+    """Return labels with a share redrawn uniformly; a tenth of the redrawn ones stay correct by chance."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.rand(len(labels), generator=generator) < share
     return torch.where(chosen, torch.randint(10, (len(labels),), generator=generator), labels)
@@ -40,7 +40,7 @@ def _mlp(kind, width=64):
 
 
 def cnn(kind, widths=(8, 16), side=2):
-    """Two convolutions; ``side`` is that of the pooled image."""
+    """Return a network of two convolutions that pools the image to ``side`` by ``side``."""
     layers, before = [], 1
     for width in widths:
         layers += [nn.Conv2d(before, width, 3, padding=1), NORMALIZATIONS[kind](width), nn.ReLU()]
@@ -67,7 +67,7 @@ def _resnet(kind, width=8):
 
 
 class _Transformer(nn.Module):
-    """Rows of the image are the tokens."""
+    """A Transformer whose tokens are the rows of the image."""
 
     def __init__(self, width=16, layers=1):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Numbers on the device against those of the CPU in float64, and steps of training in the ways that GPUs have."""
+"""Checks of values on the device against the CPU in float64, and of training steps in GPU-specific modes."""
 
 import contextlib
 import os
@@ -33,22 +33,22 @@ LOSSES = {
 }
 N, OUTPUTS, M = 12, 4, 8
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3}
-"""Of ‖found − exact‖/‖exact‖, for smooth networks."""
+"""Tolerances of ‖found − exact‖/‖exact‖, for smooth networks."""
 TF32 = 5e-2
 ROOT = Path(__file__).parent.parent
 
 
 def difference(found, exact):
-    """‖found − exact‖ / ‖exact‖, in float64 on the CPU."""
+    """Return ‖found − exact‖ / ‖exact‖, computed in float64 on the CPU."""
     found, exact = found.detach().double().cpu(), exact.detach().double().cpu()
     return float((found - exact).norm() / exact.norm().clamp_min(1e-300))
 
 
 @contextlib.contextmanager
 def same_draws():
-    """Let the device get the random numbers that the CPU has, and examples one order in all dtypes.
+    """Give the device the random numbers of the CPU, and order examples alike in all dtypes.
 
-    The two draw other numbers from the same seed, and examples are ordered by their bytes.
+    CPU and device draw different numbers from the same seed, and examples are ordered by their bytes.
     """
     fill, in_bytes = sketches._fill, records._bytes  # noqa: SLF001
 
@@ -78,8 +78,8 @@ def flat(tensors):
     return torch.cat([t.detach().double().flatten().cpu() for t in tensors])
 
 
-def products(model, x, y):  # noqa: ARG001 - as its neighbors
-    """Yield names and values of the kernel and the products with features."""
+def products(model, x, y):  # noqa: ARG001 - the same signature as its neighbors
+    """Yield the names and values of the kernel and of products with the features."""
     features = TangentFeatures(model)
     directions = sketches.gaussian(3, seed=1)
     yield "kernel", features.kernel(x)
@@ -94,7 +94,7 @@ def products(model, x, y):  # noqa: ARG001 - as its neighbors
 
 
 def measures(model, x, y):
-    """Yield names and values of the metrics."""
+    """Yield the names and values of the metrics."""
     made = {
         "TangentAlignment": TangentAlignment(model, OUTPUTS, sketch_dim=M),
         "TangentAlignment exact": TangentAlignment(model, OUTPUTS, method="exact"),
@@ -125,7 +125,7 @@ def measures(model, x, y):
 
 
 def gradients(model, x, y):
-    """Yield names and values of each loss, and of its gradient."""
+    """Yield the names and values of each loss and of its gradient."""
     for name, loss in LOSSES.items():
         reg = loss(model, weight=1.0, examples=None, every_n_steps=1, clip=None).to(x.device)
         model.zero_grad()
@@ -148,19 +148,19 @@ def values(kind, name, device, dtype):
 
 
 def compare(found, exact, tolerance, part, name):
-    """Note the worst of all quantities."""
+    """Record the quantity with the largest error."""
     errors = {key: difference(found[key], exact[key]) for key in exact}
     worst = max(errors, key=lambda key: errors[key] if errors[key] == errors[key] else float("inf"))
-    part.check(name, errors[worst], tolerance, note=f"of {len(errors)} the worst: {worst}")
+    part.check(name, errors[worst], tolerance, note=f"worst of {len(errors)}: {worst}")
 
 
 def numbers(device, budget, part):
-    """All networks and dtypes against the CPU in float64."""
+    """Check all networks and dtypes against the CPU in float64."""
     modes = [("float64", torch.float64, False), ("float32", torch.float32, False)]
     if device == "cuda":
         modes.append(("float32, TF32", torch.float32, True))
     longest = 0.0
-    for name in (name for name in NETWORKS if name != "ViT"):  # the GPT has the same blocks
+    for name in (name for name in NETWORKS if name != "ViT"):  # GPT has the same blocks
         for kind in KINDS:
             start = time.perf_counter()
             if not budget.allows(1.5 * longest + 1):
@@ -181,7 +181,7 @@ def numbers(device, budget, part):
 
 
 def modes(checks, budget, part):
-    """Ways to train: each check returns its error and how large it may be."""
+    """Check the modes of training; each check returns its error and its tolerance."""
     for name, check in checks.items():
         if not budget.allows(10):
             part.skipped(name, "no time left")
@@ -199,14 +199,14 @@ def modes(checks, budget, part):
 
 
 def files():
-    """Return the files of tests that have a case for CUDA and need nothing of the recipes."""
+    """Return the test files that have a case for CUDA and do not need the recipes."""
     found = sorted((ROOT / "tests").rglob("test_*.py"))
     mine = [path for path in found if "cuda" in path.read_text().lower()]
     return [path for path in mine if path.parent.name not in ("recipes", "benchmarks")]
 
 
 def tests(device, budget, part):
-    """Run the cases of the device of the test suite."""
+    """Run the tests of the suite that are for this device."""
     if not budget.allows(20):
         part.skipped("tests", "no time left")
         return
@@ -223,7 +223,7 @@ def tests(device, budget, part):
     print(done.stdout[-3000:], done.stderr[-1000:])
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error|skipped)", done.stdout)}
     if done.returncode not in (0, 1) or not counts.get("passed"):
-        said = (done.stdout + done.stderr).strip().splitlines() or ["nothing said"]
+        said = (done.stdout + done.stderr).strip().splitlines() or ["no output"]
         part.failed("tests", RuntimeError(f"pytest ended with {done.returncode}: {said[-1]}"))
         return
     broken = re.findall(r"^(?:FAILED|ERROR) (\S+.*)$", done.stdout, re.MULTILINE)
@@ -232,7 +232,7 @@ def tests(device, budget, part):
     part.check(f"tests -k '{selected}'", float(wrong), 0.0, note="; ".join([told, *broken])[:1500])
 
 
-def run(device, small, budget, part):  # noqa: ARG001 - small as it is
+def run(device, small, budget, part):  # noqa: ARG001 - this part is always small
     """Run this part."""
     later = 0.4 * budget.left
     modes(_gpu_modes.checks(device), budget, part)

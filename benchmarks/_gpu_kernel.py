@@ -1,4 +1,4 @@
-"""Exact kernels: ours, torch.func's, and NNGeometry's where it can be imported, for more and more examples."""
+"""Exact kernels of alignreg, torch.func and (if installed) NNGeometry, for growing numbers of examples."""
 
 from importlib.util import find_spec
 
@@ -10,18 +10,18 @@ from _gpu_networks import NETWORKS, free_bytes, peak, problem, release, reset_pe
 from alignreg import TangentFeatures
 
 FIRST = {"GPT": 2, "MLP": 32}
-"""How many examples to begin with; 8 otherwise."""
+"""The first number of examples; 8 for the other networks."""
 TOLERANCE = 2e-3
 MOST = 4096
 
 
-def by_alignreg(model, x, room):  # noqa: ARG001 - as its neighbors
+def by_alignreg(model, x, room):  # noqa: ARG001 - the same signature as its neighbors
     features = TangentFeatures(model)
     return lambda: features.kernel(x)
 
 
 def by_torch_func(model, x, room):
-    """Jacobians of blocks of examples, contracted parameter by parameter: two blocks are in memory at a time."""
+    """Contract Jacobians of blocks of examples, parameter by parameter, with two blocks in memory at a time."""
     rows = exact_kernel.rows(model)
     one = sum(p.numel() * p.element_size() for p in model.parameters()) * model(x[:1]).shape[1]
     # vmap and jacrev hold about two copies of what they return.
@@ -58,14 +58,14 @@ if find_spec("nngeometry"):
 
 
 def grow(measure, first, budget, seconds):
-    """Measure twice as many each time, until the next, at four times the time, would not end.
+    """Double the number of examples until the next measurement, at four times the time, would not finish in time.
 
     Args:
-        measure: takes a number of examples; returns how long all of it took and how long one kernel took, or ``None``
-            to stop.
-        first: the first number.
-        budget: of all.
-        seconds: for these alone.
+        measure: a function of the number of examples that returns the seconds of the whole measurement and of one
+            kernel, or ``None`` to stop.
+        first: the first number of examples.
+        budget: the time for all measurements.
+        seconds: the time for these measurements alone.
     """
     n, left = first, seconds
     while n <= MOST:
@@ -74,13 +74,13 @@ def grow(measure, first, budget, seconds):
             return
         taken, one = found
         left -= taken
-        if 9 * one > min(left, budget.left):  # a kernel to warm up, and one to measure
+        if 9 * one > min(left, budget.left):  # one kernel to warm up, one to measure
             return
         n *= 2
 
 
 def measured(network, method, size, device, part, kept):
-    """Return a function that measures one number of examples, notes it, and keeps the first kernel."""
+    """Return a function that measures and records one number of examples, and keeps the first kernel."""
 
     def measure(n):
         total = 0.0
@@ -119,7 +119,7 @@ def measured(network, method, size, device, part, kept):
 
 
 def compare(network, part, kept):
-    """Hold the first kernels and the times at the largest number that all took against ours."""
+    """Compare the first kernels, and the times at the largest number that both methods reached, with ours."""
     for method in METHODS:
         if method == "alignreg" or (network, method) not in kept:
             continue
@@ -132,7 +132,7 @@ def compare(network, part, kept):
 
 
 def tf32_row(network, n, size, device, part):
-    """The same with products rounded to TF32."""
+    """Measure with products rounded to TF32."""
     model, x = problem(network, n, size, device)
     run = by_alignreg(model, x, None)
     exact = run()
@@ -143,7 +143,7 @@ def tf32_row(network, n, size, device, part):
 
 
 def shares(network, n, size, device, part):
-    """Which part of the time GEMMs and convolutions take."""
+    """Measure the share of the time that GEMMs and convolutions need."""
     for method, make in METHODS.items():
         model, x = problem(network, n, size, device)
         run = make(model, x, free_bytes(device))
@@ -153,7 +153,7 @@ def shares(network, n, size, device, part):
 
 
 def guarded(what, part, call):
-    """Leave out what fails beside the measurements."""
+    """Skip an extra measurement that fails."""
     try:
         call()
     except Exception as error:  # noqa: BLE001
@@ -174,7 +174,7 @@ def run(device, small, budget, part):
                     share = min(share, 3.0)
                 grow(measured(network, method, size, device, part, kept), FIRST.get(network, 8), budget, share)
             guarded(f"{network}: comparison", part, lambda network=network, kept=kept: compare(network, part, kept))
-            # What took a second at most.
+            # The largest number that needs at most a second.
             ns = [key[2] for key, value in kept.items() if len(key) == 3 and key[1] == "alignreg" and value < 1]
             largest[network] = max(ns, default=FIRST.get(network, 8))
         for network, n in largest.items():

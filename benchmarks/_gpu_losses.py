@@ -1,4 +1,4 @@
-"""Steps of training with each loss, over plain ones."""
+"""Training steps with each loss, relative to plain steps."""
 
 import math
 import statistics
@@ -10,11 +10,11 @@ from losses import LOSSES, STRIDE, Training
 
 METHODS = ("plain", *LOSSES)
 EXPECTED = {("ResNet18", "kare"): 500.0}
-"""In plain steps: rows of the whole Jacobian, where statistics are those of the batch."""
+"""Expected plain steps per step: with batch statistics KARE needs the rows of the whole Jacobian."""
 
 
 def networks(size):
-    """Return the networks of this part by name: how to build them, and the shape of an input."""
+    """Return the constructor and the input shape of each network, by name."""
     resnet_width, width = SIZES["ResNet18"][size], SIZES["Transformer"][size]
     return {
         "ResNet18": (lambda c: resnet(resnet_width, c), INPUTS["resnet"]),
@@ -23,12 +23,12 @@ def networks(size):
 
 
 def begin(name, network, autocast, batch, device, share, note):
-    """Return what trains by each method, and its memory; methods of which a stride takes too long are noted."""
+    """Return the training and the memory of each method; record the methods that are too slow."""
     trainings, memory, plain = {}, {}, 0.0
     for method in METHODS:
         expected = EXPECTED.get((name, method), 0.0)
         if expected * plain > share:
-            note(method, f"a step takes some {expected:.0f} plain ones")
+            note(method, f"a step needs about {expected:.0f} plain steps")
             continue
         training = Training(network, method, device, batch=batch, autocast=autocast)
         before = reset_peak(device)

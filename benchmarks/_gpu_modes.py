@@ -1,7 +1,7 @@
-"""Steps of training in the ways that GPUs have: whatever the task does, the loss's gradient is what it is alone.
+"""Training steps in GPU-specific modes: whatever the mode of the task, the gradient of the loss stays the same.
 
-Each check takes gradients of a step of task and loss, and those of the task's step alone; what is between the two is
-compared with the gradient of the loss in a plain step.
+Each check subtracts the gradient of a step of the task alone from that of a step of task and loss, and compares the
+difference with the gradient of the loss in a plain step.
 """
 
 import contextlib
@@ -24,19 +24,19 @@ from alignreg.metrics import TangentAlignment, TangentTrace
 N, C = 12, 4
 LOSSES = (ComplexityPenalty, AlignmentLoss, ParticipationRatioLoss, KARELoss)
 QUICK = {"ResNet18": LOSSES[:3]}
-"""All others take all losses; KARE goes by rows of the whole Jacobian where statistics are those of the batch."""
+"""Other networks use all losses; with batch statistics KARE needs the rows of the whole Jacobian."""
 TOLERANCE = 2e-3
-"""float32; the difference of two steps has the rounding of both."""
+"""For float32; the difference of two steps has the rounding error of both."""
 
 
 def loss_of(kind, model, device, **options):
-    # So heavy that it stands out from the rounding of the task.
+    # The weight is large enough to stand out from the rounding error of the task.
     return kind(model, weight=100.0, examples=None, every_n_steps=1, clip=None, **options).to(device)
 
 
 def flat(model):
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
-    whole = [grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in grads]  # of shards
+    whole = [grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in grads]  # shards
     return torch.cat([grad.detach().double().flatten().cpu() for grad in whole])
 
 
@@ -45,7 +45,7 @@ def relative(found, expected):
 
 
 def alone(kind, model, x, y):
-    """The loss's gradient in no way at all."""
+    """Return the gradient of the loss in a plain step."""
     model.zero_grad()
     loss_of(kind, model, x.device.type)(x, y).backward()
     return flat(model)
@@ -57,7 +57,7 @@ def made(name, device):
 
 
 def worst(name, device, step, *, prepare=lambda model, x: (model, x)):
-    """Return the largest error over losses of ``step(model, x, y, reg)``, which does a step up to the gradients."""
+    """Return the largest error over losses; ``step(model, x, y, reg)`` computes the gradients of a training step."""
     model, x, y = made(name, device)
     errors = []
     for kind in QUICK.get(name, LOSSES):
@@ -80,7 +80,7 @@ def plain(model, x, y, reg):
 
 
 def scaled(device, dtype):
-    """A step under autocast, with the loss inside it, and a scaler."""
+    """Return a step under autocast, including the loss, with a gradient scaler."""
 
     def step(model, x, y, reg):
         scaler = torch.amp.GradScaler(device, init_scale=2.0**8, enabled=dtype == torch.float16)
@@ -98,10 +98,10 @@ def scaled(device, dtype):
 
 
 def attention(device, backend):
-    """The user's forward pass asks for a fused kernel, and the loss is inside the block."""
+    """Return a step that requests an attention kernel for the forward pass and the loss."""
 
     def step(model, x, y, reg):
-        # The flash kernel takes half precision alone, on a GPU.
+        # On a GPU the flash kernel accepts half precision alone.
         half = device == "cuda" and backend == SDPBackend.FLASH_ATTENTION
         with sdpa_kernel(backend), torch.autocast(device, torch.bfloat16, enabled=half):
             plain(model, x, y, reg)
@@ -122,7 +122,7 @@ def channels_last(name, device):
 
 
 def backend_of(device):
-    """Return inductor if it has what it compiles with."""
+    """Return inductor if its compiler is available."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     return "inductor" if device == "cuda" and compiler else "aot_eager"
 
@@ -137,7 +137,7 @@ def compiled(device, *, whole):
     def prepare(model, x):
         return (model if whole else torch.compile(model, backend=backend_of(device))), x
 
-    torch._dynamo.reset()  # noqa: SLF001 - its own way to forget
+    torch._dynamo.reset()  # noqa: SLF001 - there is no public reset
     try:
         return worst("MLP", device, step, prepare=prepare)
     finally:
@@ -145,7 +145,7 @@ def compiled(device, *, whole):
 
 
 def cuda_graph(device):
-    """A step of the task that is captured and replayed, and the loss outside it, before and after the capture."""
+    """Check the loss outside a captured and replayed step of the task, before and after the capture."""
     if device != "cuda":
         return "CUDA alone"
     model, x, y = made("MLP", device)
@@ -154,7 +154,7 @@ def cuda_graph(device):
         expected = alone(kind, model, x, y)
         reg = loss_of(kind, model, device)
         reg(x, y).backward()
-        reg.step.zero_()  # the same probes again
+        reg.step.zero_()  # so that the same probes are drawn again
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -175,7 +175,7 @@ def cuda_graph(device):
 
 @contextlib.contextmanager
 def one_process(device):
-    """A process group of this process alone."""
+    """Run the block in a process group of this process alone."""
     with tempfile.TemporaryDirectory() as folder:
         backend = "nccl" if device == "cuda" else "gloo"
         if device == "cuda":
@@ -188,7 +188,7 @@ def one_process(device):
 
 
 def distributed(device, *, sync):
-    """Losses under DDP."""
+    """Check the losses under DDP."""
     with one_process(device):
         model, x, y = made("ResNet18", device)
         errors = []
@@ -206,7 +206,7 @@ def distributed(device, *, sync):
 
 
 def sharded(device):
-    """Losses under fully_shard."""
+    """Check the losses under fully_shard."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -227,7 +227,7 @@ def sharded(device):
 
 
 def synced_metrics(device):
-    """Metrics whose sums go over the ranks."""
+    """Check metrics that sum over ranks."""
     model, x, y = made("MLP", device)
     values = []
     for group in (contextlib.nullcontext(), one_process(device)):
@@ -241,7 +241,7 @@ def synced_metrics(device):
 
 
 def default_device(device):
-    """A default device that is set, and a model on the CPU."""
+    """Check a model on the CPU while another default device is set."""
     model, x, y = made("MLP", "cpu")
     expected = TangentFeatures(model).kernel(x)
     grads = alone(AlignmentLoss, model, x, y)
@@ -254,7 +254,7 @@ def default_device(device):
 
 
 def checks(device):
-    """Return all checks by name; each returns error and tolerance, or why it is not for this device."""
+    """Return all checks by name; each returns error and tolerance, or the reason why it does not apply."""
     group = "NCCL" if device == "cuda" else "gloo"
     efficient = SDPBackend.EFFICIENT_ATTENTION if device == "cuda" else SDPBackend.MATH
     return {
@@ -276,7 +276,7 @@ def checks(device):
 
 
 def compilations(device):
-    """Return the checks that take long, as :func:`checks` does."""
+    """Return the slow checks, in the format of :func:`checks`."""
     backend = backend_of(device)
     return {
         f"compiled model, {backend}": lambda: compiled(device, whole=False),

@@ -1,4 +1,4 @@
-"""Networks for a run on a GPU, and how long they take there, in how much memory."""
+"""Networks for a run on a GPU, and functions that measure time and memory."""
 
 import contextlib
 import math
@@ -15,7 +15,7 @@ C = 10
 
 
 class Block(nn.Module):
-    """A block of a Transformer, normalized first."""
+    """A pre-norm block of a Transformer."""
 
     def __init__(self, width, heads, *, causal):
         super().__init__()
@@ -33,7 +33,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 of 124 M parameters, the embedding tied to the head; the logits of a few tokens after the last one."""
+    """GPT-2 with 124 M parameters and tied embeddings; it returns the next-token logits of a few tokens."""
 
     def __init__(self, c, *, vocabulary=50257, width=768, layers=12, heads=12, positions=1024):
         super().__init__()
@@ -54,7 +54,7 @@ class GPT(nn.Module):
 
 
 class ViT(nn.Module):
-    """ViT-tiny: 12 layers of width 192, patches of 4x4 of an image of 32x32, the mean over patches."""
+    """ViT-tiny: 12 layers of width 192 on 4x4 patches of a 32x32 image, with the mean over patches."""
 
     def __init__(self, c, *, width=192, layers=12, heads=3):
         super().__init__()
@@ -81,7 +81,7 @@ NETWORKS = (*BY_WIDTH, "ViT", "GPT")
 
 
 def smooth(model):
-    """Replace what has a kink: where an input rounds to its other side, another dtype or device has another slope."""
+    """Replace activations that have a kink, whose slope can depend on how the device or dtype rounds its input."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.ReLU):
@@ -114,7 +114,7 @@ def labels(n, device="cpu", c=C):
 
 
 def seconds(run, device):
-    """How long a call takes: between events on a GPU, which has nothing left to do before."""
+    """Return the duration of a call, on a GPU between events and after all earlier work is done."""
     if device == "cpu":
         start = time.perf_counter()
         run()
@@ -129,7 +129,7 @@ def seconds(run, device):
 
 
 def reset_peak(device):
-    """Begin to watch memory, and return in MiB what is in use now."""
+    """Reset the peak of memory, and return the memory in use now, in MiB."""
     if device == "cpu":
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
@@ -140,7 +140,7 @@ def reset_peak(device):
 
 
 def peak(device):
-    """Return the most memory in MiB that was in use since."""
+    """Return the peak of memory since the reset, in MiB."""
     return _status("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated() / 2**20
 
 
@@ -157,7 +157,7 @@ def release(device):
 
 
 def free_bytes(device):
-    """Memory that may still be taken; of a CPU what these runs are to be content with."""
+    """Return the bytes of memory that are free; for a CPU a fixed limit for these runs."""
     if device == "cpu":
         return 4 * 2**30
     free, _ = torch.cuda.mem_get_info()
@@ -165,7 +165,7 @@ def free_bytes(device):
 
 
 def forward_backward(model, x, y):
-    """One pass of the task, as the unit of cost."""
+    """Return a function that runs one pass of the task, the unit of cost."""
 
     def run():
         model.zero_grad()
@@ -174,13 +174,13 @@ def forward_backward(model, x, y):
     return run
 
 
-# nvjet: cuBLAS on Hopper; xmma, cudnn, implicit, wgrad, dgrad, fprop: convolutions.
+# nvjet names cuBLAS on Hopper; xmma, cudnn, implicit, wgrad, dgrad and fprop name convolutions.
 PRODUCTS = re.compile(r"gemm|gemv|cutlass|cublas|nvjet|xmma|cudnn|implicit|wgrad|dgrad|fprop|conv", re.IGNORECASE)
 PRODUCTS_ON_CPU = re.compile(r"aten::(mm|addmm|bmm|baddbmm|addmv|mv|dot|.*conv.*)$")
 
 
 def share_of_products(run, device):
-    """Return which part of the busy time products of matrices and convolutions take."""
+    """Return the share of matrix products and convolutions in the busy time."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 

@@ -1,4 +1,4 @@
-"""The training recipe on the device: a run as it is, and one that is stopped and resumed."""
+"""The training recipe on the device: an uninterrupted run, and a run that is stopped and resumed."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 NEEDED = ("accelerate", "safetensors", "sklearn", "yaml", "psutil")
-# Progress bars alone: a machine without them is to run the recipe all the same.
+# This replaces progress bars alone, so that the recipe runs on a machine without rich.
 STAND_IN = """\
 import sys
 from unittest.mock import MagicMock
@@ -27,13 +27,13 @@ def train(flags, env, budget):
         command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=max(1.0, budget.left), check=False
     )
     if done.returncode:
-        said = [text for text in done.stderr.splitlines() if text.strip()] or ["no word"]
+        said = [text for text in done.stderr.splitlines() if text.strip()] or ["no output"]
         raise RuntimeError(f"train.py ended with {done.returncode}: {said[-1]}")
     return time.perf_counter() - start
 
 
 def apart(left, right):
-    """The largest relative difference of two logs; infinite if they have other lines."""
+    """Return the largest relative difference of two logs; infinite if their keys or lines differ."""
     if [line.keys() for line in left] != [line.keys() for line in right]:
         return float("inf")
     pairs = [(a[key], b[key]) for a, b in zip(left, right, strict=True) for key in a]
@@ -55,7 +55,7 @@ def run(device, small, budget, part):
         flags += ["--sketch_dim", "8", "--probe_size", "100", "--kernel_size", "10", "--log_spacing", "2"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        # As cuBLAS wants it, to give the same bits again.
+        # cuBLAS needs this to reproduce results bit for bit.
         env = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
         if find_spec("rich") is None:
             (folder / "stand_in" / "rich").mkdir(parents=True)
@@ -79,5 +79,5 @@ def run(device, small, budget, part):
         again = (folder / "broken" / "metrics.jsonl").read_text()
         part.row(run="stopped and resumed", steps=steps, seconds=first + second, same_bytes=str(again == log))
         error = apart(*([json.loads(line) for line in text.splitlines()] for text in (log, again)))
-        # On a GPU sums of many threads may come in another order.
+        # On a GPU, sums over threads may run in another order.
         part.check("a resumed run has the log of an unbroken one", error, 0.0 if device == "cpu" else 1e-4)

@@ -1,4 +1,4 @@
-"""What a run on a GPU writes down, and how much time it has. Standard library alone: it must not fail."""
+"""The record and the time budget of a run on a GPU; standard library alone, because it must not fail."""
 
 import json
 import math
@@ -8,11 +8,11 @@ import subprocess
 import time
 
 LINES = 60
-"""The most that the summary may have."""
+"""The largest number of lines of the summary."""
 
 
 class Budget:
-    """Time until a moment of the wall clock, which other processes share."""
+    """The time left until a deadline of the wall clock, which other processes share."""
 
     def __init__(self, deadline):
         self.deadline = deadline
@@ -22,12 +22,12 @@ class Budget:
         return max(0.0, self.deadline - time.time())
 
     def allows(self, seconds):
-        """Whether something that takes so long would end in time."""
+        """Return whether something of this duration would finish in time."""
         return self.left > seconds
 
 
 def shares(weights, seconds):
-    """What each part gets, where all before it took what was theirs."""
+    """Return the seconds of each part, in proportion to the weights."""
     return {part: seconds * weight / sum(weights.values()) for part, weight in weights.items()}
 
 
@@ -36,7 +36,7 @@ def read(path):
 
 
 def write(path, found):
-    """Atomically: who is killed here leaves the json as it was."""
+    """Write atomically, so that a process killed here leaves the json unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
     new.write_text(json.dumps(found, indent=1) + "\n")
@@ -44,7 +44,7 @@ def write(path, found):
 
 
 class Record:
-    """One part of the json, written anew with every row."""
+    """One part of the json, which is rewritten with every row."""
 
     def __init__(self, path, part):
         self.path, self.part = path, part
@@ -69,7 +69,7 @@ class Record:
         self._append("rows", values)
 
     def check(self, name, error, tolerance, note=""):
-        """Note what a check of correctness found; NaN fails."""
+        """Record the result of a check; NaN fails."""
         ok = bool(error <= tolerance)
         shown = error if math.isfinite(error) else None
         note = note if math.isfinite(error) else f"{note} (error is {error})".strip()
@@ -78,17 +78,17 @@ class Record:
         return ok
 
     def failed(self, name, error):
-        """Note a check that raised."""
+        """Record a check that raised."""
         said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         self._append("checks", {"name": name, "error": None, "tolerance": 0.0, "ok": False, "note": said})
 
     def skipped(self, name, why):
-        """Note what was not run."""
+        """Record something that was not run."""
         self._append("rows", {"name": name, "not_run": why})
 
 
 def in_process(command, seconds, errors, *, cwd, env):
-    """Run a command and all that it starts for so long at most; return how it ended."""
+    """Run a command and its children for at most ``seconds``; return how it ended."""
     with errors.open("w") as file:
         process = subprocess.Popen(command, stderr=file, cwd=cwd, env=env, start_new_session=True)  # noqa: S603
         try:
@@ -102,16 +102,16 @@ def in_process(command, seconds, errors, *, cwd, env):
     if code == 0:
         return "done"
     said = [text for text in errors.read_text(errors="replace").splitlines() if text.strip()]
-    return f"crashed ({code}): {(said or ['no word'])[-1][:300]}"
+    return f"crashed ({code}): {(said or ['no output'])[-1][:300]}"
 
 
 def is_failed(part):
-    """Whether a part of the json shows a fault: a check that failed, or no proper end."""
+    """Return whether a part of the json has a failed check or did not finish."""
     return not part.get("status", "").startswith("done") or not all(check["ok"] for check in part["checks"])
 
 
 def line(row):
-    """Return one row as text."""
+    """Return a row as text."""
     return "  ".join(f"{key.replace('_', ' ')} {cell(value)}" for key, value in row.items() if value is not None)
 
 
@@ -120,7 +120,7 @@ def cell(value):
 
 
 def summary(found, parts):
-    """Return the lines to end with: of each part its faults, and the last row of each kind."""
+    """Return the lines of the summary: the faults of each part, and its last row of each kind."""
     first = next((found[part] for part in parts if part in found), {})
     lines = [line({key: value for key, value in first.items() if isinstance(value, str) and key != "status"})[:200]]
     shown = {part: _shown(found[part]) if part in found else [] for part in parts}

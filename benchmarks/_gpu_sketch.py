@@ -1,4 +1,4 @@
-"""Updates of TangentAlignment, in forward and backward passes of the same batch."""
+"""The cost of updates of TangentAlignment, in forward and backward passes of the same batch."""
 
 import statistics
 from unittest import mock
@@ -11,11 +11,11 @@ from alignreg.metrics import TangentAlignment
 
 M = 64
 BATCH = {"GPT": 8}
-"""64 otherwise."""
+"""Examples per batch; 64 for the other networks."""
 
 
 def directions_at_a_time(run):
-    """Return the most directions that are drawn at once."""
+    """Return the largest number of directions that are drawn at once."""
     block, most = sketches.RandomDirections.block, []
 
     def noted(self, name, like, start, stop):
@@ -28,7 +28,7 @@ def directions_at_a_time(run):
 
 
 def repeated(run, device, budget, most=5):
-    """Return the median of up to so many repeats, one at least."""
+    """Return the median time of up to ``most`` repeats, and at least one."""
     times = [seconds(run, device)]
     while len(times) < most and budget.allows(2 * times[0]) and sum(times) < 3:
         times.append(seconds(run, device))

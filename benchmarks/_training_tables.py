@@ -1,4 +1,4 @@
-"""The tables of benchmarks/training.json, for texts with marks."""
+"""Tables of benchmarks/training.json, for texts with marks."""
 
 import re
 import statistics
@@ -13,7 +13,7 @@ def mean(value, decimals=3):
 
 
 def penalty_table(rows):
-    """Accuracies by how the penalty normalizes, one column a weight."""
+    """Return accuracies by the normalization of the penalty, with one column per weight."""
     weights = sorted({row["weight"] for row in rows})
     lines = []
     for labels, title in LABELS.items():
@@ -25,7 +25,7 @@ def penalty_table(rows):
 
 
 def examples_table(rows):
-    """What few examples do, with statistics of the batch and without."""
+    """Return the effect of using few examples, with and without batch statistics."""
     decimals = {"value_bias": 2, "value_spread": 2, "gradient_bias": 2, "gradient_spread": 2}
     decimals |= {"accuracy_clean": 3, "accuracy_noisy": 3}
     lines = []
@@ -36,7 +36,7 @@ def examples_table(rows):
 
 
 def cost_table(rows):
-    """Evaluations in plain steps: with statistics of the batch, and with running ones."""
+    """Return the cost of evaluations in plain steps, with batch statistics and with running statistics."""
     networks = dict.fromkeys(f"{row['network']}, {row['normalization']}" for row in rows)
     lines = []
     for loss in DEFAULTS:
@@ -46,7 +46,7 @@ def cost_table(rows):
 
 
 def networks_table(rows):
-    """Accuracies at a tenth of the default weight, at it, and at three times it; bold if far below none."""
+    """Return accuracies at 0.1, 1 and 3 times the default weight, in bold if far below those without a loss."""
 
     def of(row):
         return row["network"], row["normalization"], row["labels"]
@@ -69,7 +69,7 @@ TABLES = {"penalty": penalty_table, "examples": examples_table, "cost": cost_tab
 
 
 def filled(text, found):
-    """Return a text with its tables made anew, between ``<!-- training: PART -->`` and ``<!-- end -->``."""
+    """Return a text with its tables between ``<!-- training: PART -->`` and ``<!-- end -->`` regenerated."""
 
     def table(match):
         return f"{match['mark']}\n{TABLES[match['part']](found[match['part']])}{match['end']}"
@@ -78,7 +78,7 @@ def filled(text, found):
 
 
 def _by_weight(rows, default, least):
-    """Return all three accuracies, or only that at the default weight where the others were not run."""
+    """Return all three accuracies, or only that at the default weight if the others were not run."""
     found = {row["weight"]: _accuracy(row, least) for row in rows}
     return " / ".join(found[weight] for weight in sorted(found)) if len(found) == 3 else found.get(default, "–")
 

@@ -1,16 +1,16 @@
-"""Do the tangent features align with easy examples first, and more? Groups of one metric along training.
+"""Do the tangent features align with easy examples first, and more?
 
     python benchmarks/easy_difficult.py [--seeds 5] [--json benchmarks/easy_difficult.json]
     python benchmarks/easy_difficult.py --report [--figure docs/images/easy_difficult.png]
 
-Digits, an MLP 64-256-256-10, SGD (learning rate 0.05, momentum 0.9, batches of 64), 3000 steps. Of 1000 training labels
-20 % are redrawn uniformly, so that about one in ten of these stays right: they are the difficult examples, and as many
-of the others, drawn at random, the easy ones (alignment depends on the number of examples). Alignment is that of each
-group's training labels with its own kernel, by TangentAlignment(groups=("easy", "difficult")), 128 directions. A seed
-changes initialization, batches, redrawn labels and the choice of easy examples.
+An MLP 64-256-256-10 is trained on digits for 3000 steps of SGD (learning rate 0.05, momentum 0.9, batches of 64). Of
+1000 training labels 20 % are redrawn uniformly, and about one in ten of these stays correct. They are the difficult
+examples; the easy examples are as many others, drawn at random, because alignment depends on the number of examples.
+TangentAlignment(groups=("easy", "difficult")) measures the alignment of each group's training labels with its own
+kernel, from 128 directions. The seed changes initialization, batches, redrawn labels and the choice of easy examples.
 
-A control tells what is due to difficulty from what is due to labels: "relabeled" redraws the labels of the easy group
-in the measurement alone, so that the network has not been trained on them.
+A control separates the effect of difficulty from that of labels: "relabeled" redraws the labels of the easy group in
+the measurement alone, so the network has not been trained on them.
 """
 
 import argparse
@@ -31,7 +31,7 @@ STEPS = sorted({0, *(round(1.4**k) for k in range(24)), 3000})
 
 
 def problem(seed):
-    """Training data and, for each group, which examples and their labels."""
+    """Return the training data and, for each group, its examples and their labels."""
     pixels, labels = load_digits(return_X_y=True)
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(labels), generator=generator)[:1000]
@@ -82,7 +82,7 @@ def spread(values):
 
 
 def first(log, name, share):
-    """The first step at which a curve has gone so far of the way from its start to its highest point."""
+    """Return the first step at which a curve has risen by ``share`` of the way from its start to its maximum."""
     start, highest = log[0][name], max(line[name] for line in log)
     return next(line["step"] for line in log if line[name] >= start + share * (highest - start))
 
@@ -99,10 +99,10 @@ def report(logs):
         halves = [first(log, name, 0.5) for log in logs]
         print(
             f"{name}: highest {spread([peak[name] for peak in peaks])} at steps {[peak['step'] for peak in peaks]}; "
-            f"half way up at steps {halves}"
+            f"halfway up at steps {halves}"
         )
     higher = [sum(line["easy"] > line["difficult"] for line in lines) for lines in zip(*logs, strict=True)]
-    print(f"seeds of {len(logs)} in which the easy group is higher, step by step: {higher}")
+    print(f"number of seeds, of {len(logs)}, in which the easy group is higher, step by step: {higher}")
 
 
 def figure(logs, path):

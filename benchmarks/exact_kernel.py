@@ -1,24 +1,24 @@
-"""Time and memory of exact tangent kernels, side by side with torch.func and NNGeometry.
+"""Measure time and memory of exact tangent kernels, side by side with torch.func and NNGeometry.
 
     pip install --no-deps nngeometry
     python benchmarks/exact_kernel.py [--rounds 3] [--threads 1] [--device cpu] [--json benchmarks/exact_kernel.json]
 
-Networks in evaluation mode, float32, c = 10 outputs: an MLP 784-256-256-10 (n = 100); VGG11 of base width 16 and
-ResNet18 of width 16 with BatchNorm (n = 50, 3x32x32); a Transformer encoder, 4 layers of width 64 (n = 50, 32
-positions).
+The networks are in evaluation mode, in float32, with c = 10 outputs: an MLP 784-256-256-10 (n = 100); VGG11 of base
+width 16 and ResNet18 of width 16 with BatchNorm (n = 50, 3x32x32); a Transformer encoder of 4 layers of width 64
+(n = 50, 32 positions).
 
-Each method runs in processes of its own, in turn, for so many rounds; a process computes the kernel once to warm up,
-and then three times, unless that took longer than 20 seconds. What is more than ten times slower than ours in the first
-round is not run again. Times are CPU seconds (on a GPU: seconds), the median; memory is the peak of the process less
-what it held before the first kernel. Two more rows say what cannot be saved: "J Jᵀ" is the matrix product alone, given
-the Jacobian, with which every method that forms it ends (half of it, by symmetry); "our products" are the Gram products
-in ours.
+The methods alternate for the given number of rounds, each in processes of its own. A process computes the kernel once
+to warm up, and then three times, unless the first took longer than 20 seconds. A method that is more than ten times
+slower than ours in the first round is not run again. Times are the median CPU seconds (on a GPU: seconds); memory is
+the peak of the process minus its memory before the first kernel. Two more rows show lower bounds: "J Jᵀ" is the matrix
+product alone, given the Jacobian, which every method that forms the Jacobian needs (half of it, by symmetry); "our
+products" are the Gram products in our method.
 
-    python benchmarks/exact_kernel.py --growth      how ours grows with n, c and width
+    python benchmarks/exact_kernel.py --growth      how our time grows with n, c and width
     python benchmarks/exact_kernel.py --large       ResNet18 of width 64 (11 M parameters), n = 50, two threads
     python benchmarks/exact_kernel.py --figure PNG  draws an earlier run's json
 
-A peer that cannot take a network is left out there, with its reason. Differences are ‖K − K_func‖ / ‖K_func‖.
+A peer that does not support a network is omitted there, with the reason. Differences are ‖K − K_func‖ / ‖K_func‖.
 """
 
 import argparse
@@ -123,7 +123,7 @@ def by_alignreg(model, x):
 
 
 def rows(model):
-    """Return a function that gives the Jacobian at inputs, by parameter ``(n, c, *shape)``."""
+    """Return a function that computes the Jacobian at inputs, ``(n, c, *shape)`` for each parameter."""
     from torch.func import functional_call, jacrev, vmap
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -131,7 +131,7 @@ def rows(model):
     params = {name: p.detach() for name, p in model.named_parameters()}
 
     def run(x):
-        # The attention kernel that can be vectorized: the default one is slower here.
+        # This attention kernel can be vectorized; the default one is slower here.
         with sdpa_kernel(SDPBackend.MATH):
             return vmap(jacrev(lambda p, x: functional_call(model, p, (x[None],))[0]), (None, 0))(params, x)
 
@@ -206,7 +206,7 @@ RUNS = {
 
 
 def products_alone(counted):
-    """Count the time inside the Gram products of ours."""
+    """Record the time inside our Gram products."""
     from alignreg.tangents.kernel import gradients
 
     for kind in (gradients.Rows, gradients.OuterProducts):
@@ -222,7 +222,7 @@ def products_alone(counted):
 
 
 def measure(method, setting, *, threads, device, repeats, out):
-    """In a process of its own: times, memory, and the kernel in a file."""
+    """Return times and memory, and write the kernel to a file; this runs in a process of its own."""
     torch.set_num_threads(threads)
     cuda = device == "cuda"
     counted: list[float] = []
@@ -323,7 +323,7 @@ def report(rows):
 
 
 def growth(args):
-    """Ours on ResNet18 with BatchNorm, one size at a time: n = 50, c = 10, width 16 otherwise."""
+    """Measure our kernel on ResNet18 with BatchNorm, varying one size at a time from n = 50, c = 10, width 16."""
     rows = []
     for size, values in GROWTH.items():
         times = []
@@ -380,7 +380,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", choices=SETTINGS, help="this network alone; the others' rows stay as they are")
+    parser.add_argument("--only", choices=SETTINGS, help="run this network alone and keep the rows of the others")
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--figure", type=Path)

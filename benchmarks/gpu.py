@@ -1,23 +1,24 @@
-"""One run on a GPU: is everything right there, and what does it cost?
+"""Check and measure alignreg on a GPU in one run.
 
     python benchmarks/gpu.py [--device cuda] [--limit 8] [--parts correct kernel] [--json benchmarks/gpu.json]
-    python benchmarks/gpu.py --device cpu --small      every part on a CPU, at sizes that take minutes
+    python benchmarks/gpu.py --device cpu --small      every part on a CPU, at sizes that need minutes
 
-correct  Kernels, products, metrics and losses against the CPU in float64: float64, and float32 with TF32 off and on.
-         Steps of training under autocast with a GradScaler, the fused attention kernels, channels_last, torch.compile,
-         CUDA graphs and one process of NCCL. The tests that have a case for the device.
-kernel   Exact kernels against torch.func's (vmap of jacrev, contracted by parameter, in blocks that fit) and
-         NNGeometry's where it is installed: seconds, peak memory, and which part of the time products of matrices take,
-         for as many examples as time allows.
-sketch   TangentAlignment.update in forward and backward passes of the same batch; directions at a time; peak memory.
-losses   A step of training with each loss over a plain one: ResNet18 and the Transformer at batch 128, float32 and
-         bfloat16.
-recipe   recipes/train.py on digits, unbroken, and stopped and resumed: the same log.
+correct  compares kernels, products, metrics and losses with the CPU in float64, in float64 and in float32 with TF32 off
+         and on. It checks training steps under autocast with a GradScaler, fused attention kernels, channels_last,
+         torch.compile, CUDA graphs and one NCCL process, and runs the tests that have a case for the device.
+kernel   compares exact kernels with those of torch.func (vmap of jacrev, contracted by parameter, in blocks that fit)
+         and of NNGeometry if it is installed: seconds, peak memory, and the share of matrix products in the time, for
+         as many examples as time allows.
+sketch   measures TangentAlignment.update in forward and backward passes of the same batch, with the number of
+         directions at a time and peak memory.
+losses   measures a training step with each loss relative to a plain one, for ResNet18 and the Transformer at batch 128,
+         in float32 and bfloat16.
+recipe   runs recipes/train.py on digits, once uninterrupted and once stopped and resumed, and compares the logs.
 
-Needs torch, torchmetrics, einops, scikit-learn; pytest and accelerate where the parts want them. Each part runs in a
-process of its own and has its share of the time: nothing is begun that would not end in it, and what hangs or crashes
-takes nothing else along. Rows are in the json as soon as they are known. The exit status is 1 if a check failed or a
-part came to no proper end.
+The run needs torch, torchmetrics, einops and scikit-learn, and for some parts pytest and accelerate. Each part runs in
+a process of its own with a share of the time. A part starts nothing that would not finish in its share, and a part that
+hangs or crashes does not affect the others. Rows are written to the json at once. The exit status is 1 if a check
+failed or a part did not finish.
 """
 
 import argparse
@@ -34,7 +35,7 @@ import _gpu_record as record
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 PARTS = {"correct": 36, "kernel": 24, "sketch": 12, "losses": 12, "recipe": 16}
-"""The parts and their shares of the time."""
+"""The parts with their shares of the time."""
 
 
 def commit():
@@ -46,7 +47,7 @@ def commit():
 
 
 def header(args):
-    """Return what the numbers were made with."""
+    """Return the device, versions and commit of the results."""
     import torch
 
     cuda = args.device == "cuda"
@@ -61,7 +62,7 @@ def header(args):
 
 
 def run_part(name, args):
-    """In a process of its own."""
+    """Run a part; this is the main function of its process."""
     sys.path.insert(0, str(ROOT))
     budget, part = record.Budget(args.deadline), record.Record(args.json, name)
     part.update(**header(args))
@@ -69,14 +70,14 @@ def run_part(name, args):
 
 
 def run(args):
-    """Run the parts one after the other, and return those that went wrong."""
+    """Run the parts one after another, and return those that failed."""
     end = time.time() + 60 * args.limit
     options = ["--device", args.device, "--json", str(args.json), *(["--small"] if args.small else [])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     for place, name in enumerate(args.parts):
         now = time.time()
         seconds = record.shares({part: PARTS[part] for part in args.parts[place:]}, end - now)[name]
-        print(f"{name}: {seconds:.0f} s at most", flush=True)
+        print(f"{name}: at most {seconds:.0f} s", flush=True)
         part = record.Record(args.json, name)
         part.start()
         deadline = now + seconds - max(4.0, 0.1 * seconds)
@@ -97,9 +98,11 @@ def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="small networks and few examples")
-    parser.add_argument("--limit", type=float, help="minutes for all parts together; 8, and 5 with --small")
+    parser.add_argument("--limit", type=float, help="minutes for all parts together (default: 8, or 5 with --small)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
-    parser.add_argument("--json", type=Path, help="benchmarks/gpu.json; of a CPU, or --small, runs/gpu.json")
+    parser.add_argument(
+        "--json", type=Path, help="output (default: benchmarks/gpu.json; runs/gpu.json for the CPU or --small)"
+    )
     parser.add_argument("--job", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -122,7 +125,7 @@ def main():
             sys.exit("--device: expected a GPU that torch can use, got none. Try --device cpu --small.")
     failed = run(args)
     if failed:
-        sys.exit(f"went wrong: {', '.join(failed)}")
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

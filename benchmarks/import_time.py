@@ -1,9 +1,9 @@
-"""What `import alignreg` takes beyond `import torch, torchmetrics`.
+"""Measure the time of `import alignreg` after `import torch, torchmetrics`.
 
     python benchmarks/import_time.py [--runs 10] [--json benchmarks/import_time.json]
 
-Each run is a fresh process that imports the two, then alignreg, after one that leaves bytecode behind: wall and CPU
-seconds of either, as medians over runs.
+Each run is a fresh process that imports torch and torchmetrics, then alignreg; a first run writes the bytecode. The
+rows are medians over runs of wall and CPU seconds.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""What a loss's stride and sub-batch leave of its effect on clean test accuracy.
+"""Measure how much of a loss's effect on clean test accuracy its stride and sub-batch preserve.
 
     python benchmarks/loss_defaults.py [--seeds 10] [--jobs 2] [--json benchmarks/loss_defaults.json]
 
-Digits, the MLP of recipes/train.py and 1500 steps of 64 examples; 40 % of 1000 training labels redrawn, or 100 clean
-examples. Each loss at its default weight: as it comes, on some examples of every n-th batch, and on all examples of
-every batch. Gains are last accuracies minus those of the run of the same seed without a loss; the share that the
-defaults keep is a ratio of mean gains, with the 95 % interval of a bootstrap over seeds. --report prints the table of
-an earlier run's json and trains nothing.
+The MLP of recipes/train.py is trained on digits for 1500 steps of 64 examples, with 40 % of 1000 training labels
+redrawn, or with 100 clean examples. Each loss has its default weight and runs in two versions: with its defaults, on
+some examples of every n-th batch, and on all examples of every batch. A gain is the final accuracy minus that of the
+run with the same seed and no loss; the share that the defaults keep is a ratio of mean gains, with the 95 % interval of
+a bootstrap over seeds. --report prints the table of an earlier run's json and trains nothing.
 """
 
 import argparse
@@ -33,8 +33,8 @@ LOSSES = {
     "alignment": AlignmentLoss,
     "participation_ratio": ParticipationRatioLoss,
 }
-# The setting of each loss's purpose, a participation ratio having been thought good for both; and how many times as
-# many seeds as --seeds its gain takes to be seen.
+# The settings that each loss is meant for (participation ratio: both), and the multiple of --seeds that makes its gain
+# visible.
 ROWS = {
     (NOISY, "complexity"): 1,
     (FEW, "alignment"): 6,

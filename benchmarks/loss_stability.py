@@ -1,10 +1,11 @@
-"""Whether gradients stay finite over 5,000 steps with each loss at ten times its default weight.
+"""Check that gradients stay finite over 5,000 steps with each loss at ten times its default weight.
 
     python benchmarks/loss_stability.py [--steps 5000] [--threads 1] [--device cpu] [--json FILE]
 
-Digits, an MLP 64-64-64-10, SGD with learning rate 0.05 and momentum 0.9 on batches of 64, float32 and with the task
-under bf16 autocast. Every 20th batch holds one class only. Nothing is clipped. Shown are how many steps had a gradient
-that is not finite, the largest norm of one, how many batches left a loss undefined, and the accuracy at the end.
+An MLP 64-64-64-10 is trained on digits by SGD with learning rate 0.05 and momentum 0.9 on batches of 64, in float32 and
+with the task under bf16 autocast. Every 20th batch holds one class alone. Nothing is clipped. The rows show the number
+of steps with a gradient that is not finite, the largest norm of a gradient, the number of batches that left a loss
+undefined, and the final accuracy.
 """
 
 import argparse

@@ -1,14 +1,14 @@
-"""What a training step costs with each loss, side by side with a plain step and with torch.func's exact kernel.
+"""Measure the cost of a training step with each loss, beside a plain step and the exact kernel of torch.func.
 
     python benchmarks/losses.py [--repeats 5] [--threads 1] [--device cpu] [--json benchmarks/losses.json]
 
-A step is one forward and backward pass of 128 examples and an update by SGD: an MLP 784-256-256-10 and ResNet18 of
-width 16 with BatchNorm, in training mode, float32, c = 10. Losses are as they come by default. In each repeat all
-methods take one whole stride, of as many steps as a loss needs to apply once, in turn; shown are the mean over a stride
-and the applied step alone, each as the median over repeats, in plain steps of the same repeat. "torch.func" is the
-alignment loss from the exact kernel of as many examples at the same stride, `vmap(jacrev)` and a matrix product,
-differentiated twice. Times are CPU seconds (on a GPU: seconds). Memory is the peak of a process of its own that takes
-one step, less that of a plain one.
+A step is one forward and backward pass of 128 examples and an update by SGD, for an MLP 784-256-256-10 and ResNet18 of
+width 16 with BatchNorm, in training mode and float32, with c = 10. Losses have their default options. In each repeat
+the methods alternate, each with one whole stride, the number of steps in which a loss applies once. The rows show the
+mean over a stride and the applied step alone, each as the median over repeats, relative to plain steps of the same
+repeat. "torch.func" is the alignment loss from the exact kernel of as many examples at the same stride, computed by
+`vmap(jacrev)` and a matrix product and differentiated twice. Times are CPU seconds (on a GPU: seconds). Memory is the
+peak of a separate process that runs one step, minus that of a plain step.
 """
 
 import argparse
@@ -51,7 +51,7 @@ NETWORKS = {
 
 
 class ByTorchFunc:
-    """The alignment loss as one would write it with torch.func."""
+    """The alignment loss, written with torch.func."""
 
     def __init__(self, net):
         self.net, self.step = net, 0
@@ -76,7 +76,7 @@ class ByTorchFunc:
 
 
 class Training:
-    """Steps of training with one method, timed."""
+    """Timed training steps with one method."""
 
     def __init__(self, network, method, device, *, batch=BATCH, autocast=None):
         build, shape = network
@@ -84,7 +84,7 @@ class Training:
         self.net = build(10).to(device).train()
         self.x, self.y = torch.randn(batch, *shape, device=device), torch.randint(10, (batch,), device=device)
         self.optimizer = torch.optim.SGD(self.net.parameters(), 1e-3, 0.9)
-        # A weight of next to nothing costs the same and does not move the networks apart.
+        # A tiny weight costs the same and keeps the networks together.
         self.reg = None
         if method == "torch.func":
             self.reg = ByTorchFunc(self.net)
@@ -114,11 +114,11 @@ class Training:
 
 
 def peak(network, method, device):
-    """Peak memory in MiB of the first step."""
+    """Return the peak memory of the first step, in MiB."""
     training = Training(NETWORKS[network], method, device)
     if device == "cpu":
         training.step()
-        # Not getrusage's maximum, which starts from that of the process that started this one.
+        # The maximum of getrusage would include the memory of the parent process.
         status = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
     torch.cuda.reset_peak_memory_stats()

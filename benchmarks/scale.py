@@ -1,21 +1,23 @@
-"""Metrics of a sketch on small samples, many parameters and many outputs.
+"""Measure sketched metrics on small samples, with many parameters and with many outputs.
 
     python benchmarks/scale.py [--part samples|hash|factored|large|outputs|memory] [--json benchmarks/scale.json]
 
-samples  Alignment of n = 50 to 1600 of the 1,797 digits, m = 64, as the paper defines it and unbiased: mean and
-         standard error over random subsets, each with directions of its own; the MLP and the CNN of sketch_metrics.py,
-         trained. Beside it the mean standard error that the metrics report.
-hash     ‖hash‖²/‖Φᵀy‖² − 1 over seeds: the MLP's product with the targets of 200 digits, to 2^10 to 2^16 numbers.
-factored Alignment of 20 images or sequences by the networks of exact_kernel.py with 1, 2, 10 and 100 outputs, from
-         directions and from factored sketches, ``sketch_dim`` 64: mean and spread over draws against the exact
-         alignment, CPU seconds of a draw, and what 5 % of error takes, which falls like one over the root of the cost.
-large    A Transformer of 100 million random weights on 256 sequences of 8 tokens, m = 32: wall time and the peak memory
-         of the process, in one of its own.
-outputs  ResNet18 of width 16 with 1,000 outputs, n = 64, m = 32: the same.
-memory   An MLP 784-w-w-c in batches of 100 examples, m = 32: the same against the number of examples, the width and the
-         number of outputs, each alone.
+samples  shows the alignment on n = 50 to 1600 of the 1,797 digits, with m = 64, as the paper defines it and unbiased,
+         for the trained MLP and CNN of sketch_metrics.py: mean and standard error over random subsets, each with
+         directions of its own, beside the mean standard error that the metrics report.
+hash     shows ‖hash‖²/‖Φᵀy‖² − 1 over seeds, where the MLP's product with the targets of 200 digits is hashed to 2^10
+         to 2^16 numbers.
+factored shows the alignment on 20 images or sequences for the networks of exact_kernel.py with 1, 2, 10 and 100
+         outputs, from directions and from factored sketches, with ``sketch_dim`` 64: mean and spread over draws
+         relative to the exact alignment, CPU seconds of a draw, and the CPU seconds that an error of 5 % needs (the
+         error falls like one over the root of the cost).
+large    shows the wall time and peak memory of a separate process, for a Transformer of 100 million random weights on
+         256 sequences of 8 tokens, with m = 32.
+outputs  shows the same for ResNet18 of width 16 with 1,000 outputs, n = 64, m = 32.
+memory   shows the same for an MLP 784-w-w-c in batches of 100 examples, with m = 32, against the number of examples,
+         the width and the number of outputs, varied one at a time.
 
-float32; samples, hash and factored with one thread, the others with all.
+All parts use float32; samples, hash and factored use one thread, the others all threads.
 """
 
 import argparse
@@ -98,7 +100,7 @@ def factored(draws):
     for network in ("mlp", "vgg", "resnet", "transformer"):
         for c in (1, 2, 10, 100):
             net, x = exact_kernel.problem(network, n=20, c=c)
-            # One output has values for targets, several have classes.
+            # A single output has real targets, several outputs have classes.
             y = torch.arange(20) % 2 * 1.0 if c == 1 else torch.arange(20) % c
             exact = TangentAlignment(net, c, method="exact")
             exact.update(x, y)
@@ -122,7 +124,7 @@ def factored(draws):
             rows[-1] |= {"times_cheaper": costs["gaussian"] / costs["factored"]}
             rows[-1] |= {"chosen": TangentAlignment(net, c, sketch="auto").sketch}
             print(
-                f"{network:12}{c:4} outputs: factored {rows[-1]['times_cheaper']:.1f} times as cheap; 'auto' takes "
+                f"{network:12}{c:4} outputs: factored {rows[-1]['times_cheaper']:.1f} times as cheap; 'auto' chooses "
                 f"{rows[-1]['chosen']}",
                 flush=True,
             )
@@ -130,7 +132,7 @@ def factored(draws):
 
 
 class Tokens(nn.Module):
-    """A Transformer encoder of 100 million weights, and ten classes."""
+    """A Transformer encoder with 100 million weights and ten classes."""
 
     def __init__(self):
         super().__init__()
@@ -169,7 +171,7 @@ def measured(what, n=100, width=256, c=10):
 
 
 def in_process(what, **sizes):
-    """Measure in a process of its own, whose peak memory is nobody else's."""
+    """Measure in a process of its own, so that nothing else affects its peak memory."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         row = pool.submit(measured, what, **sizes).result()
     print(
@@ -197,7 +199,7 @@ PARTS = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=PARTS, help="this part alone; the others' rows stay as they are")
+    parser.add_argument("--part", choices=PARTS, help="run this part alone and keep the rows of the others")
     parser.add_argument("--draws", type=int, default=400)
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()

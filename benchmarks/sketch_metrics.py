@@ -1,17 +1,19 @@
-"""What metrics of a sketch give and what they cost.
+"""Measure the error and the cost of sketched metrics.
 
     python benchmarks/sketch_metrics.py [--part error|cost|sharing|layers] [--json benchmarks/sketch_metrics.json]
 
-error    One pass over the 1,797 digits in shuffled batches of 100: alignment, trace and participation ratio from
-         m = 16, 32, 64, 128 directions, 400 draws of each cut from one large pushforward, against the exact kernel in
-         blocks. An MLP 64-256-10 and a small CNN, at initialization and trained; the MLP also on 1,000 digits of which
-         class k is 2^(-k/3) as frequent as class 0.
-cost     CPU time of that pass in forward and backward passes of the same batches, side by side.
-sharing  CPU time of updates of one, two and three metrics in a MetricCollection, from the second update on.
-layers   Layer-wise alignment from m probes against the exact one: VGG11 of base width 16 on digits enlarged to 3x32x32.
+error    compares alignment, trace and participation ratio from m = 16, 32, 64, 128 directions with the exact kernel,
+         computed in blocks, in one pass over the 1,797 digits in shuffled batches of 100; the 400 draws of each come
+         from one large pushforward. The networks are an MLP 64-256-10 and a small CNN, at initialization and trained;
+         the MLP also runs on 1,000 digits in which class k is 2^(-k/3) times as frequent as class 0.
+cost     measures the CPU time of that pass in forward and backward passes of the same batches, side by side.
+sharing  measures the CPU time of updates of one, two and three metrics in a MetricCollection, from the second update.
+layers   compares layer-wise alignment from m probes with the exact one, for VGG11 of base width 16 on digits enlarged
+         to 3x32x32.
 
-Errors are relative to the exact value: their mean over the draws, their spread (root mean square), the mean standard
-error that the metric reports, and in how many draws ± 2 of it hold the exact value. One thread, float32.
+Errors are relative to the exact value. The rows show their mean over the draws, their spread (root mean square), the
+mean standard error that the metric reports, and the share of draws in which ± 2 standard errors cover the exact value.
+All parts use one thread and float32.
 """
 
 import argparse
@@ -67,7 +69,7 @@ def train(net, x, y, steps):
 
 
 def exact(net, x, y, step=300):
-    """All three numbers from blocks of the exact kernel, in float64."""
+    """Return all three statistics from blocks of the exact kernel, in float64."""
     features = TangentFeatures(net.double())
     x, n = x.double(), len(x)
     target = torch.nn.functional.one_hot(y, 10).double()
@@ -121,7 +123,7 @@ def error(args):
         for statistic, kind in STATISTICS.items():
             for m, sums in draws.items():
                 value = torch.stack([getattr(moments, statistic)(some) for some in sums]) / truth[statistic] - 1
-                error = kind(net, 10)._error  # noqa: SLF001 - of sums that are made here
+                error = kind(net, 10)._error  # noqa: SLF001 - the sums are computed here
                 bars = torch.stack([error(some) for some in sums])
                 bars = bars / truth[statistic]
                 row = {
@@ -271,7 +273,7 @@ PARTS = {"error": error, "cost": cost, "sharing": sharing, "layers": layers}
 
 
 def run_parts(parts, args):
-    """Run one part or all, and write their rows as soon as they are there; those of the others stay."""
+    """Run one part or all, write the rows of each at once, and keep the rows of the other parts."""
     known = json.loads(args.json.read_text()) if args.json.exists() else {}
     for name in [args.part] if args.part else parts:
         known[name] = parts[name](args)
@@ -280,7 +282,7 @@ def run_parts(parts, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=PARTS, help="this part alone; the others' rows stay as they are")
+    parser.add_argument("--part", choices=PARTS, help="run this part alone and keep the rows of the others")
     parser.add_argument("--draws", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=7)

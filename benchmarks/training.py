@@ -1,21 +1,22 @@
-"""What training with the losses does to networks with each kind of normalization.
+"""Measure the effect of the losses on networks with each kind of normalization.
 
     python benchmarks/training.py [--parts penalty examples cost networks] [--seeds 3] [--into docs/losses.md]
 
-Digits: 1,000 training images, 797 held out; 400 steps of 64 images, SGD with learning rate 0.05 and momentum 0.9 (the
-Transformer: Adam, 0.003). `labels` says which share of the training labels is redrawn. Losses are as they come, but for
-what a column names. `accuracy` is that in evaluation mode, at the end; `by batch` that of the same weights normalized
-by the statistics of the 797 images, `stale` the mean of |v − s²|/s² over channels, v the running variance and s² that
-of the training set, empty where that is 0; `diverged` counts seeds that ended in NaN or inf.
+Networks are trained on 1,000 digits, with 797 held out, for 400 steps of 64 images by SGD with learning rate 0.05 and
+momentum 0.9 (the Transformer: Adam, 0.003). `labels` is the share of training labels that is redrawn. Losses have their
+default options except those named by a column. `accuracy` is the final accuracy in evaluation mode; `by batch` is that
+of the same weights normalized by the statistics of the 797 images; `stale` is the mean of |v − s²|/s² over channels,
+where v is the running variance and s² that of the training set, and is empty where s² is 0; `diverged` counts the seeds
+that ended in NaN or inf.
 
-Part `penalty`: the complexity penalty on a CNN with BatchNorm (16 and 32 channels), normalized as in training, by
-running statistics, or by those of the whole batch as constants (detached). Part `examples`: batches of 128, of which
-the penalty takes some; bias and spread of its value and of its gradient, over draws of examples and probes, relative
-to the mean of those of all 128. In both no gradient is clipped. Part `cost`: CPU seconds of an evaluation and its
-backward pass, in plain steps, with statistics of the batch and with running ones. Part `networks`: each loss at 0.1, 1
-and 3 times its default weight.
+Part `penalty` uses the complexity penalty on a CNN with BatchNorm (16 and 32 channels), normalized as in training, by
+running statistics, or by those of the whole batch as constants (detached). Part `examples` uses batches of 128 and the
+penalty on some of them; bias and spread of its value and gradient are over draws of examples and probes, relative to
+the mean over all 128. These two parts clip no gradient. Part `cost` shows the cost of an evaluation and its backward
+pass, in plain steps, with batch statistics and with running statistics. Part `networks` uses each loss at 0.1, 1 and 3
+times its default weight.
 
-Rows are written as they come; the same command goes on where it was ended. --report puts tables between the marks of
+Rows are written at once, and the same command continues an interrupted run. --report puts tables between the marks of
 the texts named by --into, and trains nothing.
 """
 
@@ -66,7 +67,7 @@ TRAIN, TEST = digits()
 
 
 def train(model, labels, seed, steps, *, batch=64, adam=False, reg=None, around=lambda _: nullcontext()):
-    """Train in place, and say whether something was not finite, which ends it."""
+    """Train in place, and return whether a value that is not finite ended the training."""
     images, given = TRAIN[0], redrawn(TRAIN[1], labels, seed)
     optimizer = torch.optim.Adam(model.parameters(), 0.003) if adam else torch.optim.SGD(model.parameters(), 0.05, 0.9)
     generator = torch.Generator().manual_seed(seed)
@@ -89,7 +90,7 @@ def train(model, labels, seed, steps, *, batch=64, adam=False, reg=None, around=
 
 @torch.no_grad()
 def outcome(model, *, diverged):
-    """Return what is reported of a trained network."""
+    """Return the results of a trained network."""
 
     def accuracy(net):
         return round(float((net(TEST[0]).argmax(1) == TEST[1]).float().mean()), 4)
@@ -112,13 +113,13 @@ def batch_norms(model):
 
 @contextmanager
 def statistics_of(model, x):
-    """Let running statistics be those of a batch, as constants, inside the block."""
+    """Set the running statistics to those of a batch, as constants, inside the block."""
     norms = batch_norms(model)
     before = [(norm.momentum, dict(norm.named_buffers())) for norm in norms]
     for norm, (_, buffers) in zip(norms, before, strict=True):
         norm.momentum = 1.0
         for name, buffer in buffers.items():
-            setattr(norm, name, buffer.clone())  # the task's graph holds the others
+            setattr(norm, name, buffer.clone())  # the graph of the task holds the other buffers
     with torch.no_grad():
         model(x)
     try:
@@ -148,7 +149,7 @@ def run_network(seed, args, *, network, normalization, labels, loss, weight):
 
 
 def run_examples(seed, args, *, network, normalization, examples):
-    """Return what the penalty on some of 128 images makes of clean and of noisy labels, and how far off it is."""
+    """Return accuracies with clean and noisy labels, and the errors of the penalty on some of 128 images."""
     found = {}
     for name, labels, weight in (("clean", 0, 0.01), ("noisy", NOISE, 0.04)):
         torch.manual_seed(seed)
@@ -163,7 +164,7 @@ def run_examples(seed, args, *, network, normalization, examples):
 
 @cache
 def reference(seed, network, normalization, steps, count):
-    """Return a network that was trained without the penalty, and draws of the penalty on all images there."""
+    """Return a network trained without the penalty, and draws of the penalty on all 128 images."""
     torch.manual_seed(seed)
     model = build(network, normalization)
     train(model, NOISE, seed, steps, batch=128)
@@ -171,7 +172,7 @@ def reference(seed, network, normalization, steps, count):
 
 
 def draws(model, examples, count, seed):
-    """Return values ``(count,)`` and gradients ``(count, P)`` of the penalty at the same weights and 128 images."""
+    """Return values ``(count,)`` and gradients ``(count, P)`` of the penalty at fixed weights on 128 images."""
     x = TRAIN[0][:128]
     reg = ComplexityPenalty(model, weight=1, examples=examples, every_n_steps=1, probes=8, seed=seed)
     parameters = list(model.parameters())
@@ -185,9 +186,9 @@ def draws(model, examples, count, seed):
 
 
 def off(some, every):
-    """Return bias and spread relative to the mean of all.
+    """Return bias and spread relative to the mean over all images.
 
-    Squared norms of means come from the products of the means of two halves of the draws, which have no bias.
+    The squared norm of a mean is the product of the means of two halves of the draws, which is unbiased.
     """
 
     def square(gradients):
@@ -205,7 +206,7 @@ def off(some, every):
 
 
 def run_cost(seed, _args, *, network, normalization, loss):
-    """Return CPU seconds of an evaluation and its backward pass, in plain steps of 64 images."""
+    """Return the cost of an evaluation and its backward pass, in plain steps of 64 images."""
     torch.manual_seed(seed)
     model = build(network, normalization)
     (x, y), kind = (part[:64] for part in TRAIN), LOSSES[loss]
@@ -241,7 +242,7 @@ def cost_rows():
 
 
 def network_rows():
-    """All networks at the default weights first."""
+    """Yield the rows, with all networks at the default weights first."""
     late = []
     for factor in FACTORS:
         for network, normalization, labels in ROWS:
@@ -253,7 +254,7 @@ def network_rows():
                 if loss != "KARE" or normalization != "BatchNorm":
                     yield of_loss
                 elif factor == 1 and not labels:
-                    late.append(of_loss)  # its kernel goes by rows of the Jacobian, which is slow
+                    late.append(of_loss)  # its kernel uses rows of the Jacobian, which is slow
     yield from late
 
 
@@ -266,7 +267,7 @@ PARTS = {
 
 
 def measure(args, found):
-    """Add the rows that are missing, and write each as it comes."""
+    """Add the missing rows, and write each of them at once."""
     for part in args.parts:
         settings, run, seeds = PARTS[part]
         rows, settings = found.setdefault(part, []), list(settings())
@@ -288,12 +289,12 @@ def measure(args, found):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--seeds", type=int, help="penalty: 5, others: 3, by default")
+    parser.add_argument("--seeds", type=int, help="seeds (default: 5 for penalty, 3 for others)")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--draws", type=int, default=100, help="of examples and probes, for bias and spread")
+    parser.add_argument("--draws", type=int, default=100, help="draws of examples and probes, for bias and spread")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
-    parser.add_argument("--into", type=Path, nargs="+", default=[], metavar="FILE", help="put tables between its marks")
+    parser.add_argument("--into", type=Path, nargs="+", default=[], metavar="FILE", help="texts to put tables into")
     parser.add_argument("--report", action="store_true")
     return parser.parse_args()
 

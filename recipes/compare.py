@@ -1,19 +1,21 @@
-r"""Does a regularizer of tangent features help, when, and at what cost, beside those that everybody has?
+r"""Does a regularizer of tangent features help, when, and at what cost, compared with common regularizers?
 
-The same network, data and budget without a regularizer, with weight decay, label smoothing, a penalty on the trace of
-the Fisher information, and each loss of alignreg; each alone, and on top of the best weight decay. Every method is
-tuned over five weights by its accuracy at the end of training on validation examples, whose labels are redrawn as
-those to train on are: no clean label is used, and no test example. Then fresh seeds, for the test accuracy at the end.
+This recipe trains the same network on the same data and budget without a regularizer, with weight decay, with label
+smoothing, with a penalty on the trace of the Fisher information, and with each loss of alignreg, each alone and on top
+of the best weight decay. It tunes every method over five weights by the final accuracy on validation examples, whose
+labels are redrawn like the training labels, so tuning uses no clean label and no test example. Runs with fresh seeds
+then give the final test accuracy.
 
     python recipes/compare.py                                 # digits: four tasks, MLP and CNN, ten seeds; over an hour
     python recipes/compare.py --short                         # one task, a few methods and seeds; half a minute
     python recipes/compare.py --tasks few100 --networks mlp --methods none,weight_decay,alignment --seeds 20
-    python recipes/compare.py --variants --networks mlp       # what helps the losses of alignreg, and what does not
+    python recipes/compare.py --variants --networks mlp       # options of the losses of alignreg
     python recipes/compare.py --config recipes/configs/compare/mnist-mlp.yaml --data_path FOLDER
-    python recipes/compare.py --report FOLDER                 # only table, figures and findings of one that is done
+    python recipes/compare.py --report FOLDER                 # only the report of a finished comparison
 
-The folder holds a run of train.py for each task, network, method, weight and seed, comparison.json with all that the
-tables say, table.md, findings.md and figures. Stopped, it goes on with --resume FOLDER, also to more --seeds.
+The folder holds a run of train.py for each task, network, method, weight and seed, comparison.json with everything in
+the tables, table.md, findings.md and figures. A stopped comparison continues with --resume FOLDER, optionally with more
+--seeds.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # where python -m does not look
+sys.path.insert(0, str(Path(__file__).parent))  # python -m does not look here
 
 from comparison import cost, report
 from comparison.methods import DECAY, KNOWN, METHODS, NETWORKS, NONE, TASKS, VARIANTS, base
@@ -49,28 +51,24 @@ SHORT: dict[str, Any] = {
 }
 
 
+@messages.in_words()
 def main() -> None:
-    """Run a comparison from the command line: the runs that are not there yet, then table, figures and findings."""
-    with messages.in_words():
-        arguments, further = _parser().parse_known_args()
-        plots.pyplot()  # missing, it is missed before the work
-        if arguments.report:
-            report.report(arguments.report, arguments.into)
-            return
-        started = time.monotonic()
-        plan = _known(arguments, further) if arguments.resume else _new(arguments, further)
-        for setting in plan.settings:
-            for name in plan.methods:
-                plan.config(setting, Row(name))  # refuses wrong flags before there is a folder
-        if not plan.costs:
-            print("timing a step of each method ...", flush=True)
-            plan.costs = {
-                setting: cost.of({name: plan.config(setting, Row(name)) for name in plan.methods}, arguments.jobs)
-                for setting in plan.settings
-            }
-        with opened(arguments.resume, arguments.output_dir, "compare") as folder:
-            _compare(plan, folder, arguments.jobs, started)
-            report.report(folder, arguments.into)
+    """Run a comparison from the command line: the missing runs, then table, figures and findings."""
+    arguments, further = _parser().parse_known_args()
+    plots.pyplot()  # fails before the work, not after it
+    if arguments.report:
+        report.report(arguments.report, arguments.into)
+        return
+    started = time.monotonic()
+    plan = _known(arguments, further) if arguments.resume else _new(arguments, further)
+    # This refuses wrong flags before there is a folder.
+    configs = {s: {name: plan.config(s, Row(name)) for name in plan.methods} for s in plan.settings}
+    if not plan.costs:
+        print("timing a step of each method ...", flush=True)
+        plan.costs = {setting: cost.of(of_setting, arguments.jobs) for setting, of_setting in configs.items()}
+    with opened(arguments.resume, arguments.output_dir, "compare") as folder:
+        _compare(plan, folder, arguments.jobs, started)
+        report.report(folder, arguments.into)
 
 
 def _compare(plan: Plan, folder: Path, at_once: int, started: float) -> None:
@@ -86,12 +84,12 @@ def _compare(plan: Plan, folder: Path, at_once: int, started: float) -> None:
                 for row in plan.rows
                 for job in plan.final(folder, setting, row, chosen[setting])
             ]
-            workers.run(finals, "runs of fresh seeds", may_break_off=True)
+            workers.run(finals, "runs with fresh seeds", may_break_off=True)
     finally:
         plan.minutes += (time.monotonic() - started) / 60
         plan.save(folder)
     text = json.dumps(_found(plan, folder, chosen), indent=1)
-    # Values of seeds in one line.
+    # The values of all seeds go on one line.
     text = re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)
     storage.write(folder / "comparison.json", f"{text}\n")
 
@@ -100,23 +98,23 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="all other flags go to train.py, for every run: --config, with a --val_size, --steps, ...",
+        epilog="all other flags are passed to train.py, for every run: --config, with a --val_size, --steps, ...",
         allow_abbrev=False,
     )
-    parser.add_argument("--seeds", type=int, help="runs that count of each method (default: 10, or those there were)")
-    parser.add_argument("--tuning_seeds", type=int, help="runs of each weight to choose it by (default: 2)")
+    parser.add_argument("--seeds", type=int, help="final runs of each method (default: 10, or as many as before)")
+    parser.add_argument("--tuning_seeds", type=int, help="tuning runs of each weight (default: 2)")
     parser.add_argument("--tasks", help=f"some of {','.join(TASKS)} (default: all)")
     parser.add_argument("--networks", help=f"some of {','.join(NETWORKS)} (default: both); not with --config")
     parser.add_argument(
         "--methods",
-        help=f"none and weight_decay, and some of {', '.join(KNOWN)} (default: those before the first colon)",
+        help=f"none, weight_decay, and some of {', '.join(KNOWN)} (default: those without a colon)",
     )
-    parser.add_argument("--variants", action="store_true", help="the losses of alignreg with other options as well")
+    parser.add_argument("--variants", action="store_true", help="also the losses of alignreg with other options")
     parser.add_argument("--on_top", action=argparse.BooleanOptionalAction, help="also on top of the best weight decay")
-    parser.add_argument("--short", action="store_true", help="half a minute's look: no evidence")
-    parser.add_argument("--into", type=Path, nargs="+", default=[], metavar="FILE", help="put tables between its marks")
+    parser.add_argument("--short", action="store_true", help="a quick look of half a minute, not evidence")
+    parser.add_argument("--into", type=Path, nargs="+", default=[], metavar="FILE", help="texts to put tables into")
     add_flags(parser, "comparison").add_argument(
-        "--report", type=Path, metavar="PLACE", help="only show what the comparison of a folder found, or its json"
+        "--report", type=Path, metavar="PLACE", help="only report the comparison in this folder or json"
     )
     return parser
 
@@ -124,9 +122,9 @@ def _parser() -> argparse.ArgumentParser:
 def _new(arguments: argparse.Namespace, further: list[str]) -> Plan:
     configured = "--config" in further
     if configured and arguments.networks:
-        raise ValueError("--networks: expected the network of the configuration alone; leave it out.")
+        raise ValueError("--networks: expected no such flag with --config, which names the network. Omit it.")
     if "--seed" in further:
-        raise ValueError("--seed: expected --seeds and --tuning_seeds, how many of each; the seeds follow.")
+        raise ValueError("--seed: expected --seeds and --tuning_seeds instead, the numbers of seeds.")
     default = [NONE, DECAY, *dict.fromkeys(map(base, VARIANTS)), *VARIANTS]
     methods = _some("--methods", arguments.methods, list(KNOWN), default if arguments.variants else list(METHODS))
     plan = Plan(
@@ -146,18 +144,18 @@ def _new(arguments: argparse.Namespace, further: list[str]) -> Plan:
         if getattr(arguments, name) is not None:
             setattr(plan, name, getattr(arguments, name))
     if plan.seeds < 2 or plan.tuning_seeds < 1 or arguments.jobs < 1:
-        raise ValueError("--seeds: expected at least 2 (intervals need them), --tuning_seeds and --jobs at least 1.")
+        raise ValueError("--seeds: expected at least 2, for intervals, and --tuning_seeds and --jobs at least 1.")
     if not {NONE, DECAY} <= set(plan.methods):
-        raise ValueError(f"--methods: expected {NONE} and {DECAY} among them: the others are compared with these.")
+        raise ValueError(f"--methods: expected {NONE} and {DECAY} among them, to compare the others with.")
     return plan
 
 
 def _known(arguments: argparse.Namespace, further: list[str]) -> Plan:
-    """Return the plan of a comparison that goes on, with more seeds if the user wants them."""
+    """Return the plan of a resumed comparison, possibly with more seeds."""
     plan = Plan.load(arguments.resume)
     given = ("tuning_seeds", "tasks", "networks", "methods", "on_top")
     if further or arguments.variants or arguments.short or any(getattr(arguments, name) is not None for name in given):
-        raise ValueError("--resume: expected no further flags but --seeds, --jobs and --into: it has its own.")
+        raise ValueError("--resume: expected no other flags than --seeds, --jobs and --into; it has its own.")
     if arguments.seeds is not None and arguments.seeds < plan.seeds:
         raise ValueError(f"--seeds: expected at least the {plan.seeds} of the comparison, got {arguments.seeds}.")
     plan.seeds = arguments.seeds or plan.seeds
@@ -173,16 +171,16 @@ def _some(flag: str, value: str | None, known: list[str], default: list[str]) ->
 
 
 def _what(arguments: list[str]) -> list[str]:
-    """Return the flags without those that change nothing of what is compared."""
+    """Return the flags without those that do not affect the results."""
     free = ("--output_dir", "--jobs")
     pairs = zip(arguments, ["", *arguments], strict=False)
     return [one for one, before in pairs if one.partition("=")[0] not in free and before not in free]
 
 
 def _choose(plan: Plan, folder: Path, workers: Workers) -> dict[str, Weights]:
-    """Return the weights of each setting: of the highest mean validation accuracy, the smaller of equals."""
+    """Return the weights with the highest mean validation accuracy for each setting; the smaller one wins a tie."""
     chosen: dict[str, Weights] = {setting: {} for setting in plan.settings}
-    for on_top in (False, True):  # on top of the weight decay that was best
+    for on_top in (False, True):  # the second pass needs the best weight decay from the first
         rows = [row for row in plan.rows if row.on_top == on_top and plan.grid(row)]
         jobs = {
             (setting, row, weight): plan.tuning(folder, setting, row, weight, chosen[setting])
@@ -205,7 +203,7 @@ def _validated(jobs: list[Job]) -> float:
 
 
 def _found(plan: Plan, folder: Path, chosen: dict[str, Weights]) -> dict[str, Any]:
-    """Return all that tables and findings are made of."""
+    """Return the data for tables and findings."""
     settings = []
     for setting, fields in plan.settings.items():
         weights, costs = chosen[setting], plan.costs[setting]

@@ -1,8 +1,8 @@
-r"""Runs of the same task side by side: one figure and one table, from their logs alone.
+r"""Draw runs of the same task side by side: one figure and one table, from their logs alone.
 
     python recipes/overlay.py runs/demo-1/none runs/demo-1/complexity --output_dir runs/demo-1
 
-Takes any number of folders that recipes/train.py wrote.
+The command accepts any number of folders that recipes/train.py wrote.
 """
 
 from __future__ import annotations
@@ -12,49 +12,37 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # where python -m does not look
+sys.path.insert(0, str(Path(__file__).parent))  # python -m does not look here
 
 from training import messages, plots, run_folder, storage
 
 TASK = ("dataset", "model", "label_noise", "train_size", "mix", "mix_size")
 
 
+@messages.in_words()
 def main() -> None:
     """Run from the command line."""
-    with messages.in_words():
-        _overlay()
-
-
-def _overlay() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where figure.png goes")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for figure.png")
     arguments = parser.parse_args()
-    logs: list[plots.Log] = []
-    names: list[str] = []
-    tasks: set[tuple[str, ...]] = set()
-    config: dict[str, Any] = {}
-    for run in arguments.runs:
-        try:
-            config = run_folder.config_of(run)
-            log = run_folder.read(run)
-        except OSError as error:
-            raise messages.ToldError(f"expected the folder of a run, but {error.filename}: {error.strerror}.") from None
-        tasks.add(tuple(f"{key} {config[key]}" for key in TASK))
-        names.append(plots.label(config))
-        logs.append(log)
+    try:
+        configs: list[dict[str, Any]] = [run_folder.made(run)["config"] for run in arguments.runs]
+        logs = [run_folder.read(run) for run in arguments.runs]
+    except OSError as error:
+        raise messages.ToldError(f"expected the folder of a run, but {error.filename}: {error.strerror}.") from None
+    tasks = {", ".join(f"{key} {config[key]}" for key in TASK) for config in configs}
     if len(tasks) > 1:
-        raise messages.ToldError(f"expected runs of one task, got {' and '.join(map(', '.join, sorted(tasks)))}.")
+        raise messages.ToldError(f"expected runs of one task, got {' and '.join(sorted(tasks))}.")
+    names = [plots.label(config) for config in configs]
     labels = [
         name if names.count(name) == 1 else f"{name} ({run.name})"
         for name, run in zip(names, arguments.runs, strict=True)
     ]
-    title = plots.task(config)
     with storage.writing(arguments.output_dir):
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
     figure = arguments.output_dir / "figure.png"
-    plots.draw(dict(zip(labels, logs, strict=True)), title, figure)
-
+    plots.draw(dict(zip(labels, logs, strict=True)), plots.task(configs[-1]), figure)
     columns = ("regularizer", "train\naccuracy", "test accuracy\nlast", "test accuracy\nbest", "alignment\non test")
     lines = [
         (

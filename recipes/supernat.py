@@ -1,61 +1,61 @@
 r"""Does SuperNat keep linear regression from fitting noise features, where gradient descent fits them?
 
-Trains both on the same data from w = 0 and follows, at log-spaced steps, their errors and the complexity of the path.
+This recipe trains both on the same data from w = 0 and logs their errors and the complexity of the path at log-spaced
+steps.
 
     python recipes/supernat.py
     python recipes/supernat.py --gauge max 0.05 --noise_features 40 --output_dir runs/gauges
 
-Data, for each number k of noise features and each seed, in float64: x ~ N(0, I) with d_signal + k entries; a vector w
-of d_signal entries, uniform on the unit sphere; y = Σ_{j ≤ d_signal} w_j x_j + noise·ε, ε ~ N(0, 1). There are n
-examples to train on and n_validation, drawn alike, to validate. One generator of torch, seeded with seed, draws in this
-order: all x (the training ones first), w, ε. The validation error is the mean of (f(x) − y)², y with its noise: the
-true function has noise² on average. The loss is ‖f − y‖²/2n.
+The data, for each number k of noise features and each seed, in float64: x ~ N(0, I) has d_signal + k entries; a vector
+w of d_signal entries is uniform on the unit sphere; y = Σ_{j ≤ d_signal} w_j x_j + noise·ε with ε ~ N(0, 1). There are
+n training examples and n_validation validation examples from the same distribution. One torch generator, seeded with
+seed, draws in this order: all x (the training ones first), w, ε. The validation error is the mean of (f(x) − y)², where
+y includes its noise, so the true function has an error of noise² on average. The loss is ‖f − y‖²/2n.
 
-The answer depends on SuperNat's gauge κ: "max" keeps the largest eigenvalue, and learning goes on; with a fixed
-κ, all eigenvalues fall once the |a_j| are below it, and learning freezes.
+The answer depends on SuperNat's gauge κ: "max" keeps the largest eigenvalue fixed, and learning continues; with a fixed
+κ, all eigenvalues fall once the |a_j| are below it, and learning stops.
 
 The new folder holds config.json (flags, command, versions), metrics.jsonl (a line for each k, seed and logged step) and
-figure.png. Figure and table are made from metrics.jsonl alone; "best" is the best of the logged steps, chosen on the
+figure.png. The figure and the table are made from metrics.jsonl alone; "best" is the best logged step, chosen on the
 validation examples.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # where python -m does not look
+sys.path.insert(0, str(Path(__file__).parent))  # python -m does not look here
 
 import torch
 from torch import Tensor
 
 from alignreg.linear import GradientDescent, SuperNat
+from studies import study
 from training import messages, plots, run_folder
 
 Model = GradientDescent | SuperNat
 NAMES = {"gd": "gradient descent", "truth": "true function"}
 
 
+@messages.in_words()
 def main() -> None:
     """Run from the command line."""
-    with messages.in_words():
-        run(vars(_parser().parse_args()))
+    run(vars(_parser().parse_args()))
 
 
 def run(config: dict[str, Any]) -> None:
-    """Train for each k and seed, draw and print.
+    """Train for each k and seed, then draw the figure and print the table.
 
     Raises:
-        ValueError: if the folder holds something, or a method diverges.
+        ValueError: if the folder is not empty, or a method diverges.
     """
-    plots.pyplot()  # missing, it is missed before the work
-    stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")
-    folder = Path(config["output_dir"] or f"runs/supernat-{stamp}")
-    run_folder.claim(folder)
+    plots.pyplot()  # fails before the work, not after it
+    folder = run_folder.claim(config["output_dir"], "supernat")
     with run_folder.unclaimed_on_failure(folder):
         run_folder.save_config(folder, config)
     start = time.perf_counter()
@@ -74,16 +74,28 @@ def run(config: dict[str, Any]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--noise_features", type=_count, nargs="+", default=[10, 40, 100], help="k; one panel of the figure each")
-    add("--seeds", type=_positive, default=10, help="data sets for each k")
+    add(
+        "--noise_features",
+        type=_count,
+        nargs="+",
+        default=[10, 40, 100],
+        help="numbers k, one panel each",
+    )
+    add("--seeds", type=_positive, default=10, help="number of data sets for each k")
     add("--steps", type=_positive, default=1000, help="steps of gradient descent")
     add("--n", type=_positive, default=50, help="training examples")
     add("--n_validation", type=_positive, default=1000, help="validation examples")
     add("--d_signal", type=_positive, default=5, help="informative features")
     add("--lr", type=_amount, default=0.05, help="step size of both methods")
     add("--noise", type=_amount, default=1.0, help="standard deviation of the noise of the targets")
-    add("--gauge", type=_gauge, nargs="+", default=["max"], help="of SuperNat: max, trace, mean, or a number κ > 0")
-    add("--output_dir", help="a new or empty folder; one under runs/ by default")
+    add(
+        "--gauge",
+        type=_gauge,
+        nargs="+",
+        default=["max"],
+        help="of SuperNat: max, trace, mean, or a number κ > 0",
+    )
+    add("--output_dir", help="a new or empty folder; by default one under runs/")
     return parser
 
 
@@ -108,7 +120,7 @@ def _gauge(text: str) -> str | float:
 
 
 def draw_data(k: int, seed: int, config: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw x, y and the true function of training and validation examples, as the header says."""
+    """Return x, y and the true function of the training and validation examples, drawn as the header says."""
     generator = torch.Generator().manual_seed(seed)
     total, d = config["n"] + config["n_validation"], config["d_signal"]
     x = torch.randn(total, d + k, generator=generator, dtype=torch.float64)
@@ -118,7 +130,7 @@ def draw_data(k: int, seed: int, config: dict[str, Any]) -> tuple[Tensor, Tensor
 
 
 def log_spaced(steps: int) -> set[int]:
-    """Return about 12 steps to each factor of ten, with 0 and the last."""
+    """Return about 12 steps for each factor of ten, with 0 and the last step."""
     grown = (round(10 ** (i / 12)) for i in range(12 * len(str(steps))))
     return {0, steps, *(step for step in grown if step < steps)}
 
@@ -144,13 +156,12 @@ def train(folder: Path, k: int, seed: int, config: dict[str, Any]) -> None:
             run_folder.append(folder, line)
 
 
-def curves(log: plots.Log, k: int, key: str) -> tuple[list[int], Tensor]:
-    """Return the logged steps, and a value at them, ``(seeds, steps)``."""
-    lines = [line for line in log if line["noise_features"] == k]
-    steps = sorted({int(line["step"]) for line in lines})
-    seeds = sorted({line["seed"] for line in lines})
-    table = {(line["seed"], line["step"]): line[key] for line in lines}
-    return steps, torch.tensor([[table[seed, step] for step in steps] for seed in seeds], dtype=torch.float64)
+def by_k(log: plots.Log) -> dict[int, list[plots.Log]]:
+    """Return the logs of the seeds for each number of noise features."""
+    runs: dict[int, dict[float, plots.Log]] = {}
+    for line in log:
+        runs.setdefault(int(line["noise_features"]), {}).setdefault(line["seed"], []).append(line)
+    return {k: list(seeds.values()) for k, seeds in runs.items()}
 
 
 def methods(log: plots.Log) -> list[str]:
@@ -162,27 +173,20 @@ def _name(method: str) -> str:
     return NAMES.get(method) or f"SuperNat, gauge {method.removeprefix('supernat-')}"
 
 
-def spread(values: Tensor) -> Tensor:
-    """Return the standard deviation over seeds, 0 for one seed."""
-    return values.std(0) if len(values) > 1 else torch.zeros_like(values[0])
-
-
 def draw(folder: Path) -> None:
-    """Draw the validation errors along training, a panel for each k."""
+    """Draw the validation errors during training, with a panel for each k."""
     log = run_folder.read(folder)
-    panels = list(dict.fromkeys(int(line["noise_features"]) for line in log))
-    size = (3.5, 0.8 + 1.7 * len(panels))  # a column of a paper, at which the type is 8 points
+    panels = by_k(log)
+    size = (3.5, 0.8 + 1.7 * len(panels))  # the column of a paper, with 8-point type
     figure, axes = plots.pyplot().subplots(
         len(panels), 1, figsize=size, layout="constrained", sharex=True, squeeze=False
     )
-    for axis, k in zip(axes[:, 0], panels, strict=True):
+    for axis, (k, seeds) in zip(axes[:, 0], panels.items(), strict=True):
         for index, method in enumerate(methods(log)):
-            steps, values = curves(log, k, f"{method}/validation_error")
             line = {"color": plots.COLORS[index % len(plots.COLORS)], "linewidth": 1.4, "label": _name(method)}
-            x, style = [step + 1 for step in steps], "-" if index == 0 else "--"
-            plots.shade(axis, x, values.mean(0).tolist(), spread(values).tolist(), style, **line)
-        _, truth = curves(log, k, "truth/validation_error")
-        axis.axhline(float(truth.mean()), color="0.4", linestyle=":", linewidth=1, label=_name("truth"))
+            study.band(axis, seeds, f"{method}/validation_error", style="--" if index else "-", **line)
+        truth = statistics.mean(study.means(seeds, "truth/validation_error"))
+        axis.axhline(truth, color="0.4", linestyle=":", linewidth=1, label=_name("truth"))
         axis.set_xscale("log")
         axis.set_ylim(bottom=0)
         axis.set_title(f"{k} noise features", fontsize=8)
@@ -196,25 +200,25 @@ def draw(folder: Path) -> None:
 
 
 def print_table(folder: Path) -> None:
-    """Print the errors at the end and at the best step, mean ± s.d. over seeds."""
+    """Print the errors at the end and at the best step, as mean ± standard deviation over seeds."""
     log = run_folder.read(folder)
     headings = ("noise\nfeatures", "method", "validation error\nat the end", "validation error\nat the best step")
     lines = []
-    for k in dict.fromkeys(int(line["noise_features"]) for line in log):
+    for k, seeds in by_k(log).items():
         for method in methods(log):
-            steps, errors = curves(log, k, f"{method}/validation_error")
-            best = errors.min(1)
-            where = torch.tensor(steps)[best.indices].median()
-            shown = [_mean(errors[:, -1]), _mean(best.values), str(int(where))]
-            shown += [_mean(curves(log, k, f"{method}/{key}")[1][:, -1]) for key in ("train_error", "complexity")]
+            error = f"{method}/validation_error"
+            best = [min(run, key=lambda line: line[error]) for run in seeds]
+            shown = [_mean([run[-1][error] for run in seeds]), _mean([line[error] for line in best])]
+            shown.append(str(statistics.median_low([int(line["step"]) for line in best])))
+            shown += [_mean([run[-1][f"{method}/{key}"] for run in seeds]) for key in ("train_error", "complexity")]
             lines.append([str(k), _name(method), *shown])
     headings += ("best step\n(median)", "training error\nat the end", "complexity\nat the end")
     plots.print_lines(headings, lines, width=118, left="method")
 
 
-def _mean(values: Tensor) -> str:
-    form = ".2f" if float(values.abs().max()) < 1e4 else ".1e"
-    return f"{float(values.mean()):{form}} ± {float(spread(values)):{form}}"
+def _mean(values: list[float]) -> str:
+    form = ".2f" if max(map(abs, values)) < 1e4 else ".1e"
+    return f"{statistics.mean(values):{form}} ± {study.spread(values):{form}}"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-r"""What happens to the tangent kernel of a network while it is trained?
+r"""Train a network and follow its tangent kernel.
 
-Trains a network and follows, at log-spaced steps, the alignment of its tangent kernel with the labels (streamed sketch,
-with standard error, on training and test examples), the kernel's effective rank and participation ratio (exact, on a
-few training examples), and the complexity of the path that the weights take. Training examples count with the labels
-that the network is trained on, redrawn ones included; test labels are clean.
+At log-spaced steps this logs the alignment of the kernel with the labels (sketched, with its standard error, on
+training and test examples), the effective rank and participation ratio of the kernel (exact, on a few training
+examples), and the complexity of the path that the weights have followed. Training examples count with the labels that
+the network is trained on, including redrawn ones; test labels are clean. training/loop.py holds the training loop.
 
     accelerate launch --config_file recipes/configs/single.yaml recipes/train.py
     accelerate launch --config_file recipes/configs/single.yaml recipes/train.py --label_noise 0.4 \
@@ -13,17 +13,17 @@ that the network is trained on, redrawn ones included; test labels are clean.
     torchrun --nproc_per_node 2 recipes/train.py --cpu                        # two CPU processes
     WANDB_MODE=offline accelerate launch --config_file recipes/configs/single.yaml recipes/train.py --with_tracking
 
-Each run makes a new folder with config.json, examples.safetensors (which examples, labels, and which are difficult),
-metrics.jsonl (no clock times: the same flags give the same bytes) and figure.png. With --checkpointing_steps it can be
-killed at any time and goes on exactly where the newest checkpoint is:
+Each run creates a new folder with config.json, examples.safetensors (the examples, their labels, and which ones are
+difficult), metrics.jsonl (without clock times, so the same flags give the same bytes) and figure.png. A run with
+--checkpointing_steps can be killed at any time and continues exactly from its newest checkpoint:
 
     accelerate launch --config_file recipes/configs/single.yaml recipes/train.py --checkpointing_steps 200
     accelerate launch --config_file recipes/configs/single.yaml recipes/train.py --resume_from_checkpoint runs/FOLDER
     accelerate launch --config_file recipes/configs/single.yaml recipes/train.py --checkpointing_steps 200 \
-        --output_dir runs/mine --resume_from_checkpoint latest                # begins, or goes on, when started again
+        --output_dir runs/mine --resume_from_checkpoint latest                # starts, or continues if started before
 
-On SIGTERM it finishes the step, writes a checkpoint and leaves with exit status 143. The signal must reach this
-process: torchrun passes it on, accelerate launch does not (send it to the launcher's child).
+On SIGTERM the run finishes its step, writes a checkpoint and exits with status 143. The signal must reach this
+process: torchrun forwards it, accelerate launch does not (send it to the launcher's child).
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # where python -m does not look
+sys.path.insert(0, str(Path(__file__).parent))  # python -m does not look here
 
 from training import flags, loop, messages
 from training.config import Config
 
 
+@messages.in_words()
 def main() -> None:
     """Run from the command line."""
-    with messages.in_words():
-        config, resume = flags.parse(Config, __doc__)
-        loop.train(config, resume)
+    config, resume = flags.parse(Config, __doc__)
+    loop.train(config, resume)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Gloo's threads outlive the process group, and one that still drops its last work while the interpreter exits
-        # aborts the process. All is written and ended by now: leave without the interpreter's farewell.
+        # Gloo's threads outlive the process group, and a thread that still drops its last work during interpreter
+        # shutdown aborts the process. Everything is written by now, so skip the shutdown.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

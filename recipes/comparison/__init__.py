@@ -1,1 +1,1 @@
-"""The comparison of regularizers: what is run, what it costs, and what it found."""
+"""The comparison of regularizers: its plan, its cost, and its report."""

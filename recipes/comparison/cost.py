@@ -1,12 +1,12 @@
-"""What a training step of several configurations costs, side by side."""
+"""The cost of a training step, measured for several configurations side by side."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 
@@ -17,52 +17,39 @@ from training.config import Config
 STEPS, ROUNDS = 30, 5
 
 
-class _Timed(NamedTuple):
-    run: loop.Run
-    batches: Iterator[Any]
-    start: float
-
-
 def of(configs: Mapping[str, Config], jobs: int) -> dict[str, dict[str, float]]:
-    """Return seconds of an optimizer step, of a measurement, and of the start, of each configuration.
+    """Return the seconds of an optimizer step, a measurement, and the start, for each configuration.
 
-    Rounds of steps of all configurations take turns; a step is the median over rounds. Nothing is written.
+    The configurations alternate in rounds of steps; the time of a step is the median over rounds. No file is written.
 
     Args:
-        configs: by name, of one network and task.
-        jobs: how many runs there will be at a time: each has its share of the processors.
+        configs: configurations of one task and network, by name.
+        jobs: the number of runs at a time, which share the processors.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads(jobs))
-    timed = {name: _prepared(config) for name, config in configs.items()}
-    measures = {name: _seconds(lambda one=one: one.run.measurements(Path(), 0)) for name, one in timed.items()}
-    rounds: dict[str, list[float]] = {name: [] for name in timed}
+    runs: dict[str, loop.Run] = {}
+    starts: dict[str, float] = {}
+    measures: dict[str, float] = {}
+    for name, config in configs.items():
+        starts[name] = _seconds(lambda name=name, config=config: runs.update({name: loop.prepare(config)}))
+        measures[name] = _seconds(lambda run=runs[name]: run.measurements(Path(), 0))
+    rounds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(ROUNDS + 1):
-        for name, one in timed.items():
-            rounds[name].append(_seconds(lambda one=one: _advance(one)) / STEPS)
+        for name, run in runs.items():
+            rounds[name].append(_seconds(lambda run=run: _steps(run)) / STEPS)
     torch.set_num_threads(before)
     return {
-        name: {"step": statistics.median(rounds[name][1:]), "measure": measures[name], "start": timed[name].start}
-        for name in timed
+        name: {"step": statistics.median(rounds[name][1:]), "measure": measures[name], "start": starts[name]}
+        for name in runs
     }
 
 
-def _prepared(config: Config) -> _Timed:
-    start = time.perf_counter()
-    run = loop.prepare(config)
-    return _Timed(run, _forever(run.loader), time.perf_counter() - start)
-
-
-def _forever(loader: Any) -> Iterator[Any]:
-    while True:
-        yield from loader
-
-
-def _advance(one: _Timed) -> None:
-    one.run.model.train()
-    for step in range(STEPS):
-        x, y = next(one.batches)
-        loop.advance(one.run, step, x, y)
+def _steps(run: loop.Run) -> None:
+    run.model.train()
+    batches = itertools.chain.from_iterable(itertools.repeat(run.loader))  # epoch after epoch
+    for step, (x, y) in zip(range(STEPS), batches, strict=False):
+        loop.advance(run, step, x, y)
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -1,4 +1,4 @@
-"""Figures of a comparison: the paths of its runs, and explicit beside implicit alignment."""
+"""The figures of a comparison: the paths of its runs, and explicit beside implicit alignment."""
 
 from __future__ import annotations
 
@@ -14,12 +14,7 @@ from training.plots import COLORS, Log, pyplot
 
 TEST, ALIGNMENT = "test/accuracy", "test/kernel_alignment"
 RANK, PATH = "train/effective_rank", "train/path_complexity"
-PANELS = {
-    "test accuracy": TEST,
-    "held-out alignment": ALIGNMENT,
-    "effective rank": RANK,
-    "path complexity": PATH,
-}
+PANELS = {"test accuracy": TEST, "held-out alignment": ALIGNMENT, "effective rank": RANK, "path complexity": PATH}
 FIXED = {
     NONE: "k",
     DECAY: "0.55",
@@ -31,18 +26,18 @@ FIXED = {
     "kare": COLORS[3],
 }
 SHOWN = (NONE, DECAY, "alignment", "complexity")
-"""Methods in the figure of explicit and implicit alignment."""
+"""The methods in the figure of explicit and implicit alignment."""
 
 
 def draw(folder: Path, settings: list[dict[str, Any]], seeds: int) -> list[Path]:
-    """Draw the figures into the comparison's folder."""
+    """Draw the figures into the comparison's folder, and return their paths."""
     names = [row["method"] for row in settings[0]["rows"] if not row["on_top"]]
     logs: dict[str, dict[str, list[Log]]] = {}
     for setting in settings:
         place = folder / setting["setting"] / "final"
         runs = {name: [place / Row(name).slug / f"seed-{seed}" for seed in range(seeds)] for name in names}
         whole = {name: [run for run in of_method if not broken_off(run)] for name, of_method in runs.items()}
-        logs[setting["setting"]] = {name: study.logs(of_method) for name, of_method in whole.items() if of_method}
+        logs[setting["setting"]] = {name: of_seeds for name, of_seeds in study.logs(whole).items() if of_seeds}
     drawn = []
     for name, make, dpi in (("paths", _paths, 75), ("explicit", _explicit, 110)):
         figure = make(logs, _styles(names))
@@ -52,7 +47,7 @@ def draw(folder: Path, settings: list[dict[str, Any]], seeds: int) -> list[Path]
 
 
 def _paths(logs: dict[str, dict[str, list[Log]]], styles: dict[str, dict[str, Any]]) -> Any:
-    """Along training, a line of panels a setting."""
+    """Draw the measurements during training, with a row of panels for each setting."""
     shape = (len(logs), len(PANELS))
     size = (3.4 * shape[1], 2.5 * shape[0] + 0.6)
     figure, axes = pyplot().subplots(*shape, figsize=size, layout="constrained", squeeze=False)
@@ -69,7 +64,7 @@ def _paths(logs: dict[str, dict[str, list[Log]]], styles: dict[str, dict[str, An
 
 
 def _explicit(logs: dict[str, dict[str, list[Log]]], styles: dict[str, dict[str, Any]]) -> Any:
-    """Effective rank and path complexity over held-out alignment, from the start to a square at the end."""
+    """Draw effective rank and path complexity against held-out alignment; a square marks the end."""
     others = {"effective rank": RANK, "path complexity": PATH}
     columns = min(4, len(logs))
     lines = -(-len(logs) // columns)

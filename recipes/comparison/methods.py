@@ -1,4 +1,4 @@
-"""What is compared: regularizers with the weights to choose from, tasks and networks, as fields of a run's Config."""
+"""The regularizers, tasks and networks to compare, as fields of a run's Config."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ NONE, DECAY, SMOOTHING = "none", "weight_decay", "label_smoothing"
 
 @final
 class Method(NamedTuple):
-    """A regularizer: fields of a run's Config, the one that its weight goes to, and the weights to choose from."""
+    """A regularizer: fields of a run's Config, the field for its weight, and the weights to choose from."""
 
     settings: dict[str, Any]
     field: str
     weights: tuple[float, ...]
 
     def at(self, weight: float | None) -> dict[str, Any]:
-        """Return the fields with a weight."""
+        """Return the fields, including the weight."""
         return self.settings if weight is None else {**self.settings, self.field: float(weight)}
 
 
 def _loss(name: str, weights: tuple[float, ...], **options: Any) -> Method:
-    # The losses' own stride; unclipped, so that weights which are too large show what they do.
+    # The losses use their default stride, without clipping, so that the effect of too large a weight shows.
     return Method({"regularizer": name, "reg_every": 3, "reg_clip": 0.0, **options}, "weight", weights)
 
 
@@ -52,7 +52,7 @@ VARIANTS = {
     "complexity:hidden_layers": _loss("complexity", SMALL, reg_layers="hidden"),
     "complexity:last_layer": _loss("complexity", SMALL, reg_layers="last"),
 }
-"""Losses of alignreg with other options, named after the one that they vary."""
+"""Losses of alignreg with other options, each named after the loss that it varies."""
 KNOWN = {**METHODS, **VARIANTS}
 TASKS: dict[str, dict[str, Any]] = {
     "noise40": {"label_noise": 0.4},
@@ -62,20 +62,20 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 NETWORKS: dict[str, dict[str, Any]] = {"mlp": {"model": "mlp"}, "cnn": {"model": "cnn", "hidden": 16}}
 BUNDLED: dict[str, Any] = {"cpu": True, "val_size": 300, "steps": 1000}
-"""For the networks above."""
+"""Settings of all tasks on these networks."""
 TUNING: dict[str, Any] = {"measure": "", "log_spacing": 4.0, "figure": False}
 FINAL: dict[str, Any] = {"measure": "held_out,ranks,path", "log_spacing": 2.0, "figure": False}
 FIRST_SEED = 100
-"""Of the runs that count, so that weights are chosen by none of them."""
+"""First seed of the final runs; no final run shares its seed with a tuning run."""
 
 
 def base(name: str) -> str | None:
-    """Return the method that a variant varies."""
+    """Return the method that a variant varies, or None."""
     return name.partition(":")[0] if ":" in name else None
 
 
 def words(name: str, *, on_top: bool = False) -> str:
-    """Name a method for readers."""
+    """Return the name of a method for readers."""
     special = {"kare": "KARE", "fisher": "Fisher trace"}
     text = special.get(name, name.replace("_", " ").replace(":", ": "))
     return f"{text} + weight decay" if on_top else text

@@ -1,4 +1,4 @@
-"""What a comparison found, in tables and sentences, from its json alone."""
+"""The tables and sentences that report a comparison, made from its json alone."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ REACHED = {
     "effective_rank": RANK,
     "path_complexity": PATH,
 }
-"""What is kept of the last line of a log."""
+"""The values to keep of the last line of a log, by name."""
 ENOUGH = 8
-"""Seeds below which nothing is evidence."""
+"""The number of seeds from which results count as evidence."""
 Values = list[float | None]
-"""One a seed; ``None`` where undefined."""
+"""One value per seed; ``None`` if undefined."""
 
 
 @final
@@ -43,7 +43,7 @@ class Estimate(NamedTuple):
 
     @property
     def sign(self) -> int:
-        """Of the mean, if the interval excludes zero; else 0."""
+        """The sign of the mean if the interval excludes zero, else 0."""
         return (self.low > 0) - (self.high < 0)
 
     def __str__(self) -> str:
@@ -51,14 +51,14 @@ class Estimate(NamedTuple):
 
 
 def interval(values: list[float], comparisons: int = 1) -> Estimate:
-    """Return the mean and its 95 % interval (Student's t), for several comparisons at once (Bonferroni)."""
+    """Return the mean and its 95 % interval (Student's t), simultaneous over ``comparisons`` (Bonferroni)."""
     mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
     half = float(student.ppf(1 - 0.025 / comparisons, len(values) - 1)) * error
     return Estimate(mean, mean - half, mean + half)
 
 
 def log_of(run: Path) -> Log:
-    """Return a run's log; one that broke off ends with accuracies of zero, and nothing else that is defined."""
+    """Return a run's log; that of a diverged run ends with accuracies of zero and everything else undefined."""
     log = run_folder.read(run)
     if broken_off(run):
         last = {key: 0.0 if key.endswith("/accuracy") else math.nan for key in log[-1]}
@@ -67,11 +67,11 @@ def log_of(run: Path) -> Log:
 
 
 def reached(logs: list[Log], without: list[Log]) -> dict[str, Values]:
-    """Return what the runs of a method came to, one value a seed.
+    """Return the results of a method's runs, one value per seed.
 
-    Beside the last line: the test accuracy where validation accuracy was best (``early_stopped``), and effective rank
-    and path complexity where held-out alignment first comes up to the highest that the run of the same seed without a
-    regularizer has (``rank_at_peak``, ``path_at_peak``; ``None`` if it never does).
+    Besides values of the last line, these are the test accuracy at the best validation accuracy (``early_stopped``),
+    and the effective rank and path complexity where held-out alignment first reaches the highest value of the run with
+    the same seed and no regularizer (``rank_at_peak``, ``path_at_peak``; ``None`` if it never does).
     """
     values = {name: [log[-1][key] for log in logs] for name, key in REACHED.items()}
     best = [max(log, key=lambda line: line["val/accuracy"]) for log in logs]
@@ -85,7 +85,7 @@ def reached(logs: list[Log], without: list[Log]) -> dict[str, Values]:
 
 
 def crossing(log: Log, key: str, level: float, other: str) -> float | None:
-    """Return one value where another first comes up to a level, linearly between the lines of a log."""
+    """Return the value of ``other`` where ``key`` first reaches a level, interpolated between the lines of a log."""
     for before, line in zip([None, *log], log, strict=False):
         if line[key] >= level:
             share = 1.0 if before is None else (level - before[key]) / (line[key] - before[key])
@@ -98,11 +98,11 @@ def _short(value: float | None) -> float | None:
 
 
 def report(place: Path, files: list[Path]) -> None:
-    """Print what a comparison found and put it into files; of a folder draw the figures as well.
+    """Print the report of a comparison and put it into files; given its folder, also draw the figures.
 
     Args:
         place: the comparison's folder, or its json alone.
-        files: texts with marks, ``<!-- comparison: BLOCK -->`` and ``<!-- end -->``, to put a block between.
+        files: texts with the marks ``<!-- comparison: BLOCK -->`` and ``<!-- end -->``, to put a block between.
 
     Raises:
         ValueError: if there is no comparison, or a mark names no block.
@@ -112,8 +112,8 @@ def report(place: Path, files: list[Path]) -> None:
         found = json.loads(storage.read(source))
         settings = found["settings"]
     except (OSError, ValueError, KeyError):
-        hint = f"; go on with --resume {place}" if (place / "plan.json").exists() else ""
-        expected = "--report: expected the folder of a comparison that is done, or its json"
+        hint = f"; continue with --resume {place}" if (place / "plan.json").exists() else ""
+        expected = "--report: expected the folder of a finished comparison, or its json"
         raise ValueError(f"{expected}, got {place}{hint}.") from None
     texts = {file: filled(storage.read(file), found) for file in files}
     for file, text in texts.items():
@@ -130,12 +130,12 @@ def report(place: Path, files: list[Path]) -> None:
 
 
 def filled(text: str, found: dict[str, Any]) -> str:
-    """Return a text with its blocks made anew."""
+    """Return a text with its blocks regenerated."""
 
     def block(match: re.Match[str]) -> str:
         name = match["name"]
         if name not in BLOCKS:
-            raise ValueError(f"--into: expected a mark of one of {', '.join(BLOCKS)}, got {name}.")
+            raise ValueError(f"--into: expected a mark for one of {', '.join(BLOCKS)}, got {name}.")
         return f"{match['mark']}\n{BLOCKS[name](found)}{match['end']}"
 
     return re.sub(
@@ -144,9 +144,9 @@ def filled(text: str, found: dict[str, Any]) -> str:
 
 
 def against(setting: dict[str, Any], row: dict[str, Any], baseline: str | None, key: str = "test") -> Estimate | None:
-    """Return a row's paired difference in test accuracy to a method of its setting, or ``None`` to itself.
+    """Return a row's paired difference to a baseline method of its setting; ``None`` for the baseline itself.
 
-    The intervals of all rows of a setting hold together with 95 %.
+    The intervals of all rows of a setting hold simultaneously with 95 %.
     """
     rows = setting["rows"]
     other = next((r for r in rows if r["method"] == baseline and not r["on_top"]), row)
@@ -157,42 +157,38 @@ def against(setting: dict[str, Any], row: dict[str, Any], baseline: str | None, 
 
 
 def full_table(found: dict[str, Any]) -> str:
-    """Return everything, a table a setting."""
+    """Return all results, in a table for each setting."""
+    methods = [row["method"] for row in found["settings"][0]["rows"]]
     baselines: dict[str, Callable[[str], str | None]] = {"− none": lambda _: NONE, "− weight decay": lambda _: DECAY}
-    if any(row["method"] == SMOOTHING for row in found["settings"][0]["rows"]):
+    if SMOOTHING in methods:
         baselines["− label smoothing"] = lambda _: SMOOTHING
-    if any(base(row["method"]) for row in found["settings"][0]["rows"]):
+    if any(map(base, methods)):
         baselines["− its default"] = base
+    titles = ["", "weight", "test accuracy ± half its 95 % interval", *baselines, "early stopped", "on training set"]
+    titles += ["step", "alignment", "effective rank", "path complexity"]
     parts = []
     for setting in found["settings"]:
-        titles = [
-            "",
-            "weight",
-            "test accuracy ± half its 95 % interval",
-            *baselines,
-            "early stopped",
-            "on training set",
-        ]
-        titles += ["step", "alignment", "effective rank", "path complexity"]
         lines = []
         for row in setting["rows"]:
             values = row["values"]
             own = interval(values["test"])
             cells = [_name(row), _weight(row), f"{own.mean:.3f} ± {own.high - own.mean:.3f}"]
-            cells += [_told(against(setting, row, of(row["method"]))) for of in baselines.values()]
+            for of in baselines.values():
+                difference = against(setting, row, of(row["method"]))
+                text = str(difference or "")
+                cells.append(f"**{text}**" if difference and difference.sign > 0 else text)
             cells += [_mean(values["early_stopped"], 3), _mean(values["train"], 3), f"{row['cost']:.1f}x"]
-            cells += [
-                _mean(values[key], d) for key, d in (("alignment", 3), ("effective_rank", 0), ("path_complexity", 0))
-            ]
-            lines.append(cells)
+            digits = {"alignment": 3, "effective_rank": 0, "path_complexity": 0}
+            lines.append(cells + [_mean(values[key], count) for key, count in digits.items()])
         parts.append(f"**{setting['setting']}** (`{setting['flags']}`)\n\n{_table(titles, lines)}")
     return "\n".join(parts)
 
 
 def short_table(found: dict[str, Any], key: str = "test") -> str:
-    """Return the mean test accuracies: bold if settled above tuned weight decay, * if above none, † if below none.
+    """Return the mean test accuracies, with marks.
 
-    ‡ marks those with runs that collapsed, to less than half the mean of none.
+    Bold means significantly above tuned weight decay; * and † mean significantly above and below no regularizer; ‡
+    marks methods with runs that collapsed to less than half the mean without a regularizer.
     """
     lines = []
     for rows in _across(found):
@@ -209,12 +205,12 @@ def short_table(found: dict[str, Any], key: str = "test") -> str:
 
 
 def early_table(found: dict[str, Any]) -> str:
-    """Return the same where validation accuracy was best on the way, for all methods alike."""
+    """Return the same table at the best validation accuracy, for all methods alike."""
     return short_table(found, "early_stopped")
 
 
 def weights(found: dict[str, Any]) -> str:
-    """Return the weights that were chosen from, a line a method, and which were chosen, in the order of settings."""
+    """Return the grid of weights of each method, and the weights that were chosen in each setting."""
     lines = [
         [_name(rows[0]), ", ".join(rows[0]["validation"]), *map(_weight, rows)]
         for rows in _across(found)
@@ -224,9 +220,9 @@ def weights(found: dict[str, Any]) -> str:
 
 
 def findings(found: dict[str, Any]) -> str:
-    """Return what the numbers say: by method, then highest means, weights at the ends of grids, failed runs."""
+    """Return the findings: by method, then highest means, weights at the ends of grids, and failed runs."""
     settings = found["settings"]
-    said = [] if found["seeds"] >= ENOUGH else [f"{found['seeds']} seeds: a look, and no evidence."]
+    said = [] if found["seeds"] >= ENOUGH else [f"With {found['seeds']} seeds this is a quick look, not evidence."]
     for rows in _across(found):
         row = rows[0]
         baselines = {NONE: "none", DECAY: "tuned weight decay", base(row["method"]): "its default"}
@@ -240,31 +236,31 @@ def findings(found: dict[str, Any]) -> str:
         if parts:
             said.append(f"**{_name(row)}**: {'; '.join(parts)}.")
     best = [(s["setting"], max(s["rows"], key=lambda row: statistics.mean(row["values"]["test"]))) for s in settings]
-    told = [f"{label} {_name(row)} {statistics.mean(row['values']['test']):.3f}" for label, row in best]
-    said.append(f"Highest mean: {', '.join(told)}.")
+    means = [f"{label} {_name(row)} {statistics.mean(row['values']['test']):.3f}" for label, row in best]
+    said.append(f"The highest means are: {', '.join(means)}.")
     tuned = [(setting["setting"], row) for setting in settings for row in setting["rows"] if row["validation"]]
     largest = [
         f"{label} {_name(row)} {_weight(row)}" for label, row in tuned if _weight(row) == [*row["validation"]][-1]
     ]
     smallest = sum(_weight(row) == next(iter(row["validation"])) for _, row in tuned)
     if largest:
-        said.append(f"At the largest weight of their grids, so that a better one may lie beyond: {', '.join(largest)}.")
-    said.append(f"At the smallest, nearest to none: {smallest} of {len(tuned)} choices.")
+        said.append(f"At the largest weight of their grids, so that a larger one may be better: {', '.join(largest)}.")
+    said.append(f"At the smallest weight of their grids: {smallest} of {len(tuned)} choices.")
     for what, count in (
-        ("ended below half of none's mean accuracy", _collapsed),
-        ("diverged and broke off, counted with an accuracy of zero", lambda _, row: row["broken_off"]),
+        ("ended below half the mean accuracy without a regularizer", _collapsed),
+        ("diverged and count with an accuracy of zero", lambda _, row: row["broken_off"]),
     ):
         counts = [(f"{s['setting']} {_name(r)}", count(s, r)) for s in settings for r in s["rows"]]
         if any(number for _, number in counts):
-            told = ", ".join(f"{label} {number}" for label, number in counts if number)
-            said.append(f"Runs of {found['seeds']} that {what}: {told}.")
+            numbers = ", ".join(f"{label} {number}" for label, number in counts if number)
+            said.append(f"Of {found['seeds']} runs each, some {what}: {numbers}.")
     return "".join(f"- {sentence}\n" for sentence in said)
 
 
 def alike(found: dict[str, Any]) -> str:
-    """Return a table of ratios to no regularizer, of what explicit alignment should share with the implicit one."""
+    """Return ratios of the alignment loss to no regularizer, for effects that explicit and implicit alignment share."""
     titles = ["alignment loss / none", "held-out alignment", "effective rank", "path complexity"]
-    titles += ["seeds that come up to none's highest alignment", "effective rank there", "path complexity there"]
+    titles += ["seeds that reach none's highest alignment", "effective rank there", "path complexity there"]
     lines = []
     for setting in found["settings"]:
         rows = {row["method"]: row["values"] for row in setting["rows"] if not row["on_top"]}
@@ -279,7 +275,7 @@ def alike(found: dict[str, Any]) -> str:
 
 
 def ratio(values: Values, others: Values) -> str:
-    """Return the geometric mean of paired ratios and its 95 % interval, over the seeds where both are defined."""
+    """Return the geometric mean of paired ratios with its 95 % interval, over the seeds for which both are defined."""
     logs = [math.log(a / b) for a, b in zip(values, others, strict=True) if a and b]
     if len(logs) < 2:
         return "undefined"
@@ -288,10 +284,10 @@ def ratio(values: Values, others: Values) -> str:
 
 
 def run(found: dict[str, Any]) -> str:
-    """Return how the numbers came about."""
+    """Return a sentence on how the numbers were produced."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     return (
-        f"`{found['command']}`: {found['runs']} runs, {found['seeds']} seeds that count, {found['minutes'] / 60:.1f} "
+        f"`{found['command']}`: {found['runs']} runs, {found['seeds']} final seeds, {found['minutes'] / 60:.1f} "
         f"hours on {found['machine']}; {versions}.\n"
     )
 
@@ -318,7 +314,7 @@ def _counted(differences: dict[str, Estimate | None], name: str) -> str:
             parts.append(f"{side} {name} in {len(labels)} of {len(known)} ({'; '.join(labels)})")
     left = sum(difference.sign == 0 for difference in known.values())
     if left:
-        parts.append(f"not settled against {name} in {left} of {len(known)}")
+        parts.append(f"no significant difference from {name} in {left} of {len(known)}")
     return ", ".join(parts)
 
 
@@ -336,12 +332,6 @@ def _weight(row: dict[str, Any]) -> str:
     return "" if row["weight"] is None else f"{row['weight']:g}"
 
 
-def _told(difference: Estimate | None) -> str:
-    if difference is None:
-        return ""
-    return f"**{difference}**" if difference.sign > 0 else str(difference)
-
-
 def _mean(values: Values, digits: int) -> str:
     defined = [value for value in values if value is not None]
     if not defined:
@@ -351,7 +341,7 @@ def _mean(values: Values, digits: int) -> str:
 
 
 def _across(found: dict[str, Any]) -> list[tuple[dict[str, Any], ...]]:
-    """Return the rows of all settings that belong to one method."""
+    """Return, for each method, its rows in all settings."""
     return list(zip(*(setting["rows"] for setting in found["settings"]), strict=True))
 
 

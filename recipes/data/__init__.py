@@ -1,1 +1,1 @@
-"""What recipes train on: bundled sets, and image sets through the package datasets."""
+"""Data sets of the recipes: bundled ones, and image sets from the package datasets."""

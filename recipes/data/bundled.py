@@ -1,8 +1,10 @@
-"""Data sets that need no download: digits, upright and turned, and four classes of shapes in the plane."""
+"""Data sets that need no download: digits, upright and rotated, and points in the plane with two classes."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,7 +12,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 SPLIT_SEED = 0
-"""One split for all seeds, so that runs differ in what their flags say and not in the test set."""
+"""All seeds share one split, so that runs differ in their flags and not in the test set."""
+RADIUS = math.sqrt(2 / math.pi)
+"""Of the disk with half the area of the square [-1, 1]²."""
 
 
 class Split(NamedTuple):
@@ -24,7 +28,7 @@ class Split(NamedTuple):
 
 
 def digits() -> Split:
-    """1000 training and 797 test images of handwritten digits, 1 x 8 x 8, pixels in [0, 1]."""
+    """Return 1000 training and 797 test images of handwritten digits, 1 x 8 x 8, with pixels in [0, 1]."""
     pixels, labels = load_digits(return_X_y=True)
     x = torch.tensor(pixels / 16, dtype=torch.float32).reshape(-1, 1, 8, 8)
     y = torch.tensor(labels)
@@ -34,66 +38,43 @@ def digits() -> Split:
 
 
 def rotated_digits() -> Split:
-    """The same images turned by a quarter, with the same labels: a second data set to mix in."""
+    """Return the same images rotated by a quarter turn, with the same labels, as a second data set to mix in."""
     upright = digits()
-    return upright._replace(
-        train_x=upright.train_x.rot90(dims=(2, 3)).contiguous(), test_x=upright.test_x.rot90(dims=(2, 3)).contiguous()
-    )
+    train, test = (x.rot90(dims=(2, 3)).contiguous() for x in (upright.train_x, upright.test_x))
+    return upright._replace(train_x=train, test_x=test)
 
 
-def disk() -> Split:
-    """1000 training and 1000 test points, uniform in [-1, 1]^2; class 1 inside the centered disk of half the area."""
-    x = _points()
-    return _split(x, _in_disk(x))
-
-
-def half_disk() -> Split:
-    """The points of the disk, with its classes exchanged in the right half of the square."""
-    x = _points()
-    return _split(x, _in_disk(x) ^ (x[:, 0] > 0))
-
-
-def yin_yang() -> Split:
-    """The points of the disk; class 1 is the dark half of a yin and yang of that size, without its eyes."""
-    x = _points()
-    return _split(x, _dark(x))
-
-
-def yin_yang_eyes() -> Split:
-    """The same with eyes: a disk of the other class in each half's head."""
-    x = _points()
-    radius = math.sqrt(2 / math.pi)
-    heads = x.new_tensor([[0.0, radius / 2], [0.0, -radius / 2]])
-    eyes = ((x[:, None] - heads).norm(dim=-1) < radius / 5).any(1)
-    return _split(x, _dark(x) ^ eyes)
-
-
-def _points() -> Tensor:
-    return torch.rand(2000, 2, generator=torch.Generator().manual_seed(SPLIT_SEED)) * 2 - 1
-
-
-def _in_disk(x: Tensor) -> Tensor:
-    return x.norm(dim=1) < math.sqrt(2 / math.pi)
-
-
-def _dark(x: Tensor) -> Tensor:
-    # The left half of the disk, with the head of the upper right added and that of the lower left taken away.
-    radius = math.sqrt(2 / math.pi)
-    upper, lower = ((x - x.new_tensor([0.0, s * radius / 2])).norm(dim=1) < radius / 2 for s in (1, -1))
-    return _in_disk(x) & (((x[:, 0] < 0) & ~lower) | upper)
-
-
-def _split(x: Tensor, inside: Tensor) -> Split:
-    y = inside.long()
+def points(inside: Callable[[Tensor], Tensor]) -> Split:
+    """Return 1000 training and 1000 test points, uniform in [-1, 1]²; those inside the shape are class 1."""
+    x = torch.rand(2000, 2, generator=torch.Generator().manual_seed(SPLIT_SEED)) * 2 - 1
+    y = inside(x).long()
     return Split(x[:1000], y[:1000], x[1000:], y[1000:], num_classes=2)
 
 
-BUNDLED = {
+def _disk(x: Tensor) -> Tensor:
+    return x.norm(dim=1) < RADIUS
+
+
+def _half_disk(x: Tensor) -> Tensor:
+    """Return the disk with its classes exchanged in the right half of the square."""
+    return _disk(x) ^ (x[:, 0] > 0)
+
+
+def _dark(x: Tensor) -> Tensor:
+    """Return the dark half of a yin and yang: the left half of the disk, plus the upper and minus the lower head."""
+    upper, lower = ((x - x.new_tensor([0.0, s * RADIUS / 2])).norm(dim=1) < RADIUS / 2 for s in (1, -1))
+    return _disk(x) & (((x[:, 0] < 0) & ~lower) | upper)
+
+
+def _dark_with_eyes(x: Tensor) -> Tensor:
+    """Return the same with eyes, a disk of the other class in each head."""
+    heads = x.new_tensor([[0.0, RADIUS / 2], [0.0, -RADIUS / 2]])
+    return _dark(x) ^ ((x[:, None] - heads).norm(dim=-1) < RADIUS / 5).any(1)
+
+
+POINTS = {"disk": _disk, "half_disk": _half_disk, "yin_yang": _dark, "yin_yang_eyes": _dark_with_eyes}
+BUNDLED: dict[str, Callable[[], Split]] = {
     "digits": digits,
     "rotated_digits": rotated_digits,
-    "disk": disk,
-    "half_disk": half_disk,
-    "yin_yang": yin_yang,
-    "yin_yang_eyes": yin_yang_eyes,
+    **{name: partial(points, inside) for name, inside in POINTS.items()},
 }
-POINTS = ("disk", "half_disk", "yin_yang", "yin_yang_eyes")

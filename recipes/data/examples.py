@@ -1,4 +1,4 @@
-"""What a run trains on: a data set, labels redrawn, another one mixed in, and which examples are difficult."""
+"""The examples of a run: a data set with redrawn labels, another set mixed in, and marks of difficult examples."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ DATASETS = (*bundled.BUNDLED, *images.SOURCES)
 
 
 class Data(NamedTuple):
-    """Inputs and class indices, as a network gets them."""
+    """Inputs and class indices, ready for a network."""
 
     train_x: Tensor
     train_y: Tensor
-    """Labels to train on."""
+    """Labels to train on, including redrawn ones."""
     test_x: Tensor
     test_y: Tensor
     num_classes: int
     difficult: Tensor
-    """Which training examples have a redrawn label (be it the same), or are from the data set mixed in."""
+    """Marks training examples that have a redrawn label (possibly the same one) or come from the mixed-in set."""
     rows: Tensor
-    """Their numbers in the training split of the data set that they are from."""
+    """Their indices in the training split of the data set that they come from."""
     val_x: Tensor
-    """Held out of the training split, to choose by."""
+    """Examples of the training split, held out for validation."""
     val_y: Tensor
-    """Redrawn like those to train on."""
+    """Validation labels, redrawn like the training labels."""
     val_rows: Tensor
 
 
@@ -44,15 +44,15 @@ def load(
     mix_path: str | None = None,
     seed: int,
 ) -> Data:
-    """Load a data set, keep some training examples, redraw the labels of a share, and add some of another data set.
+    """Load a data set, keep some training examples, redraw a share of the labels, and add examples of another set.
 
-    Redrawn labels are uniform over all classes, so that about 1/num_classes of them stay right; as many of those held
-    out for validation are redrawn. Test labels are clean, and of the first data set. Images are normalized by mean and
-    standard deviation of each channel over the training split; digits and points stay as they are.
-    The options are the flags of their names.
+    Redrawn labels are uniform over all classes, so about 1/num_classes of them stay correct; the same share of the
+    validation labels is redrawn. Test examples come from the first data set, with clean labels. Images are normalized
+    by the mean and standard deviation of each channel over the training split; digits and points are not.
+    The options are the flags of the same names.
 
     Raises:
-        ValueError: if a data set cannot be had, or has fewer examples, another shape or other classes.
+        ValueError: if a data set is not available, or has too few examples, another shape or other classes.
     """
     split = _load(name, data_path)
     generator = torch.Generator().manual_seed(seed)
@@ -83,7 +83,7 @@ def load(
 
 
 def _redrawn(labels: Tensor, share: float, num_classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return labels of which a share is redrawn, and which ones are."""
+    """Return labels with a share redrawn, and a mask of the redrawn ones."""
     chosen = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
     labels = labels.clone()
     labels[chosen] = torch.randint(num_classes, (len(chosen),), generator=generator)
@@ -94,12 +94,8 @@ def _redrawn(labels: Tensor, share: float, num_classes: int, generator: torch.Ge
 
 def _mixed(data: Data, name: str, other: bundled.Split, size: int, generator: torch.Generator) -> Data:
     if other.train_x.shape[1:] != data.train_x.shape[1:] or other.num_classes != data.num_classes:
-        shapes = (tuple(x.shape[1:]) for x in (data.train_x, other.train_x))
-        raise ValueError(
-            "--mix: expected a data set of the same shape and classes, {} and {}, got {} and {}.".format(
-                *(part for pair in zip(shapes, (data.num_classes, other.num_classes), strict=True) for part in pair)
-            )
-        )
+        expected, got = (f"{tuple(part.train_x.shape[1:])} and {part.num_classes}" for part in (data, other))
+        raise ValueError(f"--mix: expected a data set of the same shape and classes, {expected}, got {got}.")
     if size > len(other.train_x):
         raise ValueError(f"--mix_size: expected at most the {len(other.train_x)} examples of {name}, got {size}.")
     rows = torch.randperm(len(other.train_x), generator=generator)[:size]
@@ -126,12 +122,12 @@ def _load(name: str, data_path: str | None) -> bundled.Split:
 
 
 def crop_and_flip(x: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
-    """Return each image cut out anew of itself with a margin, and half of them mirrored: the paper's for CIFAR.
+    """Return random crops of images padded by zeros, half of them mirrored, as the paper does for CIFAR.
 
     Args:
-        x: ``(n, channels, height, width)``; what is outside counts as zero.
-        generator: on the CPU.
-        padding: how many pixels of margin.
+        x: images ``(n, channels, height, width)``.
+        generator: a generator on the CPU.
+        padding: pixels of padding on each side.
     """
     n, _, height, width = x.shape
     down, right = torch.randint(2 * padding + 1, (2, n, 1), generator=generator)

@@ -1,4 +1,4 @@
-"""Image data sets through the package datasets: from the Hub, or from a folder. Nothing that comes with them is run."""
+"""Image data sets from the Hub or a folder, through the package datasets; no code that comes with them is run."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from data.bundled import Split
 
 
 class Source(NamedTuple):
-    """Where a data set is on the Hub, and in what schema."""
+    """The name of a data set on the Hub, and its schema."""
 
     name: str
     image: str
     label: str
     mode: str
-    """Of the images: "L" for one channel, "RGB" for three."""
+    """Mode of the images: "L" for one channel, "RGB" for three."""
     classes: int = 10
 
 
@@ -35,15 +35,17 @@ SPLITS = ("train", "test")
 
 
 def load(name: str, data_path: str | None) -> Split:
-    """Load a data set; inputs ``(n, channels, height, width)`` as uint8.
+    """Load a data set with inputs ``(n, channels, height, width)`` of type uint8.
 
     Args:
         name: one of ``SOURCES``.
-        data_path: a folder with it: parquet files of the Hub's schema whose names hold the split, what
-            ``save_to_disk`` wrote, or images in ``train/CLASS/`` and ``test/CLASS/``. Without one, the Hub is asked.
+        data_path: a folder that holds parquet files in the Hub's schema whose names start with the split, the output
+            of ``save_to_disk``, or images in ``train/CLASS/`` and ``test/CLASS/``. By default the set comes from the
+            Hub.
 
     Raises:
-        ValueError: if it cannot be had, with what to fetch and which flag to pass, or is not what it should be.
+        ValueError: if the set is not available (the message says what to download and which flag to pass), or not in
+            the expected format.
     """
     if importlib.util.find_spec("datasets") is None:
         raise ValueError(f"--dataset {name}: expected the package datasets. Install it: pip install datasets")
@@ -57,16 +59,16 @@ def load(name: str, data_path: str | None) -> Split:
 
 
 def _from_hub(name: str) -> Any:
-    import datasets  # noqa: PLC0415 - slow, and needed here only
+    import datasets  # noqa: PLC0415 - slow, and needed here alone
 
     hub = SOURCES[name].name
     try:
         return datasets.load_dataset(hub)
     except Exception as error:  # noqa: BLE001
-        # Without a network there is a class of error for each layer that notices.
+        # Without a network, each layer raises its own class.
         raise ValueError(
-            f"--dataset {name}: expected {hub} from the Hub, but {type(error).__name__}: {error}. Where there is a "
-            f"network, run\n    hf download {hub} --repo-type dataset --local-dir FOLDER\nand pass --data_path FOLDER."
+            f"--dataset {name}: expected {hub} from the Hub, but {type(error).__name__}: {error}. Online, "
+            f"run\n    hf download {hub} --repo-type dataset --local-dir FOLDER\nand pass --data_path FOLDER."
         ) from None
 
 
@@ -87,14 +89,14 @@ def _from_folder(name: str, folder: Path) -> Any:
             return datasets.load_dataset("parquet", data_files=parquet)
         if all((folder / split).is_dir() for split in SPLITS):
             return datasets.load_dataset("imagefolder", data_dir=str(folder))
-    except Exception as error:  # noqa: BLE001 - a class for each format and kind of damage
+    except Exception as error:  # noqa: BLE001 - each format and kind of damage raises its own class
         raise ValueError(f"{expected}, but {folder}: {type(error).__name__}: {error}") from None
-    raise ValueError(f"{expected}, got neither in {folder}.")
+    raise ValueError(f"{expected}, got none of them in {folder}.")
 
 
 def _parquet_files(folder: Path, split: str) -> list[str]:
-    found = (path for path in folder.rglob("*.parquet") if path.name.startswith((f"{split}-", f"{split}.")))
-    return [str(path) for path in sorted(found)]
+    paths = (path for path in folder.rglob("*.parquet") if path.name.startswith((f"{split}-", f"{split}.")))
+    return [str(path) for path in sorted(paths)]
 
 
 def _tensors(name: str, part: Any, where: str) -> tuple[Tensor, Tensor]:

@@ -1,1 +1,1 @@
-"""Studies, a file each; what they share is study.py and jobs.py."""
+"""Studies, one per file; study.py and jobs.py hold the parts that they share."""

@@ -1,20 +1,21 @@
-r"""Do the leading eigenfunctions of the tangent kernel take the shape of the classes?
+r"""Do the leading eigenfunctions of the tangent kernel assume the shape of the classes?
 
-An MLP learns to tell points inside a disk from those outside. Before, on the way and after: the difference f of its two
-outputs, the leading eigenfunctions of f's tangent kernel, the norm of f's gradient in the input and of its tangent
-features, over the plane; and how the 20th eigenvalue falls behind the first. The paper finds the boundary in the
-leading eigenfunctions.
+An MLP learns to tell points inside a disk from points outside. Before, during and after training, this study draws the
+difference f of its two outputs, the leading eigenfunctions of f's tangent kernel, and the norms of f's input gradient
+and of its tangent features over the plane, and it follows the ratio of the 20th eigenvalue to the first. The paper
+finds the class boundary in the leading eigenfunctions.
 
     python recipes/studies/disk_eigenfunctions.py         # three runs, minutes on two cores
     python recipes/studies/disk_eigenfunctions.py --dataset yin_yang
 
-The folder holds a run of train.py for each seed, with plane-STEP.safetensors, figure.png and findings.txt.
+The folder holds a run of train.py for each seed, with plane-STEP.safetensors, and figure.png and findings.txt.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/
 
@@ -23,16 +24,15 @@ from safetensors.torch import load_file
 
 from alignreg import plotting
 from studies import study
-from training.plots import COLORS, finish, pyplot, save
+from training.plots import COLORS, finish, pyplot
 
 FUNCTIONS = 4
 
 
-def draw(runs: study.Runs, figure: Path) -> None:
+def draw(runs: study.Runs) -> Any:
     """Draw the figure from the logs alone."""
-    folders = next(iter(runs.values()))
-    found = study.logs(folders)
-    steps = [int(line["step"]) for line in found[0]]
+    (folders,), (logs,) = runs.values(), study.logs(runs).values()
+    steps = [int(line["step"]) for line in logs[0]]
     shown = [steps[0], steps[len(steps) // 2], steps[-1]]
     names = ["f", *(f"eigenfunction {j + 1}" for j in range(FUNCTIONS)), "|∂f/∂x|", "|∂f/∂w|"]
     drawing = pyplot().figure(figsize=(1.55 * len(names) + 3.4, 5.2), layout="constrained")
@@ -57,25 +57,26 @@ def draw(runs: study.Runs, figure: Path) -> None:
             axis.set(xticks=[], yticks=[], xlabel="", ylabel="")
         axes[0].set_ylabel(f"step {step}", fontsize=9)
     axis = drawing.add_subplot(grid[:, -2:])
-    study.band(axis, found, "plane/ratio_20", color=COLORS[0], label="kernel as it is")
-    study.band(axis, found, "plane/ratio_20_centered", color=COLORS[1], label="centered")
+    study.band(axis, logs, "plane/ratio_20", color=COLORS[0], label="not centered")
+    study.band(axis, logs, "plane/ratio_20_centered", color=COLORS[1], label="centered")
     finish(axis, "20th eigenvalue / 1st")
     drawing.suptitle("seed 0; the line is where f = 0", fontsize=9)
-    save(drawing, figure)
+    return drawing
 
 
 def findings(runs: study.Runs) -> list[str]:
-    """Return what the numbers say, a sentence each."""
-    found = study.logs(next(iter(runs.values())))
+    """Return what the logs show, one sentence each."""
+    (logs,) = study.logs(runs).values()
     parts = []
     for key, name in (
-        ("plane/ratio_20", "20th eigenvalue over the 1st"),
-        ("plane/ratio_20_centered", "of the centered kernel"),
+        ("plane/ratio_20", "the 20th eigenvalue over the first"),
+        ("plane/ratio_20_centered", "the same ratio of the centered kernel"),
         ("plane/alignment", "alignment"),
     ):
-        first, last = ([log[i][key] for log in found] for i in (0, -1))
-        parts.append(f"{name} {study.over_seeds(first)} at the start and {study.over_seeds(last)} at the end")
-    return [f"{'; '.join(parts)}; test accuracy {study.over_seeds([log[-1]['test/accuracy'] for log in found])}."]
+        first, last = ([log[i][key] for log in logs] for i in (0, -1))
+        parts.append(f"{name} is {study.over_seeds(first)} at the start and {study.over_seeds(last)} at the end")
+    accuracy = study.over_seeds([log[-1]["test/accuracy"] for log in logs])
+    return [f"Over the plane, {'; '.join(parts)}; test accuracy is {accuracy}."]
 
 
 STUDY = study.Study(

@@ -1,8 +1,8 @@
 r"""Do features align with easy examples before difficult ones, and how does depth change that?
 
-Alignment within 50 easy and 50 difficult training examples along training, for MLPs of 3, 6 and 9 layers: difficult are
-examples with a redrawn label, or digits turned by a quarter that are mixed in. The paper finds that easy examples align
-faster and higher, and the more so the deeper the network.
+This study follows the alignment within 50 easy and 50 difficult training examples, for MLPs of 3, 6 and 9 layers. The
+difficult examples have a redrawn label, or are digits rotated by a quarter turn and mixed in. The paper finds that easy
+examples align faster and more, and that the difference grows with depth.
 
     python recipes/studies/hierarchy.py                   # bundled digits: eighteen runs, minutes on two cores
     python recipes/studies/hierarchy.py --config recipes/configs/paper/mnist-kmnist-mlp.yaml
@@ -15,11 +15,12 @@ from __future__ import annotations
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/
 
 from studies import study
-from training.plots import COLORS, finish, pyplot, save
+from training.plots import COLORS, finish, pyplot
 
 DEPTHS = (3, 6, 9)
 KINDS = {
@@ -28,50 +29,47 @@ KINDS = {
 }
 
 
-def draw(runs: study.Runs, figure: Path) -> None:
+def draw(runs: study.Runs) -> Any:
     """Draw the figure from the logs alone."""
-    kinds = list(dict.fromkeys(label.rpartition(",")[0] for label in runs))
+    logs, kinds = study.logs(runs), list(dict.fromkeys(label.rpartition(",")[0] for label in runs))
     drawing, axes = pyplot().subplots(1, 1 + len(kinds), figsize=(4.2 * (1 + len(kinds)), 3.4), layout="constrained")
     for kind, axis, mark in zip(kinds, axes, "os", strict=False):
         ratios = []
         for depth, color in zip(DEPTHS, COLORS, strict=False):
-            found = study.logs(runs[f"{kind}, {depth} layers"])
-            study.band(axis, found, "easy/alignment", color=color, label=f"easy, {depth} layers")
-            study.band(axis, found, "difficult/alignment", color=color, label="difficult", style=":")
-            ratios.append([_ratio(log) for log in found])
+            of_seeds = logs[f"{kind}, {depth} layers"]
+            study.band(axis, of_seeds, "easy/alignment", color=color, label=f"easy, {depth} layers")
+            study.band(axis, of_seeds, "difficult/alignment", color=color, label="difficult", style=":")
+            ratios.append([_ratio(log) for log in of_seeds])
         finish(axis, f"{kind}: alignment within a group")
-        middle = [statistics.mean(values) for values in ratios]
-        spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in ratios]
+        middle, spread = ([*map(measure, ratios)] for measure in (statistics.mean, study.spread))
         axes[-1].errorbar(DEPTHS, middle, spread, fmt=f"{mark}-", capsize=3, label=kind)
-    axes[-1].set(xlabel="layers", xticks=DEPTHS, ylim=(0, None))
-    axes[-1].set_title("highest alignment, easy / difficult", fontsize=10)
-    axes[-1].legend(frameon=False, fontsize=8)
-    axes[-1].spines[["top", "right"]].set_visible(False)
-    save(drawing, figure)
+    axes[-1].set_xticks(DEPTHS)
+    finish(axes[-1], "highest alignment, easy / difficult", x="layers")
+    return drawing
 
 
 def findings(runs: study.Runs) -> list[str]:
-    """Return what the numbers say, a sentence each."""
+    """Return what the logs show, one sentence each."""
     sentences = []
-    for label, folders in runs.items():
-        found = study.logs(folders)
-        tops = {
-            group: [max(line[f"{group}/alignment"] for line in log) for log in found] for group in ("easy", "difficult")
-        }
-        half = {group: statistics.median(_half_way(log, group) for log in found) for group in tops}
+    for label, logs in study.logs(runs).items():
+        tops = {group: [_highest(log, group) for log in logs] for group in ("easy", "difficult")}
+        half = {group: statistics.median(_half_way(log, group) for log in logs) for group in tops}
         ahead = sum(e > d for e, d in zip(tops["easy"], tops["difficult"], strict=True))
         sentences.append(
-            f"{label}: highest alignment {study.over_seeds(tops['easy'])} of easy and "
-            f"{study.over_seeds(tops['difficult'])} of difficult examples, easy ahead in {ahead} of {len(found)} "
-            f"seeds; half way up at step {half['easy']:g} and {half['difficult']:g}; ratio "
-            f"{study.over_seeds([_ratio(log) for log in found])}."
+            f"{label}: the highest alignment is {study.over_seeds(tops['easy'])} for easy and "
+            f"{study.over_seeds(tops['difficult'])} for difficult examples, with easy ahead in {ahead} of {len(logs)} "
+            f"seeds; half of the rise is reached at step {half['easy']:g} and {half['difficult']:g}; the ratio is "
+            f"{study.over_seeds([_ratio(log) for log in logs])}."
         )
     return sentences
 
 
 def _ratio(log: study.Log) -> float:
-    easy, difficult = (max(line[f"{group}/alignment"] for line in log) for group in ("easy", "difficult"))
-    return easy / difficult
+    return _highest(log, "easy") / _highest(log, "difficult")
+
+
+def _highest(log: study.Log, group: str) -> float:
+    return max(line[f"{group}/alignment"] for line in log)
 
 
 def _half_way(log: study.Log, group: str) -> float:

@@ -1,4 +1,4 @@
-"""Many runs of train.py, several at a time, and only those that are not done."""
+"""Many runs of train.py, several at a time, skipping those that are done."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from training.config import Config
 Job = tuple[Path, Config]
 """The folder of a run, and its flags."""
 DONE, BROKEN_OFF = "done", "broken_off"
-"""Files that mark runs which came to their end, and to which one: the second says why."""
+"""Files that mark finished runs; the second marks those that diverged, and says why."""
 
 
 @final
 class Workers:
-    """Processes that run one job after the other, each with its share of the processors.
+    """Processes that run one job after another, each with its share of the processors.
 
     Args:
-        at_once: how many.
-        study: the folder that all runs are in.
+        at_once: the number of processes.
+        study: the folder that holds all runs.
     """
 
     def __init__(self, at_once: int, study: Path) -> None:
         self._at_once, self._study = at_once, study
-        # A process that torch already computes in is not to be forked.
+        # Forking a process in which torch has computed is not safe.
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(at_once, context, torch.set_num_threads, (threads(at_once),))
 
@@ -52,10 +52,9 @@ class Workers:
         self._pool.shutdown(cancel_futures=True)
 
     def run(self, jobs: Sequence[Job], what: str = "runs", *, may_break_off: bool = False) -> None:
-        """Run what is not done; on a signal stop the runs, which write a checkpoint first, and say how to go on.
+        """Run the jobs that are not done; on a signal stop them, after a checkpoint, and say how to continue.
 
-        One that fails stops all; if runs ``may_break_off``, one that has diverged, so that values are no longer what a
-        loss or metric takes, ends there.
+        A run that fails stops all others. With ``may_break_off``, a run that diverges counts as finished instead.
         """
         missing = [job for job in jobs if not done(job[0])]
         print(f"{len(missing)} of {len(jobs)} {what} to do, {self._at_once} at a time", flush=True)
@@ -65,9 +64,11 @@ class Workers:
         try:
             futures += [self._pool.submit(_train, *job, may_break_off) for job in missing]
             for future in track(as_completed(futures), what, len(futures)) if futures else ():
-                failure = _said(future)
+                failure = future.result()
                 if failure:
                     break
+        except BrokenExecutor:
+            failure = "a process of the study ended before its run"
         except KeyboardInterrupt:
             failure = "stopped"
         if failure:
@@ -78,92 +79,82 @@ class Workers:
             self._pool.shutdown(cancel_futures=True)
         signal.signal(signal.SIGTERM, before)
         if failure:
-            sys.exit(f"{failure}\ngo on with --resume {self._study}")
+            sys.exit(f"{failure}\ncontinue with --resume {self._study}")
 
 
 def threads(at_once: int) -> int:
-    """Return the share of the processors that each of so many processes has."""
+    """Return how many threads each of ``at_once`` processes may use."""
     return max(1, (os.cpu_count() or 1) // at_once)
 
 
 def add_flags(parser: argparse.ArgumentParser, name: str) -> Any:
-    """Add the flags of whatever runs many: how many at a time, and where; return the group of the latter."""
+    """Add the flags for the number of runs at a time and for the folder; return the group of the latter."""
     at_once = min(2, os.cpu_count() or 1)
     parser.add_argument("--jobs", type=int, default=at_once, help="runs at a time (default: 2)")
     place = parser.add_mutually_exclusive_group()
-    place.add_argument("--output_dir", type=Path, help=f"the {name}'s folder; a new one under runs/ by default")
-    place.add_argument("--resume", type=Path, metavar="FOLDER", help=f"go on with a {name} where it was left")
+    place.add_argument("--output_dir", type=Path, help=f"the {name}'s folder; by default a new one under runs/")
+    place.add_argument("--resume", type=Path, metavar="FOLDER", help=f"continue the {name} in this folder")
     return place
 
 
 @contextlib.contextmanager
 def opened(resume: Path | None, wanted: Path | None, name: str) -> Iterator[Path]:
-    """Hold the folder of a study while it runs: of one that goes on, the one that is wanted, or a new one under runs/.
+    """Hold the lock on the folder of a study: the resumed one, the wanted one, or a new one under ``runs/``.
 
     Raises:
-        ValueError: if it is a new one and holds something, or another study holds it.
+        ValueError: if a new study gets a folder that is not empty, or another study holds the lock.
     """
     folder = resume or wanted or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     with storage.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if not resume and any(folder.iterdir()):
-            raise ValueError(
-                f"--output_dir: expected a new or empty folder, but {folder} holds something. Try --resume."
-            )
+            raise ValueError(f"--output_dir: expected a new or empty folder, but {folder} is not empty. Try --resume.")
     with lock.hold(folder, "--resume" if resume else "--output_dir"):
         yield folder
 
 
 def done(folder: Path) -> bool:
-    """Say whether a run came to its end."""
+    """Return whether a run is finished."""
     return (folder / DONE).exists()
 
 
 def broken_off(folder: Path) -> bool:
-    """Say whether a run's end was one before its time."""
+    """Return whether a run finished early because it diverged."""
     return (folder / BROKEN_OFF).exists()
 
 
+def of_seeds(place: Path, config: Config, count: int, first: int = 0) -> list[Job]:
+    """Return the runs of one configuration with the seeds ``first``, ``first + 1``, ..., in a folder each."""
+    return [(place / f"seed-{i}", dataclasses.replace(config, seed=first + i)) for i in range(count)]
+
+
 def slug(label: str) -> str:
-    """Return a name of a folder."""
+    """Return the name of the folder for a label."""
     return "".join(character if character.isalnum() or character in ".+" else "-" for character in label).strip("-")
 
 
-def _said(future: Future[str | None]) -> str | None:
-    try:
-        return future.result()
-    except BrokenExecutor:
-        return "a process of the study ended before its run"
-
-
-def _clear(folder: Path) -> None:
-    """Remove a run that this study has begun, and that did not come far; not one that a process still writes to."""
-    if folder.exists():
-        with lock.hold(folder, "--resume"):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def _train(folder: Path, config: Config, may_break_off: bool = False) -> str | None:
-    """Train in this process, from the newest checkpoint if there is one; return what it said if it failed."""
+    """Train in this process, from the newest checkpoint if there is one; return the message of a failure."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             newest = checkpoint.newest(folder)
-            if newest is None:
-                _clear(folder)
+            if newest is None and folder.exists():
+                with lock.hold(folder, "--resume"):  # no process still writes to it
+                    shutil.rmtree(folder, ignore_errors=True)
             loop.train(dataclasses.replace(config, output_dir=str(folder)), newest)
         (folder / DONE).touch()
     except SystemExit as stop:
         if stop.code == 128 + signal.SIGTERM:
-            os._exit(stop.code)  # nothing of the queue is to begin
+            os._exit(stop.code)  # so that no further job of the queue starts
         return f"{folder}: train.py failed\n{said.getvalue()[-2000:]}"
-    except Exception as error:  # noqa: BLE001 - the study says it
+    except Exception as error:  # noqa: BLE001 - the study reports it
         if may_break_off and isinstance(error, loop.DivergedError):
             storage.write(folder / BROKEN_OFF, f"{error}\n")
             (folder / DONE).touch()
             return None
-        told = str(error) if messages.is_told(error) else traceback.format_exc()[-2000:]
-        return f"{folder}: train.py failed\n{told}"
+        text = str(error) if messages.is_told(error) else traceback.format_exc()[-2000:]
+        return f"{folder}: train.py failed\n{text}"
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the run's own handler waits for its next step
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the run's own handler would wait for its next step
     return None

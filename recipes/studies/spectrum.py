@@ -1,8 +1,8 @@
-r"""Does the tangent kernel lose rank in training, and what do random labels do to that?
+r"""Does the tangent kernel lose rank during training, and how do random labels change that?
 
-Effective rank, trace ratio and the largest eigenvalues of the centered tangent kernel of 50 training examples, along
-training, with 0, 20 and 50 % of the labels redrawn. The paper finds that the rank falls early, and with heavy noise
-rises again while test accuracy falls.
+This study follows the effective rank, the trace ratio and the largest eigenvalues of the centered tangent kernel of 50
+training examples, with 0, 20 and 50 % of the labels redrawn. The paper finds that the rank falls early, and that with
+heavy noise it rises again while test accuracy falls.
 
     python recipes/studies/spectrum.py                    # bundled digits, MLP: nine runs, minutes on two cores
     python recipes/studies/spectrum.py --config recipes/configs/paper/cifar10-vgg19.yaml --data_path FOLDER
@@ -15,47 +15,46 @@ from __future__ import annotations
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/
 
 from scipy.stats import spearmanr
 
 from studies import study
-from training.plots import COLORS, finish, pyplot, save
+from training.plots import COLORS, finish, pyplot
 
 MEASUREMENTS = 5
-"""How many a rank correlation takes at least."""
-RANK, RATIO = "train/effective_rank", "train/trace_ratio_40"
+"""The least number of measurements for a rank correlation."""
+RANK = "train/effective_rank"
+PANELS: dict[str, tuple[tuple[str, ...], float | None]] = {
+    "test accuracy": (("test/accuracy",), 0),
+    "effective rank": ((RANK,), 0),
+    "share of the 40 largest eigenvalues": (("train/trace_ratio_40",), None),
+    "largest eigenvalue, and 10th": (("train/eigenvalue_1", "train/eigenvalue_10"), None),
+}
+"""The curves of each panel, and the lower end of its axis."""
 
 
-def draw(runs: study.Runs, figure: Path) -> None:
+def draw(runs: study.Runs) -> Any:
     """Draw the figure from the logs alone."""
     drawing, axes = pyplot().subplots(1, 4, figsize=(14, 3.4), layout="constrained")
-    for (label, folders), color in zip(runs.items(), COLORS, strict=False):
-        found = study.logs(folders)
-        study.band(axes[0], found, "test/accuracy", color=color, label=label)
-        study.band(axes[1], found, RANK, color=color, label=label)
-        study.band(axes[2], found, RATIO, color=color, label=label)
-        for j in (1, 10):
-            name = label if j == 1 else None
-            study.band(axes[3], found, f"train/eigenvalue_{j}", color=color, label=name)
-    for axis, title, bottom in zip(
-        axes,
-        ("test accuracy", "effective rank", "share of the 40 largest eigenvalues", "largest eigenvalue, and 10th"),
-        (0, 0, None, None),
-        strict=True,
-    ):
+    for (label, logs), color in zip(study.logs(runs).items(), COLORS, strict=False):
+        for axis, (keys, _) in zip(axes, PANELS.values(), strict=True):
+            for key in keys:
+                study.band(axis, logs, key, color=color, label=label)
+    for axis, (title, (_, bottom)) in zip(axes, PANELS.items(), strict=True):
         finish(axis, title, bottom=bottom, legend=axis is axes[0])
     axes[3].set_yscale("log")
-    save(drawing, figure)
+    return drawing
 
 
 def findings(runs: study.Runs) -> list[str]:
-    """Return what the numbers say, a sentence each."""
+    """Return what the logs show, one sentence each."""
     sentences = []
-    for label, folders in runs.items():
+    for label, logs in study.logs(runs).items():
         first, least, last, at, related = [], [], [], [], []
-        for log in study.logs(folders):
+        for log in logs:
             ranks = [line[RANK] for line in log]
             low = min(range(len(ranks)), key=ranks.__getitem__)
             first.append(ranks[0])
@@ -67,11 +66,11 @@ def findings(runs: study.Runs) -> list[str]:
             if len(log) - top >= MEASUREMENTS and len(set(accuracy[top:])) > 1:
                 related.append(float(spearmanr(ranks[top:], accuracy[top:]).statistic))
         sentence = (
-            f"{label}: effective rank {study.over_seeds(first)} at the start, at its lowest "
-            f"{study.over_seeds(least)} (step {statistics.median(at):g}), {study.over_seeds(last)} at the end"
+            f"{label}: the effective rank is {study.over_seeds(first)} at the start, {study.over_seeds(least)} at its "
+            f"lowest (step {statistics.median(at):g}), and {study.over_seeds(last)} at the end"
         )
         if related:
-            sentence += f"; from the best test accuracy on, rank correlation with it {study.over_seeds(related)}"
+            sentence += f"; after the best test accuracy, its rank correlation with it is {study.over_seeds(related)}"
         sentences.append(f"{sentence}.")
     return sentences
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and a resume that reads nothing which it has not checked."""
+"""Checkpoints that are complete or absent, verified in full before anything is read from them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ ENTRIES = {"step": int, "processes": int, "config": dict, "files": dict, "digest
 
 
 def save(accelerator: Accelerator, run: Path, step: int, config: dict[str, Any], parts: dict[str, nn.Module]) -> Path:
-    """Write model, optimizer, random states, and the parts of every process; the folder appears when it is complete.
+    """Write model, optimizer, random states, and the parts of every process; the folder appears once it is complete.
 
     Raises:
-        ValueError: on every process, if one of them cannot write; of the checkpoint nothing is left.
+        ValueError: on every process, if one of them cannot write; nothing of the checkpoint remains.
     """
     folder = run / FOLDER / f"step_{step}"
     partial = run / FOLDER / f".step_{step}.partial"
@@ -78,61 +78,61 @@ def newest(run: Path) -> Path | None:
 
 
 def find(path: str) -> Path:
-    """Return the checkpoint that ``path`` names: itself, or the newest one of a run's folder.
+    """Return the checkpoint that ``path`` names: the folder itself, or the newest checkpoint of a run's folder.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no checkpoint.
     """
     given = Path(path)
     if not given.is_dir():
-        raise ValueError(f"{FLAG}: expected a checkpoint's folder, but {given}: No such folder.")
-    if found := newest(given):
-        return found
+        raise ValueError(f"{FLAG}: expected the folder of a checkpoint, but {given}: No such folder.")
+    if checkpoint := newest(given):
+        return checkpoint
     if not (given / MANIFEST).is_file():
-        reason = f"there is no {MANIFEST} and no {FOLDER}/step_N in it. Runs write them with --checkpointing_steps"
+        reason = f"it holds no {MANIFEST} and no {FOLDER}/step_N. Runs write them with --checkpointing_steps"
         raise _refusal(given, reason)
     return given
 
 
 def latest(run: str | None) -> Path | None:
-    """Return what a command that is started again goes on with.
+    """Return the place that a restarted command continues from.
 
     Returns:
-        The newest checkpoint of the run, or its folder where it was begun and ended before the first one, or nothing
-        where it was not begun.
+        The newest checkpoint of the run; the run's folder if it stopped before its first checkpoint; None if it never
+        started.
 
     Raises:
-        ValueError: without a folder to look into.
+        ValueError: if there is no folder to look into.
     """
     if run is None:
-        raise ValueError(f"{FLAG} {LATEST}: expected an --output_dir with it, whose newest checkpoint that is.")
+        raise ValueError(f"{FLAG} {LATEST}: expected --output_dir with it, the folder whose newest checkpoint to use.")
     folder = Path(run).resolve()
     return newest(folder) or (folder if (folder / "config.json").is_file() else None)
 
 
 def run_of(checkpoint: Path) -> Path:
-    """Return the folder of the run that wrote the checkpoint; a run's own folder is its."""
+    """Return the folder of the run that wrote the checkpoint; a run's folder is its own."""
     checkpoint = checkpoint.resolve()
     return checkpoint.parent.parent if checkpoint.parent.name == FOLDER else checkpoint
 
 
 def verify(checkpoint: Path, config: dict[str, Any], processes: int) -> int:
-    """Return the checkpoint's step if every byte of it is as it was written, by this run.
+    """Return the checkpoint's step, if this run wrote it and no byte of it has changed.
 
     Raises:
-        ValueError: with path and reason; nothing has been read into anything yet.
+        ValueError: with path and reason, before any state changes.
     """
     manifest = _manifest(checkpoint)
     step, files, theirs, count = (manifest[key] for key in ("step", "files", "config", "processes"))
     if not 1 <= step <= config["steps"] or checkpoint.resolve().name != f"step_{step}":
-        raise _refusal(checkpoint, f"{MANIFEST} is that of step {messages.short(step)}")
+        raise _refusal(checkpoint, f"{MANIFEST} is for step {messages.short(step)}")
     if theirs != config:
         odd = sorted(key for key in theirs | config if theirs.get(key) != config.get(key))
-        raise _refusal(checkpoint, f"it belongs to another run, with other {', '.join(odd)}")
+        raise _refusal(checkpoint, f"it belongs to another run, which differs in {', '.join(odd)}")
     if count != processes:
-        raise _refusal(checkpoint, f"{count} process(es) wrote it and {processes} would read it; launch as many")
+        raise _refusal(checkpoint, f"{count} process(es) wrote it and {processes} would read it; launch {count}")
     wanted = {"optimizer.bin"}.union(*({_random_states(i), _parts(i)} for i in range(processes)))
-    if not any(map(_is_model, files)):
+    if not any(name.startswith("model") and name.endswith(".safetensors") for name in files):
         wanted.add("model.safetensors")
     if missing := sorted(wanted - files.keys()):
         raise _refusal(checkpoint, f"{MANIFEST} does not list {', '.join(missing)}")
@@ -144,15 +144,16 @@ def verify(checkpoint: Path, config: dict[str, Any], processes: int) -> int:
             raise _refusal(checkpoint, f"{name} is truncated or was changed")
     foreign = {file.name for file in checkpoint.iterdir() if not file.name.startswith(".")} - files.keys() - {MANIFEST}
     if foreign:
-        raise _refusal(checkpoint, f"{', '.join(sorted(foreign))} is not of it. Remove that file")
+        raise _refusal(checkpoint, f"{', '.join(sorted(foreign))} does not belong to it. Remove that file")
     return step  # type: ignore[no-any-return]
 
 
 def load(accelerator: Accelerator, checkpoint: Path, parts: dict[str, nn.Module]) -> None:
-    """Read a verified checkpoint into model, optimizer, random states and parts, without unpickling code.
+    """Load a verified checkpoint into model, optimizer, random states and parts, without unpickling code.
 
     Raises:
-        ValueError: on every process, if the random states of one cannot be read: Accelerate would go on without them.
+        ValueError: on every process, if the random states of one cannot be read: Accelerate would continue without
+            them.
     """
     name = _random_states(accelerator.process_index)
     states: dict[str, Any] = {}
@@ -161,13 +162,13 @@ def load(accelerator: Accelerator, checkpoint: Path, parts: dict[str, nn.Module]
         try:
             states.update(load_plain(checkpoint / name))
             states["torch_manual_seed"], states["random_state"]
-        except Exception as error:  # noqa: BLE001 - a class for each kind of damage
+        except Exception as error:  # noqa: BLE001 - each kind of damage raises its own class
             raise _refusal(checkpoint, f"{name} cannot be read: {messages.short(str(error))}") from None
 
     def compare() -> None:
         same = torch.equal(torch.get_rng_state(), states["torch_manual_seed"])
         if not (same and random.getstate() == states["random_state"]):
-            raise _refusal(checkpoint, f"the random states of {name} are not those of this machine and its versions")
+            raise _refusal(checkpoint, f"the random states of {name} do not fit this machine and its versions")
 
     processes.everywhere(accelerator, read)
     accelerator.load_state(str(checkpoint))
@@ -187,7 +188,7 @@ def _manifest(checkpoint: Path) -> dict[str, Any]:
         manifest = None
     kinds = {key: type(value) for key, value in manifest.items()} if isinstance(manifest, dict) else None
     if kinds != ENTRIES:
-        raise _refusal(checkpoint, f"{MANIFEST} is truncated or no manifest of a checkpoint")
+        raise _refusal(checkpoint, f"{MANIFEST} is truncated, or not the manifest of a checkpoint")
     digest = manifest.pop("digest")
     if _digest(_text(manifest).encode()) != digest:
         raise _refusal(checkpoint, f"{MANIFEST} was changed")
@@ -196,10 +197,6 @@ def _manifest(checkpoint: Path) -> dict[str, Any]:
 
 def _text(manifest: dict[str, Any]) -> str:
     return json.dumps(manifest, indent=1) + "\n"
-
-
-def _is_model(name: str) -> bool:
-    return name.startswith("model") and name.endswith(".safetensors")
 
 
 def _random_states(process: int) -> str:
@@ -213,16 +210,15 @@ def _parts(process: int) -> str:
 def _unwritten(partial: Path, error: Exception) -> ValueError:
     reason = getattr(error, "strerror", None)
     if reason is None:
-        try:  # torch says where in the file it stopped, but not why: a full disk has no room for this either
+        try:  # torch says where in the file it stopped, but not why; on a full disk this write fails too
             (partial / ".room").write_bytes(bytes(2**20))
             reason = (str(error).splitlines() or [type(error).__name__])[0]
         except OSError as why:
             reason = why.strerror
     run = partial.parent.parent
-    found = newest(run)
-    hint = f"go on with {FLAG} {run}" if found else "start again"
+    hint = f"continue with {FLAG} {run}" if newest(run) else "start again"
     return ValueError(
-        f"--output_dir: expected a folder that can be written, but {partial}: {reason}. Make room there, and {hint}."
+        f"--output_dir: expected a writable folder, but {partial}: {reason}. Free space there, and {hint}."
     )
 
 

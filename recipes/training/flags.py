@@ -16,9 +16,9 @@ import yaml
 from training import checkpoint, messages, storage
 
 FREE = ("output_dir", "max_steps")
-"""Flags that a run which goes on may have otherwise."""
+"""Flags that may change when a run is resumed."""
 LARGEST = 2**63 - 1
-"""The largest whole number that torch takes."""
+"""The largest integer that torch accepts."""
 
 
 def flag(
@@ -29,7 +29,7 @@ def flag(
     most: float = math.inf,
     choices: tuple[str, ...] | None = None,
 ) -> Any:
-    """Return a field with what ``--help`` says of it and the values that it may have."""
+    """Return a field with its text for ``--help`` and its allowed values."""
     bounds = {"help": text, "least": least, "most": most, "choices": choices}
     return dataclasses.field(default=default, metadata=bounds)
 
@@ -37,13 +37,13 @@ def flag(
 def parse(
     kind: type[Any], doc: str | None, arguments: list[str] | None = None, settings: Mapping[str, Any] | None = None
 ) -> tuple[Any, Path | None]:
-    """Read flags: with those of a file as defaults, or all of a run's own and the checkpoint to go on from.
+    """Read the flags, with defaults from a file, or from an earlier run together with the checkpoint to continue from.
 
     Args:
         kind: a dataclass of flags, with ``check()``.
-        doc: what ``--help`` says.
-        arguments: the flags; those of the command line by default.
-        settings: values of fields, above those of a file and below the flags.
+        doc: the description for ``--help``.
+        arguments: the flags; by default those of the command line.
+        settings: values of fields, which override the file and are overridden by the flags.
     """
     parser = argparse.ArgumentParser(
         usage="%(prog)s [flags]; --help lists them",
@@ -51,11 +51,11 @@ def parse(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", help="yaml file of flags, or an earlier run's config.json: the defaults then")
+    parser.add_argument("--config", help="yaml file of flags, or config.json of an earlier run, to use as defaults")
     parser.add_argument(
         checkpoint.FLAG,
-        help=f"a checkpoint, or a run's folder for its newest, to go on from; {checkpoint.LATEST}: the newest in "
-        "--output_dir, or to begin there if it has none, for launchers that start a command again",
+        help="a checkpoint to continue from, or the folder of a run for its newest checkpoint; for launchers that "
+        f"restart a command: {checkpoint.LATEST}, the newest in --output_dir, or a new run there if it has none",
     )
     kinds = {"int": int, "float": float}
     for field in dataclasses.fields(kind):
@@ -71,7 +71,7 @@ def parse(
     template, wanted = given.pop("config"), given.pop("resume_from_checkpoint")
     again = wanted == checkpoint.LATEST
     if template and wanted and not again:
-        parser.error(f"argument --config: not allowed with argument {checkpoint.FLAG}, but with {checkpoint.LATEST}")
+        parser.error(f"argument --config: not allowed with argument {checkpoint.FLAG}, except with {checkpoint.LATEST}")
     resume = None
     try:
         earlier = _read(kind, Path(template), "--config") if template else {}
@@ -82,7 +82,7 @@ def parse(
             earlier = _read(kind, checkpoint.run_of(resume) / "config.json", checkpoint.FLAG)
             _refuse_changes(asked, earlier)
         for name in FREE:
-            earlier.pop(name, None)  # a new run has its own folder, and one that goes on may have been moved
+            earlier.pop(name, None)  # a new run has its own folder, and a resumed run may have been moved
         config = kind(**{**earlier, **given})
         config.check()
     except ValueError as error:
@@ -91,7 +91,7 @@ def parse(
 
 
 def arguments_of(settings: Mapping[str, Any]) -> list[str]:
-    """Return values of fields as a command line has them."""
+    """Return values of fields as arguments of a command line."""
     switches = {True: "--", False: "--no-"}
     return [
         word
@@ -101,15 +101,15 @@ def arguments_of(settings: Mapping[str, Any]) -> list[str]:
 
 
 def identity(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the flags that make a run what it is."""
+    """Return the flags that identify a run."""
     return {name: value for name, value in values.items() if name not in FREE}
 
 
 def check(config: Any) -> None:
-    """Refuse values that a flag may not have, each by itself.
+    """Refuse values that a flag does not allow, each on its own.
 
     Raises:
-        ValueError: with the flag, what was expected and what came.
+        ValueError: with the flag, the expected value and the given value.
     """
     for field in dataclasses.fields(config):
         _check_value(field, getattr(config, field.name))
@@ -124,7 +124,7 @@ def _check_value(field: dataclasses.Field[Any], value: Any) -> None:
     if not isinstance(value, expected) or (isinstance(value, bool) and field.type != "bool"):
         raise ValueError(f"--{field.name}: expected {field.type}, {got}")
     if isinstance(value, str) and "\0" in value:
-        raise ValueError(f"--{field.name}: expected a text without zero bytes, {got}")
+        raise ValueError(f"--{field.name}: expected text without zero bytes, {got}")
     if least is None:
         return
     largest = LARGEST if field.type == "int" else sys.float_info.max
@@ -138,8 +138,8 @@ def _refuse_changes(given: dict[str, Any], earlier: dict[str, Any]) -> None:
     for name, value in given.items():
         if name not in FREE and value != earlier.get(name, value):
             raise ValueError(
-                f"--{name}: expected the value of the run that goes on, {messages.short(earlier[name])}, "
-                f"got {messages.short(value)}. Leave the flag out, or start a new run."
+                f"--{name}: expected the value of the resumed run, {messages.short(earlier[name])}, "
+                f"got {messages.short(value)}. Omit the flag, or start a new run."
             )
 
 
@@ -153,9 +153,9 @@ def _read(kind: type[Any], source: Path, name: str) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{expected}, but {source}: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError):
-        raise ValueError(f"{expected}, got another file: {source}.") from None
+        raise ValueError(f"{expected}, got another kind of file: {source}.") from None
     if nested:
-        raise ValueError(f"{expected}, each flag with one plain value, got more in line {nested} of {source}.")
+        raise ValueError(f"{expected}, with one plain value for each flag, got more in line {nested} of {source}.")
     unknown = sorted(map(str, values.keys() - {field.name for field in dataclasses.fields(kind)}))
     if unknown:
         odd = ", ".join(map(messages.shortened, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
@@ -164,7 +164,7 @@ def _read(kind: type[Any], source: Path, name: str) -> dict[str, Any]:
 
 
 def _nested(text: str) -> int | None:
-    """Return the first line with a list, a mapping in the mapping, or an alias, before anything is made of it."""
+    """Return the first line with a list, a nested mapping or an alias, before the text is loaded."""
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

@@ -1,4 +1,4 @@
-"""One writer at a time: a lock on a folder, held while a run or a study lives, that ends with its process."""
+"""A lock on a folder that admits one writer; it is held by a run or a study and ends with its process."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ except ImportError:  # Windows
 NAME = ".lock"
 HELD = (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK, errno.EDEADLK)
 BEYOND = 2**30
-"""A byte that Windows locks: one beyond the text, or nobody could read who holds it."""
+"""The byte that Windows locks: one beyond the text, so that others can read who holds the lock."""
 
 
 @contextmanager
 def hold(folder: Path, flag: str) -> Iterator[None]:
-    """Be the only one that writes to a folder.
+    """Be the only writer of a folder.
 
-    The lock belongs to the open file and so to the process, however that ends: none is left to be cleared away.
+    The lock belongs to the open file, hence to the process: however the process ends, no stale lock remains.
 
     Raises:
-        ValueError: if another process holds it, by its number, or the folder cannot be written.
+        ValueError: if another process holds the lock (the message names it), or the folder cannot be written.
     """
     path = folder / NAME
     with storage.writing(path, flag):
@@ -39,8 +39,8 @@ def hold(folder: Path, flag: str) -> Iterator[None]:
     try:
         if not file:
             raise ValueError(
-                f"{flag}: expected a folder that nothing else writes to, but {_holder(path)} does, and holds {path}. "
-                "Wait until it ends, or end it: workers outlive a launcher that was killed."
+                f"{flag}: expected a folder that no other process writes to, but {_holder(path)} holds {path}. "
+                "Wait until it ends, or end it; workers outlive a launcher that was killed."
             )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
@@ -48,13 +48,13 @@ def hold(folder: Path, flag: str) -> Iterator[None]:
         yield
     finally:
         if file:
-            with suppress(OSError):  # Windows removes no file that is open
+            with suppress(OSError):  # Windows does not remove open files
                 path.unlink()
             file.close()
 
 
 def _open(path: Path) -> IO[str] | None:
-    """Return the file of the lock, locked, or nothing if that is held."""
+    """Return the lock file, locked, or None if another process holds the lock."""
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
@@ -64,21 +64,21 @@ def _open(path: Path) -> IO[str] | None:
                 file.close()
                 return None
             print(
-                f"{path}: this file system has no locks ({error.strerror}). See to it that nothing else writes here.",
+                f"{path}: this file system has no locks ({error.strerror}). Make sure that nothing else writes here.",
                 file=sys.stderr,
             )
             return file
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
-        file.close()  # its holder removed it between the opening and the lock
+        file.close()  # its holder removed it between the open and the lock
 
 
 def _lock(file: IO[str]) -> None:
     if fcntl is not None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return
-    import msvcrt  # noqa: PLC0415 - Windows alone has it
+    import msvcrt  # noqa: PLC0415 - exists on Windows alone
 
     file.seek(BEYOND)
     msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)

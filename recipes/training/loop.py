@@ -1,4 +1,4 @@
-"""How a run trains: steps, log, checkpoints, stop and resume, from top to bottom."""
+"""A training run from top to bottom: prepare, step, measure, save, stop and resume."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, final
 
 import psutil
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from rich.console import Console
 from rich.progress import Progress
@@ -28,30 +28,30 @@ from training.measure import Measurements, Seen
 
 @final
 class Run(NamedTuple):
-    """What is trained, on what, with what."""
+    """The objects of a training run."""
 
     config: Config
     accelerator: Accelerator
     model: nn.Module
-    """As Accelerate wrapped it."""
+    """As wrapped by Accelerate."""
     data: examples.Data
     optimizer: torch.optim.Optimizer
     loader: DataLoader[tuple[Tensor, ...]]
     regularizer: nn.Module | None
     pool: tuple[Tensor, Tensor] | None
-    """What the regularizer is evaluated on in place of the batch; of each process its share."""
+    """This process's share of the examples that the regularizer uses instead of the batch."""
     measurements: Measurements
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        """Modules whose state checkpoints keep, of each process its own."""
+        """Modules whose state is saved in checkpoints, separately for each process."""
         parts = {"path": self.measurements.path, "regularizer": self.regularizer}
         return {name: part for name, part in parts.items() if part is not None}
 
 
 @final
 class DivergedError(messages.ToldError):
-    """A loss or a metric does not take what training has made of the network."""
+    """A loss or a metric rejects the network that training has produced."""
 
 
 def train(config: Config, resume: Path | None = None) -> Path:
@@ -59,20 +59,22 @@ def train(config: Config, resume: Path | None = None) -> Path:
 
     Args:
         config: the flags.
-        resume: a checkpoint of the run to go on with, or the folder of a run to begin again.
+        resume: a checkpoint of the run to continue from, or the folder of a run to restart.
     """
     run, logged = prepare(config), config.logged
     accelerator = run.accelerator
     if resume is None:
-        folder = run_folder.claim_folder(accelerator, config.output_dir, config.name)
+        folder = processes.on_main(accelerator, lambda: run_folder.claim(config.output_dir, config.name))
     else:
         folder = checkpoint.run_of(resume)
     with run_folder.only_writer(accelerator, folder, "--output_dir" if resume is None else checkpoint.FLAG):
         start = _begin(run, folder, resume)
         signal.signal(signal.SIGTERM, lambda *_: accelerator.set_trigger())
-        with _progress(accelerator) as progress:
+        console = Console(stderr=True)
+        shown = accelerator.is_main_process and console.is_terminal
+        with Progress(console=console, disable=not shown, transient=True) as progress:
             bar = progress.add_task("training", total=config.last_step, completed=start)
-            for step, (x, y) in run_folder.batches(run.loader, start, config.last_step):
+            for step, (x, y) in _batches(run.loader, start, config.last_step):
                 with _diverging(folder, step):
                     advance(run, step, x, y)
                     low = step in logged and _log(run, folder, step) < config.stop_loss
@@ -81,17 +83,14 @@ def train(config: Config, resume: Path | None = None) -> Path:
                     break
                 _save_or_stop(run, folder, step)
         if accelerator.is_main_process:
-            figures = _conclude(folder) if config.figure else []
-            print("\n".join([f"log:    {run_folder.log_of(folder)}", *(f"figure: {figure}" for figure in figures)]))
-            if config.with_tracking:
-                tracking.finish(accelerator, folder, figures)
+            _conclude(run, folder)
         accelerator.wait_for_everyone()  # no process tears the group down while another still uses it
     accelerator.end_training()
     return folder
 
 
 def prepare(config: Config) -> Run:
-    """Load and make what a run trains on and with; nothing is written."""
+    """Load the data and build everything that a run needs, without writing any file."""
     accelerator = Accelerator(
         cpu=config.cpu,
         mixed_precision=config.mixed_precision,
@@ -102,11 +101,11 @@ def prepare(config: Config) -> Run:
     processes.refuse_split_launch(accelerator.num_processes)
     processes.refuse_other_training(accelerator, config.mixed_precision)
     set_seed(config.seed)
-    with accelerator.main_process_first():  # it fetches, the others find
+    with accelerator.main_process_first():  # the main process downloads, the others read its copy
         names = ("train_size", "val_size", "label_noise", "mix", "mix_size", "data_path", "mix_path", "seed")
         data = examples.load(config.dataset, **{name: getattr(config, name) for name in names})
     world = accelerator.num_processes
-    if len(data.train_x) // config.batch_size < world:  # drop_last would leave no batch: no end
+    if len(data.train_x) // config.batch_size < world:  # drop_last would leave no batch, and the loop would not end
         raise ValueError(
             f"--batch_size: expected a batch of {config.batch_size} for each of {world} process(es), "
             f"got {len(data.train_x)} training examples. Lower --batch_size or use fewer processes."
@@ -117,7 +116,7 @@ def prepare(config: Config) -> Run:
     set_seed(config.seed)
     model = models.build(*network, **options)
     optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
-    # drop_last: every process takes the same number of steps.
+    # drop_last gives every process the same number of steps.
     loader = DataLoader(TensorDataset(data.train_x, data.train_y), config.batch_size, shuffle=True, drop_last=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     share = slice(accelerator.process_index, config.reg_pool, accelerator.num_processes)
@@ -136,7 +135,7 @@ def prepare(config: Config) -> Run:
 
 
 def advance(run: Run, step: int, x: Tensor, y: Tensor) -> None:
-    """Take the given optimizer step, on a batch."""
+    """Make one optimizer step on a batch."""
     inputs = _augmented(x, run.config.seed, step, run.accelerator.process_index) if run.config.augment else x
     run.optimizer.zero_grad()
     run.accelerator.backward(loss(run, run.model(inputs), inputs, y))
@@ -152,7 +151,7 @@ def loss(run: Run, logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _begin(run: Run, folder: Path, resume: Path | None) -> int:
-    """Bring the run to where training begins, at its start or at a checkpoint, and return that step."""
+    """Bring the run to its start or to a checkpoint, and return that step."""
     accelerator, config = run.accelerator, run.config
     values, step = dataclasses.asdict(config), 0
     with ExitStack() as attempt:
@@ -176,6 +175,18 @@ def _begin(run: Run, folder: Path, resume: Path | None) -> int:
     return step
 
 
+def _batches(loader: Any, step: int, last: int) -> Iterator[tuple[int, Any]]:
+    """Yield the steps from ``step + 1`` to ``last`` with their batches, across epochs."""
+    while step < last:
+        epoch, done = divmod(step, len(loader))
+        loader.set_epoch(epoch)
+        for batch in skip_first_batches(loader, done) if done else loader:
+            step += 1
+            yield step, batch
+            if step == last:
+                return
+
+
 def _log(run: Run, folder: Path, step: int) -> float:
     """Measure, add a line to the log, and return the training loss."""
     model = run.accelerator.unwrap_model(run.model)
@@ -190,6 +201,7 @@ def _log(run: Run, folder: Path, step: int) -> float:
 
 
 def _save_or_stop(run: Run, folder: Path, step: int) -> None:
+    """Write a checkpoint if one is due or the run must stop here, and exit on SIGTERM."""
     accelerator, config = run.accelerator, run.config
     if step == config.steps:
         return
@@ -200,35 +212,38 @@ def _save_or_stop(run: Run, folder: Path, step: int) -> None:
         saved = checkpoint.save(accelerator, folder, step, identity, run.parts)
         if stop or step == config.last_step:
             reason = "SIGTERM" if stop else "--max_steps"
-            accelerator.print(f"stopped by {reason} after step {step}; go on with {checkpoint.FLAG} {saved}")
+            accelerator.print(f"stopped by {reason} after step {step}; continue with {checkpoint.FLAG} {saved}")
     if stop:
         accelerator.end_training()
         sys.exit(128 + signal.SIGTERM)
 
 
-def _conclude(folder: Path) -> list[Path]:
-    """Draw the figure from the log alone, print the table, and return the figures."""
-    config = run_folder.config_of(folder)
-    name, figure = plots.label(config), folder / "figure.png"
-    plots.draw({name: run_folder.read(folder)}, f"{plots.task(config)}, regularizer: {name}", figure)
-    plots.print_table(folder)
-    return [figure]
+def _conclude(run: Run, folder: Path) -> None:
+    """Draw the figure and print the table from the log alone, and close the tracker."""
+    values, log, figures = dataclasses.asdict(run.config), run_folder.read(folder), []
+    if run.config.figure:
+        name, figures = plots.label(values), [folder / "figure.png"]
+        plots.draw({name: log}, f"{plots.task(values)}, regularizer: {name}", figures[0])
+        plots.print_table(log)
+    print("\n".join([f"log:    {run_folder.log_of(folder)}", *(f"figure: {figure}" for figure in figures)]))
+    if run.config.with_tracking:
+        tracking.finish(run.accelerator, log, figures)
 
 
 def _refuse_too_large(parameters: float, device: torch.device) -> None:
     cuda = device.type == "cuda"
     room = torch.cuda.get_device_properties(device).total_memory if cuda else psutil.virtual_memory().total
-    needed = 3 * 4 * parameters  # float32: weights, their gradients, and momentum
+    needed = 3 * 4 * parameters  # float32 weights, gradients, and momentum
     if needed > room:
         raise ValueError(
             f"--hidden, --depth: expected a network that fits into the {room / 2**30:.3g} GiB of memory, got one of "
-            f"{parameters:.3g} parameters, which take {needed / 2**30:.3g} GiB while it is trained."
+            f"{parameters:.3g} parameters, which needs {needed / 2**30:.3g} GiB during training."
         )
 
 
 @contextmanager
 def _diverging(folder: Path, step: int) -> Iterator[None]:
-    """Say where a loss or a metric no longer takes what training has made of the network."""
+    """Report the step at which a loss or a metric rejects the network."""
     try:
         yield
     except (ValueError, torch.linalg.LinAlgError) as error:
@@ -236,17 +251,12 @@ def _diverging(folder: Path, step: int) -> Iterator[None]:
             raise
         raise DivergedError(
             f"training ended at step {step}: {' '.join(str(error).split())} If it diverged, lower --lr or --weight. "
-            f"The log until then is kept: {run_folder.log_of(folder)}"
+            f"The log up to that step is kept: {run_folder.log_of(folder)}"
         ) from error
 
 
 def _augmented(x: Tensor, seed: int, step: int, process: int) -> Tensor:
-    # Of its own, so that a run which goes on draws what it would have drawn. Below 2⁶³, as torch wants seeds, no two
+    # A separate generator, so that a resumed run draws the same crops. Torch requires a seed below 2⁶³, and no two
     # steps of a run share one: 10⁴ times their difference is no multiple of 2⁶³.
     generator = torch.Generator().manual_seed(((seed * 10**9 + step) * 10**4 + process) % 2**63)
     return examples.crop_and_flip(x, generator)
-
-
-def _progress(accelerator: Accelerator) -> Progress:
-    console = Console(stderr=True)
-    return Progress(console=console, disable=not (accelerator.is_main_process and console.is_terminal), transient=True)

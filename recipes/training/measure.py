@@ -1,6 +1,6 @@
-"""What a run logs about the live network; the same on any number of processes.
+"""The quantities that a run logs about the live network; they are the same on any number of processes.
 
-A quantity is a function that makes its metrics, once, and returns another that measures.
+Each quantity is a function that builds its metrics once and returns a function that measures.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from alignreg.metrics import LayerwiseAlignment, PathComplexity, TangentAlignmen
 from data.examples import Data
 
 EIGENVALUES = 10
-"""How many of the largest ``spectrum`` logs."""
+"""The number of largest eigenvalues that ``spectrum`` logs."""
 RATIOS = (1, 10, 20, 40)
 Values = dict[str, float]
 Measure = Callable[[Path, int], Values]
-"""Measures on all processes together, at a step; on the main one, the folder takes what is no number."""
+"""Measures at a step, on all processes together; the main process writes arrays to the folder."""
 
 
 @final
 class Seen(NamedTuple):
-    """What is measured."""
+    """The network and the data that are measured."""
 
     accelerator: Accelerator
     model: nn.Module
-    """The bare network: the ranks' numbers of batches differ, and DDP would wait in each for the others."""
+    """The bare network: processes have different numbers of batches, and DDP would wait for the others in each."""
     data: Data
     config: Any
-    """The flags ``sketch_dim``, ``seed``, ``probe_size`` and ``kernel_size``."""
+    """It has the flags ``sketch_dim``, ``seed``, ``probe_size`` and ``kernel_size``."""
 
     def loader(self, x: Tensor, y: Tensor) -> Any:
-        """Return examples in shares of the processes."""
+        """Return batches of examples, shared among the processes."""
         return self.accelerator.prepare(DataLoader(TensorDataset(x, y), 100))
 
     def loaders(self, size: int | None) -> dict[str, Any]:
-        """Return the first training and test examples, in shares of the processes."""
+        """Return batches of the first training and test examples, shared among the processes."""
         data = self.data
         parts = {"train": (data.train_x, data.train_y), "test": (data.test_x, data.test_y)}
         return {part: self.loader(x[:size], y[:size]) for part, (x, y) in parts.items()}
@@ -60,15 +60,15 @@ class Seen(NamedTuple):
         return x[:size].to(device), y[:size].to(device)
 
     def alone(self, measure: Callable[..., Values]) -> Measure:
-        """Return what measures on the main process alone: there is no collective in exact kernels of a few examples."""
+        """Return ``measure`` for the main process alone: exact kernels of a few examples need no collective."""
         return measure if self.accelerator.is_main_process else lambda *_: {}
 
 
 def accuracy(seen: Seen) -> Measure:
-    """Loss and accuracy over all training and test examples, and those held out for validation."""
+    """Log loss and accuracy over all training, test and validation examples."""
     device = seen.accelerator.device
     right = MulticlassAccuracy(seen.data.num_classes, average="micro").to(device)
-    loss = MeanMetric(nan_strategy="disable").to(device)  # a loss that is no number is logged as such
+    loss = MeanMetric(nan_strategy="disable").to(device)  # logs a NaN loss as it is
     examples = seen.loaders(None)
     if len(seen.data.val_x):
         examples["val"] = seen.loader(seen.data.val_x, seen.data.val_y)
@@ -91,7 +91,7 @@ def accuracy(seen: Seen) -> Measure:
 
 
 def alignment(seen: Seen) -> Measure:
-    """Alignment with the labels, sketched, with its standard error, on ``probe_size`` examples of each split."""
+    """Log the sketched alignment with the labels and its standard error, on ``probe_size`` examples of each split."""
     options = {"sketch_dim": seen.config.sketch_dim, "seed": seen.config.seed, "return_std_error": True}
     metric = TangentAlignment(seen.model, seen.data.num_classes, **options).to(seen.accelerator.device)
     loaders = seen.loaders(seen.config.probe_size)
@@ -102,16 +102,16 @@ def alignment(seen: Seen) -> Measure:
             metric.reset()
             for x, y in loader:
                 metric.update(x, y)
-            found = metric.compute()
-            values[f"{part}/alignment"] = float(found.value)
-            values[f"{part}/alignment_std_error"] = float(found.standard_error)
+            estimate = metric.compute()
+            values[f"{part}/alignment"] = float(estimate.value)
+            values[f"{part}/alignment_std_error"] = float(estimate.standard_error)
         return values
 
     return measure
 
 
 def held_out(seen: Seen) -> Measure:
-    """Alignment of the kernels of ``kernel_size`` training and as many test examples, each with their labels."""
+    """Log the exact alignment with the labels, on ``kernel_size`` examples of each split."""
     features = TangentFeatures(seen.model)
 
     def measure(*_: object) -> Values:
@@ -124,7 +124,7 @@ def held_out(seen: Seen) -> Measure:
 
 @final
 class PathSoFar:
-    """Complexity of the path so far, from the trace of the kernel on ``kernel_size`` training examples."""
+    """Logs the complexity of the path so far, from the trace of the kernel on ``kernel_size`` training examples."""
 
     def __init__(self, seen: Seen) -> None:
         self.metric = PathComplexity(seen.model).to(seen.accelerator.device)
@@ -132,14 +132,14 @@ class PathSoFar:
         self.share = seen.few()[0][seen.accelerator.process_index :: seen.accelerator.num_processes]
 
     def __call__(self, *_: object) -> Values:
-        """Measure now."""
+        """Add the current network to the path and measure."""
         if len(self.share):
             self.metric.update(self.share)
         return {"train/path_complexity": float(self.metric.compute())}
 
 
 def ranks(seen: Seen) -> Measure:
-    """Effective rank and participation ratio of the centered kernel of ``kernel_size`` training examples."""
+    """Log effective rank and participation ratio of the centered kernel of ``kernel_size`` training examples."""
     features = TangentFeatures(seen.model)
 
     def measure(*_: object) -> Values:
@@ -153,20 +153,20 @@ def ranks(seen: Seen) -> Measure:
 
 
 def spectrum(seen: Seen) -> Measure:
-    """Trace ratios and the largest eigenvalues of the same kernel."""
+    """Log trace ratios and the largest eigenvalues of the same kernel."""
     features = TangentFeatures(seen.model)
 
     def measure(*_: object) -> Values:
         eigenvalues = functional.spectrum(functional.center(features.kernel(seen.few()[0])).double())
-        found = {f"train/{key}": float(value) for key, value in functional.summary(eigenvalues, RATIOS).items()}
+        ratios = {f"train/{key}": float(value) for key, value in functional.summary(eigenvalues, RATIOS).items()}
         largest = {f"train/eigenvalue_{j + 1}": float(value) for j, value in enumerate(eigenvalues[:EIGENVALUES])}
-        return {**found, **largest}
+        return {**ratios, **largest}
 
     return seen.alone(measure)
 
 
 def layers(seen: Seen) -> Measure:
-    """Alignment of each layer's own kernel with the labels, on the same examples."""
+    """Log the alignment of each layer's own kernel with the labels, on the same examples."""
     options = {"max_examples": seen.config.kernel_size, "sync_on_compute": False}
     metric = LayerwiseAlignment(seen.model, seen.data.num_classes, **options).to(seen.accelerator.device)
 
@@ -179,14 +179,14 @@ def layers(seen: Seen) -> Measure:
 
 
 def groups(seen: Seen) -> Measure:
-    """Alignment within ``kernel_size`` easy and as many difficult training examples, each with its own centering."""
+    """Log the alignment within ``kernel_size`` easy and as many difficult training examples, each centered alone."""
     features, data, size = TangentFeatures(seen.model), seen.data, seen.config.kernel_size
     marks = {"easy": ~data.difficult, "difficult": data.difficult}
     rows = {name: mark.nonzero()[:size, 0] for name, mark in marks.items()}
     short = [name for name, chosen in rows.items() if len(chosen) < size]
     if short:
         raise ValueError(
-            f"--measure: expected {size} easy and as many difficult examples for groups, got fewer {short[0]} "
+            f"--measure: expected {size} easy and {size} difficult examples for groups, got fewer {short[0]} "
             "ones. Raise --label_noise or --mix_size, or lower --kernel_size."
         )
 
@@ -203,9 +203,9 @@ def groups(seen: Seen) -> Measure:
 
 
 def plane(seen: Seen, grid: Tensor | None = None) -> Measure:
-    """Of the difference of two outputs over a square: eigenfunctions of its kernel, and the norms of its gradients."""
+    """Log kernel eigenfunctions and gradient norms of the difference of the two outputs, over a square of inputs."""
     if seen.data.train_x.shape[1:] != (2,):
-        raise ValueError("--measure: expected points of the plane for plane, as --dataset disk, got another set.")
+        raise ValueError("--measure: expected a data set of points for plane, such as --dataset disk, got another one.")
     features = TangentFeatures(seen.model, forward_fn=_difference)
     side = torch.linspace(-1, 1, 41, device=seen.accelerator.device)
     points = torch.cartesian_prod(side, side) if grid is None else grid
@@ -216,7 +216,7 @@ def plane(seen: Seen, grid: Tensor | None = None) -> Measure:
         kernel = features.kernel(x).double().reshape(n, n)
         eigenvalues, vectors = torch.linalg.eigh(kernel)
         eigenvalues, vectors = eigenvalues.flip(0), vectors.flip(1)
-        # u(x) = Σ_i k(x, x_i) u_i / λ continues the eigenvector u to all of the plane.
+        # u(x) = Σ_i k(x, x_i) u_i / λ extends the eigenvector u to the whole plane.
         across = features.kernel(points, x).double().reshape(len(points), n)
         functions = across @ vectors[:, :EIGENVALUES] / eigenvalues[:EIGENVALUES] * n**0.5
         inputs = points.clone().requires_grad_()
@@ -250,7 +250,7 @@ def _difference(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def norms(seen: Seen) -> Measure:
-    """Norm-based measures of complexity, and those over the margin that a tenth of the training examples fall below."""
+    """Log norm-based measures, alone and over the margin (the tenth percentile of the training examples)."""
     x, y = seen.data.train_x, seen.data.train_y
     initial = {name: tensor.detach().cpu().clone() for name, tensor in seen.model.state_dict().items()}
     measures: dict[str, Callable[..., Tensor]] = {
@@ -266,12 +266,12 @@ def norms(seen: Seen) -> Measure:
         with torch.no_grad():
             outputs = torch.cat([seen.model(part.to(seen.accelerator.device)).cpu() for part in x.split(500)])
         gap = float(complexity.margin(outputs, y, 0.1))
-        found = {"train/margin": gap}
+        values = {"train/margin": gap}
         for name, norm in measures.items():
-            found[f"norm/{name}"] = float(norm(seen.model))
-            # Without a margin there is no such measure.
-            found[f"norm/{name}, margin"] = float(norm(seen.model, margin=gap)) if gap > 0 else math.nan
-        return found
+            values[f"norm/{name}"] = float(norm(seen.model))
+            # The measure is defined for a positive margin alone.
+            values[f"norm/{name}, margin"] = float(norm(seen.model, margin=gap)) if gap > 0 else math.nan
+        return values
 
     return seen.alone(measure)
 
@@ -291,7 +291,7 @@ QUANTITIES: dict[str, Callable[[Seen], Measure]] = {
 
 @final
 class Measurements:
-    """Loss and accuracy, and the quantities that are asked for, by name."""
+    """The measurements of loss, accuracy, and the named quantities."""
 
     def __init__(self, seen: Seen, names: tuple[str, ...]) -> None:
         kinds = [accuracy, *(kind for name, kind in QUANTITIES.items() if name in names)]
@@ -299,5 +299,5 @@ class Measurements:
         self.path = next((measure.metric for measure in self.measures if isinstance(measure, PathSoFar)), None)
 
     def __call__(self, folder: Path, step: int) -> Values:
-        """Measure now; the network is in evaluation mode."""
+        """Measure now; the network must be in evaluation mode."""
         return {key: value for measure in self.measures for key, value in measure(folder, step).items()}

@@ -1,4 +1,4 @@
-"""What a user is told: one line in place of a traceback, and text on any terminal."""
+"""Messages for the user: one line instead of a traceback, readable on any terminal."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SHORT.maxlevel, SHORT.maxstring, SHORT.maxother, SHORT.maxlong = 2, LENGTH, LENG
 
 
 class ToldError(ValueError):
-    """An error whose text is all that the user needs; so is a ValueError whose text begins with a flag."""
+    """An error whose text tells the user all they need, as does a ValueError whose text begins with a flag."""
 
 
 @contextmanager
 def in_words() -> Iterator[None]:
-    """End the program with one line, and exit status 1, where flags, files, memory or numbers end it."""
+    """Turn errors about flags, files, memory or numbers into one line and exit status 1."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without "±" still shows the table
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show "±" still shows the table
     try:
         yield
     except (ValueError, MemoryError, RuntimeError) as error:
@@ -39,24 +39,24 @@ def in_words() -> Iterator[None]:
 
 
 def is_told(error: BaseException) -> bool:
-    """Say whether the text of an error is all that the user needs."""
+    """Return whether the text of an error tells the user all they need."""
     return isinstance(error, ToldError) or (isinstance(error, ValueError) and str(error).startswith("--"))
 
 
 def short(value: Any) -> str:
-    """Return a value as messages show it, however large it is."""
+    """Return a short text for a value of any size."""
     if isinstance(value, int) and abs(value) >= 10**DIGITS:
         return f"a number of more than {DIGITS} digits"
     return SHORT.repr(value)
 
 
 def shortened(text: str) -> str:
-    """Return the beginning of a text that is too long for a message."""
+    """Return a text, cut if it is too long for a message."""
     return text if len(text) <= LENGTH else f"{text[:LENGTH]}..."
 
 
 def _is_memory(error: BaseException) -> bool:
-    # Of the CPU's allocator there is no class of error.
+    # The CPU allocator has no error class of its own.
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 WIDTHS = {"mlp": 256, "cnn": 32, "vgg11": 64, "vgg13": 64, "vgg16": 64, "vgg19": 64, "resnet18": 64, "transformer": 64}
-"""Units of a hidden layer, channels of the first stage or size of the embedding, if ``hidden`` is 0."""
+"""Default width: units of a hidden layer, channels of the first stage, or size of the embedding."""
 DEPTHS = {"mlp": 3, "cnn": 3, "transformer": 2}
-"""Of the networks whose depth can be chosen."""
+"""Default depth of the networks whose depth can be chosen."""
 INITS = ("torch", "kaiming")
-# How many convolutions a stage has, of 1, 2, 4, 8 and 8 times the width (Simonyan and Zisserman, 2015).
+# Convolutions in each stage; the stages have 1, 2, 4, 8 and 8 times the width (Simonyan and Zisserman, 2015).
 VGG = {"vgg11": (1, 1, 2, 2, 2), "vgg13": (2, 2, 2, 2, 2), "vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
 
 
@@ -27,16 +27,16 @@ def build(
     batch_norm: bool = False,
     init: str = "torch",
 ) -> nn.Module:
-    """Return a network for inputs of a shape, ``(channels, height, width)`` but for the MLP.
+    """Return a network for inputs of shape ``(channels, height, width)``, or any shape for the MLP.
 
     Args:
         name: one of ``WIDTHS``.
-        shape: of an input.
-        num_classes: how many outputs.
-        hidden: the width; 0 for the network's own.
-        depth: layers with weights (mlp, cnn), or blocks (transformer); 0 for the network's own.
+        shape: shape of an input.
+        num_classes: number of outputs.
+        hidden: the width; 0 for the default.
+        depth: layers with weights (mlp, cnn), or blocks (transformer); 0 for the default.
         batch_norm: normalize after every convolution (vgg, resnet18).
-        init: "torch" for what torch does, "kaiming" for normal weights of variance 2/fan_in and zero biases.
+        init: "torch" for torch's default, "kaiming" for normal weights of variance 2/fan_in and zero biases.
     """
     width = hidden or WIDTHS[name]
     layers = depth or DEPTHS.get(name, 0)
@@ -60,7 +60,7 @@ def build(
 
 
 def size(*arguments: Any, **options: Any) -> float:
-    """Return how many parameters a network of :func:`build` would have; infinity where torch cannot count them."""
+    """Return the number of parameters that :func:`build` would create; infinity if torch cannot count them."""
     try:
         with torch.device("meta"):
             return sum(p.numel() for p in build(*arguments, **options).parameters())
@@ -69,7 +69,7 @@ def size(*arguments: Any, **options: Any) -> float:
 
 
 def mlp(shape: tuple[int, ...], num_classes: int, width: int, depth: int) -> nn.Module:
-    """``depth`` linear layers of their own weights, with rectifiers between."""
+    """Return ``depth`` linear layers with rectifiers between them."""
     widths = [math.prod(shape), *[width] * (depth - 1), num_classes]
     layers: list[nn.Module] = [nn.Flatten()]
     for index in range(depth):
@@ -78,7 +78,7 @@ def mlp(shape: tuple[int, ...], num_classes: int, width: int, depth: int) -> nn.
 
 
 def cnn(shape: tuple[int, ...], num_classes: int, width: int, depth: int) -> nn.Module:
-    """``depth - 1`` convolutions, pooled after the first, and a linear layer."""
+    """Return ``depth - 1`` convolutions, pooled after the first, and a linear layer."""
     layers: list[nn.Module] = []
     channels, height, breadth = shape
     for index in range(depth - 1):
@@ -93,7 +93,7 @@ def cnn(shape: tuple[int, ...], num_classes: int, width: int, depth: int) -> nn.
 def vgg(
     stages: tuple[int, ...], shape: tuple[int, ...], num_classes: int, width: int, *, batch_norm: bool
 ) -> nn.Module:
-    """Convolutions, pooled after each stage while there is something to pool, and one linear layer."""
+    """Return stages of convolutions, each pooled until one pixel is left, and a linear layer."""
     layers: list[nn.Module] = []
     channels, size = shape[0], min(shape[1:])
     for count, factor in zip(stages, (1, 2, 4, 8, 8), strict=True):
@@ -107,7 +107,7 @@ def vgg(
 
 
 def resnet18(shape: tuple[int, ...], num_classes: int, width: int, *, batch_norm: bool) -> nn.Module:
-    """ResNet18 for small images (He et al., 2016): stages of two blocks at 1, 1/2, 1/4 and 1/8 of the resolution."""
+    """Return ResNet18 for small images (He et al., 2016), with two blocks at each of 1, 1/2, 1/4, 1/8 resolution."""
     layers: list[nn.Module] = [*_convolution(shape[0], width, batch_norm=batch_norm), nn.ReLU()]
     channels = width
     for stage in range(4):
@@ -119,7 +119,7 @@ def resnet18(shape: tuple[int, ...], num_classes: int, width: int, *, batch_norm
 
 
 class Residual(nn.Module):
-    """Two convolutions, and what goes past them."""
+    """Two convolutions with a shortcut around them."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, *, batch_norm: bool) -> None:
         super().__init__()
@@ -133,12 +133,12 @@ class Residual(nn.Module):
         self.past = nn.Sequential(*past)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add both."""
+        """Add the convolutions and the shortcut."""
         return torch.relu(self.body(x) + self.past(x))
 
 
 class Transformer(nn.Module):
-    """A small vision Transformer: patches of a quarter of the side, learned positions, the mean of the tokens."""
+    """A small vision Transformer: patches of a quarter of the side, learned positions, mean of the tokens."""
 
     def __init__(self, shape: tuple[int, ...], num_classes: int, width: int, depth: int) -> None:
         super().__init__()

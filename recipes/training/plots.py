@@ -1,4 +1,4 @@
-"""One figure and one table of runs, from their logs alone."""
+"""Figures and tables of runs, made from their logs alone."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from training import messages, run_folder, storage
+from training import messages, storage
 
 Log = list[dict[str, float]]
 COLORS = ("#1f6fb4", "#d1661f", "#2c8a57", "#8a4fa0", "#8c6d31", "#c0392b")
 
 
 def pyplot() -> Any:
-    """Return matplotlib.pyplot, which draws into files; a run without a figure does without it.
+    """Return matplotlib.pyplot, set to draw into files; a run without a figure does not need it.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if matplotlib is not installed.
     """
     try:
         import matplotlib as mpl  # noqa: PLC0415
@@ -35,10 +35,10 @@ def pyplot() -> Any:
 
 
 def save(figure: Any, path: Path, dpi: int = 150) -> None:
-    """Write a figure, and be done with it.
+    """Write a figure and close it.
 
     Raises:
-        ValueError: if it cannot be written.
+        ValueError: if the file cannot be written.
     """
     with storage.writing(path):
         figure.savefig(path, dpi=dpi)
@@ -54,11 +54,11 @@ PANELS = {
     },
     "path complexity": {"train/path_complexity": "path complexity"},
 }
-"""What a panel shows, by its title: the first with a solid line, the second with a dotted one."""
+"""The curves of each panel, by its title: the first is solid, the second dotted."""
 
 
 def draw(runs: dict[str, Log], title: str, path: Path) -> None:
-    """Draw accuracy and, where logged, alignment with its error, ranks, and path complexity; a color a run."""
+    """Draw accuracy and, if logged, alignment with its error, ranks, and path complexity, with one color per run."""
     plt = pyplot()
     have = set.intersection(*(set(log[0]) for log in runs.values()))
     panels = {heading: keys for heading, keys in PANELS.items() if have.issuperset(keys)}
@@ -88,13 +88,13 @@ def _curve(axis: Any, log: Log, key: str, style: str, color: str) -> None:
 
 
 def task(config: dict[str, Any]) -> str:
-    """Say what a run was trained on."""
+    """Return a description of the task of a run."""
     mixed = f" and {config['mix_size']} {config['mix']}" if config["mix"] else ""
     return f"{config['dataset']}{mixed}, {config['model']}, label noise {config['label_noise']:g}"
 
 
 def label(config: dict[str, Any]) -> str:
-    """Name a run by what regularized it."""
+    """Return a name for a run, made from its regularizers."""
     parts = [f"weight decay {config['weight_decay']:g}"] if config["weight_decay"] else []
     if config["regularizer"] != "none":
         parts.append(f"{config['regularizer']} {config['weight']:g}")
@@ -114,9 +114,8 @@ COLUMNS = {
 }
 
 
-def print_table(folder: Path, rows: int = 8) -> None:
-    """Print some rows of the log, the first and last among them."""
-    log = run_folder.read(folder)
+def print_table(log: Log, rows: int = 8) -> None:
+    """Print some rows of a log, including the first and the last."""
     chosen = sorted({round(i * (len(log) - 1) / max(1, rows - 1)) for i in range(rows)})
     shown = {key: column for key, column in COLUMNS.items() if key in log[0]}
     lines = []
@@ -128,7 +127,7 @@ def print_table(folder: Path, rows: int = 8) -> None:
 
 
 def print_lines(headings: Sequence[str], lines: Iterable[Sequence[str]], *, width: int, left: str = "") -> None:
-    """Print a table, at least so wide; its columns are numbers, but for the one to align left."""
+    """Print a table of at least this width, with the column ``left`` aligned left and the others right."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in headings:
         table.add_column(heading, justify="left" if heading == left else "right", no_wrap=True)
@@ -138,18 +137,22 @@ def print_lines(headings: Sequence[str], lines: Iterable[Sequence[str]], *, widt
 
 
 def shade(axis: Any, x: list[float], middle: list[float], spread: list[float], style: str = "-", **line: Any) -> None:
-    """Draw a line, and a band of the given half width around it."""
+    """Draw a line with a band of half width ``spread`` around it."""
     axis.plot(x, middle, style, **line)
     low, high = ([m + sign * s for m, s in zip(middle, spread, strict=True)] for sign in (-1, 1))
     axis.fill_between(x, low, high, color=line["color"], alpha=0.15, linewidth=0)
 
 
-def finish(axis: Any, title: str, *, bottom: float | None = 0, legend: bool = True) -> None:
-    """Label an axis of optimizer steps."""
-    axis.set_xscale("log")
+STEPS = "optimizer steps + 1"
+
+
+def finish(axis: Any, title: str, *, x: str = STEPS, bottom: float | None = 0, legend: bool = True) -> None:
+    """Set scale, limits, labels and frame of a panel; the x axis is logarithmic for optimizer steps."""
+    if x == STEPS:
+        axis.set_xscale("log")
     if bottom is not None:
         axis.set_ylim(bottom=bottom)
-    axis.set_xlabel("optimizer steps + 1")
+    axis.set_xlabel(x)
     axis.set_title(title, fontsize=10)
     if legend:
         axis.legend(frameon=False, fontsize=8)

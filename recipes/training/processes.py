@@ -1,4 +1,4 @@
-"""The processes of a run: that they train together, as the flags say, and agree."""
+"""The processes of a run: checks that they train together as the flags say, and the steps that they synchronize."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ T = TypeVar("T")
 
 
 def refuse_split_launch(num_processes: int) -> None:
-    """Stop where a launcher was asked for several processes that do not train together.
+    """Refuse a launch whose processes do not train together.
 
     Raises:
-        RuntimeError: if ``WORLD_SIZE`` and Accelerate disagree: every process would train alone, and all of them
-            would write the same files; or if ``accelerate launch`` was asked for several processes and started one.
+        RuntimeError: if ``WORLD_SIZE`` and Accelerate disagree, so that every process would train alone and all would
+            write the same files; or if ``accelerate launch`` was asked for several processes and started one.
     """
     if num_processes > 1:
         return
@@ -29,22 +29,22 @@ def refuse_split_launch(num_processes: int) -> None:
             f"expected the launcher's {world} processes to train together, but Accelerate sees one. "
             "On CPUs pass --cpu to the recipe: torchrun --nproc_per_node 2 recipes/train.py --cpu"
         )
-    # What `accelerate launch` sets for the one process that it starts on CPUs in place of several.
+    # `accelerate launch` sets these for the single process that it starts on CPUs instead of several.
     if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise RuntimeError(
             "expected the several processes that accelerate launch was asked for, but on CPUs it starts only one "
             "process. Use torchrun --nproc_per_node 2 RECIPE --cpu, or "
-            "accelerate launch --multi_gpu --num_processes 2 RECIPE --cpu. (For one process: --num_processes 1, and "
-            "no MASTER_ADDR in the environment.)"
+            "accelerate launch --multi_gpu --num_processes 2 RECIPE --cpu. (For one process, pass --num_processes 1 "
+            "and unset MASTER_ADDR.)"
         )
 
 
 def refuse_other_training(accelerator: Accelerator, mixed_precision: str) -> None:
-    """Stop where a launcher's settings would train otherwise than the flags say; warn where flags overrule them.
+    """Refuse launcher settings that would change the training that the flags describe; warn if flags override them.
 
     Raises:
-        ValueError: if batches are to be accumulated, DeepSpeed or Megatron-LM is to train, or Accelerate would leave
-            the mixed precision out.
+        ValueError: if the launcher asks for gradient accumulation, DeepSpeed or Megatron-LM, or if Accelerate would
+            ignore the mixed precision.
     """
     count = accelerator.gradient_accumulation_steps
     if count != 1:
@@ -55,32 +55,30 @@ def refuse_other_training(accelerator: Accelerator, mixed_precision: str) -> Non
         )
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
-            "--config_file: expected a launcher's configuration with one process, MULTI_GPU or MULTI_CPU, got "
-            f"{accelerator.distributed_type.value}, which has settings of its own for batches and steps. "
+            "--config_file: expected a launcher configuration with one process, MULTI_GPU or MULTI_CPU, got "
+            f"{accelerator.distributed_type.value}, which has its own settings for batches and steps. "
             "Use recipes/configs/multi_gpu.yaml."
         )
     if mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError(
-            "--mixed_precision: expected no or bf16 on the CPU, got fp16, which Accelerate would leave out."
-        )
+        raise ValueError("--mixed_precision: expected no or bf16 on the CPU, got fp16, which Accelerate would ignore.")
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if launched not in ("no", mixed_precision) and accelerator.is_main_process:
         print(
-            f"--mixed_precision {mixed_precision}, the recipe's own flag, counts, and not the launcher's {launched}. "
-            "Pass it behind the recipe.",
+            f"--mixed_precision {mixed_precision}, the recipe's own flag, overrides the launcher's {launched}. "
+            "Pass the flag after the recipe.",
             file=sys.stderr,
         )
 
 
 def share_buffers(accelerator: Accelerator, model: nn.Module) -> None:
-    """Give all processes the running statistics of the main one, as DDP does before its forward passes."""
+    """Broadcast the running statistics of the main process, as DDP does before its forward passes."""
     if accelerator.num_processes > 1:
         for buffer in model.buffers():
             broadcast(buffer)
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Do something on the main process alone; all processes get what it returns, or raise its ValueError."""
+    """Run ``work`` on the main process alone; every process returns its result, or raises its ValueError."""
     answer: list[Any] = [None, None]
     own = None
     if accelerator.is_main_process:
@@ -95,7 +93,7 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
 
 def everywhere(accelerator: Accelerator, work: Callable[[], None]) -> None:
-    """Do something on every process; where one raises a ValueError all do, and none waits for it."""
+    """Run ``work`` on every process; if one raises a ValueError, all do, so that none waits for it."""
     own = None
     try:
         work()

@@ -1,4 +1,4 @@
-"""What can be added to the task: the losses of alignreg, and a close relative to compare them with."""
+"""Regularizers for the task: the losses of alignreg, and a close relative to compare them with."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from alignreg.losses.sample import Sample
 
 @final
 class FisherPenalty(TangentLoss):
-    r"""weight · tr F, F the Fisher information of a classifier: the mean over x of E_{ŷ∼p(x)} ‖∇ log p(ŷ|x)‖².
+    r"""weight · tr F for the Fisher information F of a classifier, the mean over x of E_{ŷ∼p(x)} ‖∇ log p(ŷ|x)‖².
 
-    With Φ the tangent features this is the mean of E_ŷ ‖Φᵀ(p − e_ŷ)‖²: the complexity penalty measures Φ evenly, this
-    one in the metric of the model's own predictions. Estimated without bias from one drawn label an example: scores
-    have mean zero, so n·‖∇ mean_i ℓ(x_i, ŷ_i)‖² has the mean of the squares alone (Jastrzębski et al., "Catastrophic
-    Fisher Explosion", arXiv 2012.14193, which takes the squared norm without the factor n).
+    In terms of the tangent features Φ this is the mean of E_ŷ ‖Φᵀ(p − e_ŷ)‖²: the complexity penalty weights all
+    outputs evenly, this penalty weights them by the model's own predictions. The estimate draws one label per example
+    and is unbiased: scores have mean zero, so cross terms vanish in the mean of n·‖∇ mean_i ℓ(x_i, ŷ_i)‖² (Jastrzębski
+    et al., "Catastrophic Fisher Explosion", arXiv 2012.14193, who use the squared norm without the factor n).
     """
 
     default_weight: ClassVar[float] = 0.01
@@ -32,7 +32,7 @@ class FisherPenalty(TangentLoss):
     def _estimate(self, sample: Sample, *, create_graph: bool) -> Tensor | None:
         model: Any = self._features.model
         with torch.enable_grad():
-            # Normalizations write to copies of their running statistics.
+            # Normalization layers update copies of their running statistics.
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
             logits = functional_call(model, buffers, (sample.x,))
             seed = ((self.seed * 10**9 + sample.draw) << 16) + rank()
@@ -56,7 +56,7 @@ LAYERS = {"all": slice(None), "hidden": slice(-1), "last": slice(-1, None)}
 
 
 def make(config: Any, accelerator: Accelerator, model: nn.Module) -> nn.Module | None:
-    """Return what the flags ``regularizer``, ``weight`` and ``reg_...`` ask for; ``model`` as Accelerate wrapped it."""
+    """Return the loss that the flags ask for, or None; ``model`` is the one that Accelerate wrapped."""
     if config.regularizer == "none":
         return None
     first, last = config.reg_from * config.steps, config.reg_until * config.steps

@@ -1,4 +1,4 @@
-"""A run's folder: claimed by one run, written to by one process, its flags and its log."""
+"""A run's folder: claimed by one run, written by one process; it holds the flags and the log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, skip_first_batches
+from accelerate import Accelerator
 from safetensors.torch import save_file
 
 import alignreg
@@ -23,46 +23,33 @@ from data.examples import Data
 from training import lock, processes, storage
 
 
-def claim_folder(accelerator: Accelerator, wanted: str | None, default_name: str) -> Path:
-    """Make the run's own folder, decided on the main process alone.
+def claim(wanted: str | None, default_name: str) -> Path:
+    """Create and return the folder of one run, with an empty log in it; by default a new one under ``runs/``.
 
     Raises:
-        ValueError: on every process, if the folder holds something already or cannot be written.
+        ValueError: if the folder is not empty, or cannot be written.
     """
-
-    def claimed() -> str:
-        stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")
-        folder = Path(wanted) if wanted else Path("runs") / f"{default_name}-{stamp}"
-        claim(folder)
-        return str(folder)
-
-    return Path(processes.on_main(accelerator, claimed))
-
-
-def claim(folder: Path) -> None:
-    """Make a folder for one run, with an empty log in it.
-
-    Raises:
-        ValueError: if it holds something already, or cannot be written.
-    """
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")
+    folder = Path(wanted) if wanted else Path("runs") / f"{default_name}-{stamp}"
     with storage.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         taken = any(folder.iterdir())
         try:
             if not taken:
                 log_of(folder).open("x").close()
-        except FileExistsError:  # of two at once, the other
+        except FileExistsError:  # another run claimed it at the same time
             taken = True
     if taken:
         raise ValueError(
             f"--output_dir: expected a new or empty folder, but {folder} holds another run. "
-            "Choose another one, or leave the flag out for a new folder under runs/."
+            "Choose another folder, or omit the flag to get a new folder under runs/."
         )
+    return folder
 
 
 @contextmanager
 def only_writer(accelerator: Accelerator, folder: Path, flag: str) -> Iterator[None]:
-    """Hold a run's lock on the main process, and with it the run for all.
+    """Hold a run's lock on the main process, on behalf of all processes.
 
     Raises:
         ValueError: on every process, if another run holds it.
@@ -74,7 +61,7 @@ def only_writer(accelerator: Accelerator, folder: Path, flag: str) -> Iterator[N
 
 @contextmanager
 def unclaimed_on_failure(folder: Path) -> Iterator[None]:
-    """Remove a folder that was claimed where its run does not begin: the same command then works again."""
+    """Remove a claimed folder if its run fails to start, so that the same command works again."""
     try:
         yield
     except BaseException:
@@ -83,47 +70,38 @@ def unclaimed_on_failure(folder: Path) -> Iterator[None]:
 
 
 def refuse_done(folder: Path, steps: int, stop_loss: float) -> None:
-    """Stop where a run would begin again that has come to its end.
+    """Refuse to restart a run that has finished.
 
     Raises:
         ValueError: if the log has its last line.
     """
-    log = log_of(folder)
-    lines = storage.read(log).splitlines() if log.exists() else []
-    values = [json.loads(line) for line in lines if _step(line) is not None]
+    values = [json.loads(line) for line in _lines(folder) if _step(line) is not None]
     if any(line["step"] == steps or (line.get("train/loss") or stop_loss) < stop_loss for line in values):
         raise ValueError(
-            f"--resume_from_checkpoint: expected a run that has not come to its end, but {log} is whole. "
+            f"--resume_from_checkpoint: expected an unfinished run, but {log_of(folder)} is complete. "
             "Choose another --output_dir."
         )
 
 
-def batches(loader: Any, step: int, last: int) -> Iterator[tuple[int, Any]]:
-    """Yield steps and their batches from the one after ``step`` to the ``last``, whatever epochs they belong to."""
-    while step < last:
-        epoch, done = divmod(step, len(loader))
-        loader.set_epoch(epoch)
-        for batch in skip_first_batches(loader, done) if done else loader:
-            step += 1
-            yield step, batch
-            if step == last:
-                return
-
-
 def save_config(folder: Path, config: dict[str, Any]) -> None:
     """Write the flags, the command, and the versions that made the run."""
-    made = {
+    values = {
         "config": config,
         "command": sys.argv,
         "made": datetime.now(timezone.utc).isoformat(),
         "git": _git(),
         "versions": versions(),
     }
-    storage.write(folder / "config.json", json.dumps(made, indent=1) + "\n")
+    storage.write(folder / "config.json", json.dumps(values, indent=1) + "\n")
+
+
+def made(folder: Path) -> dict[str, Any]:
+    """Return what :func:`save_config` wrote; ``made``, the time, identifies the run."""
+    return dict(json.loads(storage.read(folder / "config.json")))
 
 
 def save_examples(folder: Path, data: Data) -> None:
-    """Write which examples a run trains on, with what labels, which of them are difficult, and which are held out."""
+    """Write the run's training examples, their labels, which ones are difficult, and the examples held out."""
     saved = {"rows": data.rows, "labels": data.train_y, "difficult": data.difficult}
     if len(data.val_rows):
         saved |= {"val_rows": data.val_rows, "val_labels": data.val_y}
@@ -133,30 +111,20 @@ def save_examples(folder: Path, data: Data) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Return what makes the numbers."""
+    """Return the versions of the software that affects the results."""
     return {"alignreg": alignreg.__version__, "torch": torch.__version__, "python": platform.python_version()}
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    """Return the flags that made a run."""
-    return dict(json.loads(storage.read(folder / "config.json"))["config"])
-
-
-def made(folder: Path) -> str:
-    """Return when the run was made: what tells it from every other."""
-    return str(json.loads(storage.read(folder / "config.json"))["made"])
 
 
 def _git() -> str | None:
     here = Path(__file__).parent
-    found = []
+    said = []
     for command in ("rev-parse HEAD", "status --porcelain"):
         try:
             result = subprocess.run(["git", *command.split()], cwd=here, capture_output=True, text=True, check=True)  # noqa: S603, S607
         except (OSError, subprocess.CalledProcessError):
-            return None  # not from a checkout
-        found.append(result.stdout.strip())
-    return found[0] + ("-dirty" if found[1] else "")
+            return None  # not a checkout
+        said.append(result.stdout.strip())
+    return said[0] + ("-dirty" if said[1] else "")
 
 
 def log_of(folder: Path) -> Path:
@@ -165,10 +133,10 @@ def log_of(folder: Path) -> Path:
 
 
 def append(folder: Path, values: dict[str, float]) -> None:
-    """Add one line to the log. Numbers that json has no word for become null.
+    """Add one line to the log; numbers that JSON cannot express become null.
 
     Raises:
-        ValueError: if it cannot be written.
+        ValueError: if the log cannot be written.
     """
     line = {key: value if math.isfinite(value) else None for key, value in values.items()}
     log = log_of(folder)
@@ -177,34 +145,37 @@ def append(folder: Path, values: dict[str, float]) -> None:
 
 
 def read(folder: Path) -> list[dict[str, float]]:
-    """Read the log; null comes back as NaN."""
+    """Read the log; null becomes NaN."""
     lines = storage.read(log_of(folder)).splitlines()
     return [{key: math.nan if v is None else v for key, v in json.loads(line).items()} for line in lines]
 
 
 def cut(accelerator: Accelerator, folder: Path, steps: list[int]) -> None:
-    """Cut the log back to the given steps, which a run that goes on has behind it.
+    """Cut the log back to the given steps, those before the checkpoint of a resumed run.
 
     Raises:
-        ValueError: on every process, if the log lacks one of them; it is then left as it is.
+        ValueError: on every process, if the log lacks one of them; the log is then left unchanged.
     """
 
     def cut_back() -> None:
-        log = log_of(folder)
-        lines = storage.read(log).splitlines() if log.exists() else []
-        kept = {step: line for line in lines if (step := _step(line)) in steps}
+        kept = {step: line for line in _lines(folder) if (step := _step(line)) in steps}
         lost = sorted(set(steps) - kept.keys())
         if lost:
             raise ValueError(
-                f"--resume_from_checkpoint: expected a log with the steps before it, but {log}: lacks {lost}."
+                f"--resume_from_checkpoint: expected a log with all earlier steps, but {log_of(folder)} lacks {lost}."
             )
-        storage.write(log, "".join(f"{kept[step]}\n" for step in sorted(steps)))
+        storage.write(log_of(folder), "".join(f"{kept[step]}\n" for step in sorted(steps)))
 
     processes.on_main(accelerator, cut_back)
+
+
+def _lines(folder: Path) -> list[str]:
+    log = log_of(folder)
+    return storage.read(log).splitlines() if log.exists() else []
 
 
 def _step(line: str) -> int | None:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return None  # the last line of a process that was killed while it wrote
+        return None  # the last line of a process that was killed while writing it

@@ -1,4 +1,4 @@
-"""Files of runs: UTF-8 whatever the locale, whole or as they were, and what the system refuses in words."""
+"""File access: UTF-8 whatever the locale, all or nothing, with clear messages for errors of the system."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from safetensors import SafetensorError
 
 @contextmanager
 def writing(place: Path, flag: str = "--output_dir") -> Iterator[None]:
-    """Name what could not be written, and why.
+    """Say what could not be written, and why.
 
     Raises:
-        ValueError: for every OSError, and what safetensors makes of one.
+        ValueError: for every OSError, including those that safetensors wraps.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ValueError(f"{flag}: expected a folder that can be written, but {place}: {reason}.") from None
+        raise ValueError(f"{flag}: expected a writable folder, but {place}: {reason}.") from None
 
 
 def read(path: Path) -> str:
-    """Return a file's text."""
+    """Return the text of a file."""
     return path.read_text(encoding="utf-8")
 
 
 def write(path: Path, text: str) -> None:
-    """Put a text in the place of a file, all of it at once.
+    """Replace a file by a text, all at once.
 
     Raises:
-        ValueError: if it cannot be written; the file is then what it was.
+        ValueError: if the text cannot be written; the file is then unchanged.
     """
     new = path.with_name(f".{path.name}.new")
     with writing(path):

@@ -1,4 +1,4 @@
-"""Runs in wandb: files inside the run's folder, steps as axis, best values as summary, figures as images."""
+"""Tracking with wandb: its files in the run's folder, steps as the axis, best values in the summary, and figures."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import Any
 from accelerate import Accelerator
 
 from training import processes, run_folder
+from training.plots import Log
 
 BEST = {"accuracy": "max", "alignment": "max", "loss": "min"}
-"""Of which quantities the summary holds the best value too, by the last part of their key."""
+"""Quantities whose best value the summary holds as well, by the last part of their key."""
 
 
 def start(accelerator: Accelerator, values: dict[str, Any], folder: Path) -> None:
-    """Open the run; one that goes on from a checkpoint keeps its identity.
+    """Open the tracked run; a resumed run keeps its identity.
 
     Raises:
-        ValueError: on every process, if wandb does not open it: without a login, for one.
+        ValueError: on every process, if wandb does not open the run, for example without a login.
     """
-    identity = hashlib.blake2b(run_folder.made(folder).encode(), digest_size=8).hexdigest()
+    identity = hashlib.blake2b(run_folder.made(folder)["made"].encode(), digest_size=8).hexdigest()
     options = {"dir": str(folder), "name": folder.name, "id": identity, "resume": "allow"}
     processes.everywhere(accelerator, lambda: _open(accelerator, values, options))
     if accelerator.is_main_process:
@@ -37,17 +38,16 @@ def _open(accelerator: Accelerator, values: dict[str, Any], options: dict[str, s
     except wandb.Error as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"--with_tracking: expected a run of wandb, but {reason} Without a login, set WANDB_MODE=offline."
+            f"--with_tracking: expected wandb to open a run, but {reason} Without a login, set WANDB_MODE=offline."
         ) from None
 
 
-def finish(accelerator: Accelerator, folder: Path, figures: list[Path]) -> None:
-    """Add the figures, and the best values of the log; on the main process."""
+def finish(accelerator: Accelerator, log: Log, figures: list[Path]) -> None:
+    """Add the figures and the best values of the log, on the main process."""
     import wandb  # noqa: PLC0415 - optional
 
     run = accelerator.get_tracker("wandb", unwrap=True)
     run.log({figure.stem: wandb.Image(str(figure)) for figure in figures})
-    log = run_folder.read(folder)
     for key in log[-1]:
         if better := BEST.get(key.rpartition("/")[2]):
             values = [line[key] for line in log]

@@ -74,7 +74,7 @@ def test_parts_fail_alone(parts, capsys):
 def test_exit_status(gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "run", lambda args: ["kernel"])
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--small", "--json", str(tmp_path / "gpu.json")])
-    with pytest.raises(SystemExit, match="went wrong: kernel"):
+    with pytest.raises(SystemExit, match="failed: kernel"):
         gpu.main()
     monkeypatch.setattr(gpu, "run", lambda args: [])
     gpu.main()

@@ -148,7 +148,7 @@ def test_a_comparison_from_its_command_and_on(tmp_path, monkeypatch, capsys):
     assert "23 runs, about" in said
     assert said.index("23 runs") < said.index("10 of 10 runs to choose weights to do")
     assert "5 of 5 runs to choose weights on top of weight decay to do" in said
-    assert "8 of 8 runs of fresh seeds to do" in said
+    assert "8 of 8 runs with fresh seeds to do" in said
     names = {path.name for path in folder.iterdir()}
     outcomes = {"comparison.json", "table.md", "findings.md", "paths.png", "explicit.png"}
     assert names == {"plan.json", "few100-mlp", *outcomes}
@@ -184,7 +184,7 @@ def test_a_comparison_from_its_command_and_on(tmp_path, monkeypatch, capsys):
     (folder / "few100-mlp/tune/alignment/0.1/seed-0/done").unlink()
     said = call("--resume", folder, "--seeds", 3)
     assert "1 of 10 runs to choose weights to do" in said
-    assert "4 of 12 runs of fresh seeds to do" in said
+    assert "4 of 12 runs with fresh seeds to do" in said
     longer = json.loads((folder / "comparison.json").read_text())
     assert longer["seeds"] == 3
     assert longer["minutes"] >= found["minutes"]
@@ -198,11 +198,11 @@ def test_a_comparison_from_its_command_and_on(tmp_path, monkeypatch, capsys):
 
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for wrong, message in (
-        (["--output_dir", folder], "holds something"),
+        (["--output_dir", folder], "is not empty"),
         (["--resume", tmp_path], "expected the folder of a comparison"),
-        (["--resume", folder, "--steps", 7], "expected no further flags"),
+        (["--resume", folder, "--steps", 7], "expected no other flags"),
         (["--resume", folder, "--seeds", 1], "expected at least the 3 of the comparison, got 1"),
-        (["--report", tmp_path], "expected the folder of a comparison that is done, or its json"),
+        (["--report", tmp_path], "expected the folder of a finished comparison, or its json"),
     ):
         assert message in call(*wrong)
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -216,9 +216,9 @@ def test_a_comparison_from_its_command_and_on(tmp_path, monkeypatch, capsys):
         ("--tasks few10", "--tasks: expected some of noise40, noise20, few100, few300, got few10"),
         ("--seeds 1", "expected at least 2"),
         ("--seed 3", "expected --seeds and --tuning_seeds"),
-        ("--val_size 0", "--val_size: expected a number of examples to hold out"),
+        ("--val_size 0", "--val_size: expected a number of validation examples"),
         ("--dataset mnist --data_path nowhere --methods none,weight_decay", "expected a folder"),
-        ("--config some.yaml --networks mlp", "expected the network of the configuration alone"),
+        ("--config some.yaml --networks mlp", "expected no such flag with --config"),
         ("--hidden x", "invalid int value: 'x'"),
         ("--hiden 8", "unrecognized arguments: --hiden"),
     ],

@@ -114,16 +114,16 @@ def test_tables_and_findings():
         "- **alignment**: above none in 1 of 1 (few100-mlp +0.300 [+0.300, +0.300]); above tuned weight decay" in said
     )
     assert "- **KARE**: below none in 1 of 1" in said
-    assert "- **alignment + weight decay**: not settled against tuned weight decay in 1 of 1." in said
-    assert "- Highest mean: few100-mlp alignment 0.810.\n" in said
-    assert "- 3 seeds: a look, and no evidence.\n" in said
+    assert "- **alignment + weight decay**: no significant difference from tuned weight decay in 1 of 1." in said
+    assert "- The highest means are: few100-mlp alignment 0.810.\n" in said
+    assert "- With 3 seeds this is a quick look, not evidence.\n" in said
     assert "evidence" not in comparison.findings({**a, "seeds": 8})
     assert "At the largest" not in said
-    assert "At the smallest, nearest to none: 0 of 4 choices." in said
+    assert "At the smallest weight of their grids: 0 of 4 choices." in said
     a["settings"][0]["rows"][2]["weight"] = 0.4
-    assert "may lie beyond: few100-mlp alignment 0.4." in comparison.findings(a)
+    assert "may be better: few100-mlp alignment 0.4." in comparison.findings(a)
     a["settings"][0]["rows"][3]["weight"] = 0.1
-    assert "At the smallest, nearest to none: 1 of 4 choices." in comparison.findings(a)
+    assert "At the smallest weight of their grids: 1 of 4 choices." in comparison.findings(a)
     # Of the four differences to none all at once: Bonferroni, by hand for alignment with weight decay.
     difference = comparison.against(a["settings"][0], a["settings"][0]["rows"][4], "none")
     shifts = [0.1, -0.1, 0.2]
@@ -132,7 +132,7 @@ def test_tables_and_findings():
     # Label smoothing is a third to stand beside, of what is not on top of weight decay.
     extra = {**a["settings"][0]["rows"][2], "method": "label_smoothing", "weight": 0.2}
     a["settings"][0]["rows"].insert(2, extra)
-    assert "not settled against label smoothing in 1 of 1" in comparison.findings(a)
+    assert "no significant difference from label smoothing in 1 of 1" in comparison.findings(a)
     assert comparison.findings(a).count("label smoothing in 1 of 1") == 3
     assert "− label smoothing |" in comparison.full_table(a)
     del a["settings"][0]["rows"][2]
@@ -140,7 +140,7 @@ def test_tables_and_findings():
     assert alike[2].startswith("| few100-mlp | 1.59 [")
     assert "| 2 of 3 | 1.59 [" in alike[2]
     assert comparison.run(a) == (
-        "`python recipes/compare.py`: 42 runs, 3 seeds that count, 1.5 hours on 2 cores; torch 2.\n"
+        "`python recipes/compare.py`: 42 runs, 3 final seeds, 1.5 hours on 2 cores; torch 2.\n"
     )
 
 
@@ -153,7 +153,7 @@ def test_runs_that_collapsed_and_other_tables():
     assert lines[3] == "| weight decay | .440‡ | 1.5x |"
     assert lines[4] == "| KARE | .510 | 1.5x |"
     assert r"| KARE | .810\* |" in comparison.early_table(a)
-    told = "Runs of 3 that ended below half of none's mean accuracy: few100-mlp weight decay 1."
+    told = "Of 3 runs each, some ended below half the mean accuracy without a regularizer: few100-mlp weight decay 1."
     assert told in comparison.findings(a)
     assert comparison.weights(a).splitlines()[2:] == [
         "| weight decay | 0.1, 0.2, 0.4 | 0.2 |",
@@ -180,7 +180,7 @@ def test_blocks_of_a_text():
     assert "old" not in new
     assert f"short table -->\n{comparison.short_table(a)}<!-- end -->\n" in new
     assert comparison.filled(new, a) == new
-    with pytest.raises(ValueError, match=r"expected a mark of one of short table, .*, got nothing"):
+    with pytest.raises(ValueError, match=r"expected a mark for one of short table, .*, got nothing"):
         comparison.filled("<!-- comparison: nothing -->\n<!-- end -->", a)
 
 
@@ -188,6 +188,6 @@ def test_runs_that_broke_off_are_told():
     comparison = module("comparison.report")
     same = [0.5, 0.52, 0.51]
     a = found({"none": same, "weight_decay": same, "alignment": same})
-    assert "broke off" not in comparison.findings(a)
+    assert "diverged" not in comparison.findings(a)
     a["settings"][0]["rows"][2] |= {"broken_off": 2}
-    assert "counted with an accuracy of zero: few100-mlp alignment 2." in comparison.findings(a)
+    assert "count with an accuracy of zero: few100-mlp alignment 2." in comparison.findings(a)

@@ -109,7 +109,7 @@ def test_image_sets_from_folders(name, kind, tmp_path):
 def test_folders_that_are_no_data_set(tmp_path):
     load_set = load("data.examples").load
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"--data_path: expected a folder with parquet files.*got neither"):
+    with pytest.raises(ValueError, match=r"--data_path: expected a folder with parquet files.*got none of them"):
         load_set("mnist", data_path=str(tmp_path / "empty"), seed=0)
     broken = tmp_path / "broken"
     broken.mkdir()

@@ -169,7 +169,10 @@ def test_launch_configurations(name, tmp_path):
 
 
 def test_other_files_of_flags(tmp_path, capsys):
-    for text, message in (("[1]", "got another file"), ("speed: 3", "flags that this recipe does not know: speed")):
+    for text, message in (
+        ("[1]", "got another kind of file"),
+        ("speed: 3", "flags that this recipe does not know: speed"),
+    ):
         (tmp_path / "flags.yaml").write_text(text)
         with pytest.raises(SystemExit):
             parse(["--config", str(tmp_path / "flags.yaml")])
@@ -185,7 +188,7 @@ def test_yaml_does_not_run_code(tmp_path, capsys):
     (tmp_path / "flags.yaml").write_text("!!python/object/apply:os.system ['touch ran']")
     with pytest.raises(SystemExit):
         parse(["--config", str(tmp_path / "flags.yaml")])
-    assert "got another file" in " ".join(capsys.readouterr().err.split())
+    assert "got another kind of file" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "ran").exists()
 
 

@@ -48,7 +48,7 @@ def test_the_launchers_precision_is_overruled_aloud(launched, flag, warned, monk
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     config, _ = parse([*PLAIN, "--mixed_precision", flag, "--steps", "0"])
     module("training.loop").prepare(config)
-    said = f"--mixed_precision {flag}, the recipe's own flag, counts, and not the launcher's {launched}"
+    said = f"--mixed_precision {flag}, the recipe's own flag, overrides the launcher's {launched}"
     assert (said in capsys.readouterr().err) == warned
 
 
@@ -130,8 +130,8 @@ FILES = {
     ),
     "hexadecimal.yaml": (f"lr: {hex(10**5000)}", "--lr: expected a number of at least 0, got a number of more than 50"),
     "steps.yaml": (f"steps: {10**30}", f"--steps: expected a number between 0 and {2**63 - 1}, got {10**30}"),
-    "brackets.yaml": ("lr: " + "[" * 5000, "each flag with one plain value, got more in line 1 of"),
-    "brackets.json": ("[" * 100_000, "got another file"),
+    "brackets.yaml": ("lr: " + "[" * 5000, "with one plain value for each flag, got more in line 1 of"),
+    "brackets.json": ("[" * 100_000, "got another kind of file"),
     "bomb.yaml": (bomb(), "got more in line 1 of"),
     "alias.yaml": ("lr: &a 1\nsteps: *a", "got more in line 2 of"),
     "merge.yaml": ("<<: {lr: 1}\nsteps: 3", "got more in line 1 of"),
@@ -143,7 +143,7 @@ FILES = {
     "flags.yaml": ("\n".join(f"{'y' * 99}{i}: 1" for i in range(999)), "does not know: yyyy"),
     "zero.yaml": (
         'data_path: "a\\0b"\ndataset: mnist',
-        "--data_path: expected a text without zero bytes, got 'a\\x00b'",
+        "--data_path: expected text without zero bytes, got 'a\\x00b'",
     ),
 }
 

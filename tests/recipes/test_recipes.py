@@ -165,8 +165,8 @@ BAD = {
     "--weight 0.1": "expected a --regularizer with it",
     "--regularizer alignment": "--weight: expected a positive number with --regularizer alignment, got 0",
     "--train_size -1": "--train_size: expected a number of at least 0",
-    "--mix rotated_digits": "--mix_size: expected with --mix",
-    "--mix_size 5": "--mix_size: expected with --mix",
+    "--mix rotated_digits": "--mix_size: expected --mix and --mix_size together",
+    "--mix_size 5": "--mix_size: expected --mix and --mix_size together",
     "--mix imagenet --mix_size 5": "--mix: expected one of",
     "--data_path x": "--data_path: expected an image data set with it, got digits, which needs no folder",
     "--mix_path x": "--mix_path: expected an image data set with it, got None",
@@ -179,9 +179,9 @@ BAD = {
     "--log_spacing 1": "--log_spacing: expected a number of at least 1.01",
     "--sketch_dim 2": "--sketch_dim: expected a number between 3 and 100000, got 2",
     "--steps -1": "--steps: expected a number of at least 0",
-    "--dataset disk --model cnn": "points and no images",
+    "--dataset disk --model cnn": "points, not images",
     "--config missing.json": "missing.json: No such file",
-    "--config Makefile": "got another file",
+    "--config Makefile": "got another kind of file",
     "--lr nan": "--lr: expected a number of at least 0",
     "--lr inf": "--lr: expected a number of at least 0",
     "--momentum 2": "--momentum: expected a number between 0 and 1",
@@ -189,14 +189,14 @@ BAD = {
     "--seed 4294967296": "--seed: expected a number between 0 and 4294967295, got 4294967296",
     "--hidden 100000000000": "--hidden: expected a number between 0 and 1000000000, got 100000000000",
     f"--steps {10**30}": f"--steps: expected a number between 0 and {2**63 - 1}",
-    "--output_dir a\0b": "--output_dir: expected a text without zero bytes, got 'a\\x00b'",
+    "--output_dir a\0b": "--output_dir: expected text without zero bytes, got 'a\\x00b'",
     "--depth 1000000": "--depth: expected a number between 0 and 10000",
     "--sketch_dim 100000000000": "--sketch_dim: expected a number between 3 and 100000",
     "--reg_examples 1": "--reg_examples: expected a number of at least 2",
     "--reg_every 0": "--reg_every: expected a number of at least 1",
     "--checkpointing_steps -1": "--checkpointing_steps: expected a number of at least 0",
     "--resume_from_checkpoint nowhere": "nowhere: No such folder",
-    "--resume_from_checkpoint .": "there is no manifest.json and no checkpoints/step_N in it",
+    "--resume_from_checkpoint .": "it holds no manifest.json and no checkpoints/step_N",
     "--resume_from_checkpoint . --config x": "not allowed with argument",
     "--mixed_precision fp3": "--mixed_precision: expected one of",
 }
@@ -217,7 +217,7 @@ def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("kept")
     result = run("--output_dir", tmp_path / "file" / "run")
     assert result.returncode != 0
-    assert "expected a folder that can be written" in result.stderr
+    assert "expected a writable folder" in result.stderr
     assert "Not a directory" in result.stderr
     assert (tmp_path / "file").read_text() == "kept"
 

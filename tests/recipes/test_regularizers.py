@@ -95,7 +95,7 @@ def test_a_regularizer_for_a_part_of_training():
     ("flags", "message"),
     [
         ("--regularizer fisher --weight 1 --reg_per_layer", "expected a regularizer of the kernel, got fisher"),
-        ("--regularizer kare --weight 1 --reg_probes 3", "expected a regularizer of probes, got kare"),
+        ("--regularizer kare --weight 1 --reg_probes 3", "expected a regularizer that uses probes, got kare"),
     ],
 )
 def test_options_that_a_regularizer_does_not_have(flags, message, capsys):

@@ -65,7 +65,7 @@ def kill_the_launcher_alone(process, folder, monkeypatch):
             worker.kill()
         finish(process)
     said = str(stop.value)
-    assert "--resume_from_checkpoint: expected a folder that nothing else writes to, but process" in said
+    assert "--resume_from_checkpoint: expected a folder that no other process writes to, but process" in said
     assert any(f"process {worker.pid} on" in said for worker in workers)
 
 
@@ -255,24 +255,24 @@ SPOILED = {
     "truncated": (spoil_truncated, "model.safetensors is truncated or was changed"),
     "one bit": (spoil_changed, "process_0.pt is truncated or was changed"),
     "missing": (spoil_missing, "optimizer.bin is missing"),
-    "manifest": (spoil_manifest, "manifest.json is truncated or no manifest"),
-    "foreign": (spoil_foreign, "it belongs to another run, with other lr"),
+    "manifest": (spoil_manifest, "manifest.json is truncated, or not the manifest"),
+    "foreign": (spoil_foreign, "it belongs to another run, which differs in lr"),
     "one digit": (spoil_step, "manifest.json was changed"),
-    "step of another": (changed(step=5), "manifest.json is that of step 5"),
-    "step below": (changed(step=-5), "manifest.json is that of step -5"),
-    "step beyond": (changed(step=10**99), "manifest.json is that of step a number of more than 50 digits"),
-    "step true": (changed(step=True), "truncated or no manifest"),
+    "step of another": (changed(step=5), "manifest.json is for step 5"),
+    "step below": (changed(step=-5), "manifest.json is for step -5"),
+    "step beyond": (changed(step=10**99), "manifest.json is for step a number of more than 50 digits"),
+    "step true": (changed(step=True), "truncated, or not the manifest"),
     "no files": (
         changed(files={}),
         "manifest.json does not list model.safetensors, optimizer.bin, process_0.pt, random",
     ),
     "unlisted": (spoil_unlisted, "manifest.json does not list optimizer.bin"),
-    "added": (spoil_added, "scheduler.bin is not of it"),
+    "added": (spoil_added, "scheduler.bin does not belong to it"),
     "random states": (spoil_random_states, "random_states_0.pkl cannot be read"),
-    "name": (spoil_name, "manifest.json is that of step"),
+    "name": (spoil_name, "manifest.json is for step"),
     "processes": (changed(processes=2), "2 process(es) wrote it and 1 would read it"),
     "log": (spoil_log, "lacks [0]"),
-    "config": (spoil_config, "config.json of an earlier run, got another file"),
+    "config": (spoil_config, "config.json of an earlier run, got another kind of file"),
 }
 
 
@@ -300,14 +300,14 @@ def test_random_states_that_accelerate_leaves_out(stopped, tmp_path, monkeypatch
     """It says nothing where they cannot be set, and goes on to another log."""
     shutil.copytree(stopped, tmp_path / "run")
     monkeypatch.setattr(torch, "set_rng_state", lambda _: (_ for _ in ()).throw(RuntimeError("of another version")))
-    with pytest.raises(SystemExit, match=r"the random states of random_states_0\.pkl are not those of this machine"):
+    with pytest.raises(SystemExit, match=r"the random states of random_states_0\.pkl do not fit this machine"):
         recipe("train", monkeypatch, "--resume_from_checkpoint", tmp_path / "run")
 
 
 def test_other_flags_are_refused(stopped, capsys):
     with pytest.raises(SystemExit):
         parse(["--resume_from_checkpoint", str(stopped), "--lr", "0.5"])
-    assert "--lr: expected the value of the run that goes on, 0.05, got 0.5" in capsys.readouterr().err
+    assert "--lr: expected the value of the resumed run, 0.05, got 0.5" in capsys.readouterr().err
     config, checkpoint = parse(["--resume_from_checkpoint", str(stopped), "--lr", "0.05"])
     assert config.steps == 60
     assert checkpoint.parent.parent == stopped

@@ -50,7 +50,7 @@ def test_one_writer(tmp_path):
     with lock.hold(tmp_path, "--flag"):
         assert f"process {os.getpid()}" in (tmp_path / lock.NAME).read_text()
     with (
-        pytest.raises(ValueError, match="--flag: expected a folder that can be written"),
+        pytest.raises(ValueError, match="--flag: expected a writable folder"),
         lock.hold(tmp_path / "none", "--flag"),
     ):
         pass
@@ -101,7 +101,7 @@ def test_a_run_that_is_written_to_is_not_gone_on_with(begun, monkeypatch):
         before = files(begun)
         said = refused("train", monkeypatch, "--resume_from_checkpoint", begun)
         assert (
-            f"--resume_from_checkpoint: expected a folder that nothing else writes to, but process {os.getpid()}"
+            f"--resume_from_checkpoint: expected a folder that no other process writes to, but process {os.getpid()}"
             in said
         )
         assert str(begun / ".lock") in said
@@ -113,24 +113,24 @@ def test_a_run_that_is_written_to_is_not_gone_on_with(begun, monkeypatch):
 
 def test_of_two_that_claim_a_folder_one_gets_it(tmp_path, monkeypatch):
     run = module("training.run_folder")
-    run.claim(tmp_path)
+    run.claim(tmp_path, "")
     monkeypatch.setattr(type(tmp_path), "iterdir", lambda _: iter(()))  # as it was for the other a moment ago
     with pytest.raises(ValueError, match="holds another run"):
-        run.claim(tmp_path)
+        run.claim(tmp_path, "")
 
 
 def test_studies_are_gone_on_with_once(tmp_path, begun):
     jobs, lock = module("studies.jobs"), module("training.lock")
     with (
         jobs.opened(None, tmp_path / "study", "name") as folder,
-        pytest.raises(ValueError, match="--resume: expected a folder that nothing else writes to"),
+        pytest.raises(ValueError, match="--resume: expected a folder that no other process writes to"),
         jobs.opened(folder, None, "name"),
     ):
         pass
     (begun / "checkpoints").rename(tmp_path / "elsewhere")
     with lock.hold(begun, "--flag"):  # by a process that outlived its study
         before = files(begun)
-        assert "that nothing else writes to" in jobs._train(begun, parse(["--cpu"])[0])
+        assert "that no other process writes to" in jobs._train(begun, parse(["--cpu"])[0])
         assert files(begun) == before
 
 
@@ -164,15 +164,15 @@ def test_latest_begins_and_goes_on(tmp_path, whole, monkeypatch):
 def test_latest_is_of_this_run(tmp_path, begun, monkeypatch, capsys):
     before = files(begun)
     latest = ["--output_dir", begun, "--resume_from_checkpoint", "latest"]
-    assert "--hidden: expected the value of the run that goes on, 16, got 8" in refused(
+    assert "--hidden: expected the value of the resumed run, 16, got 8" in refused(
         "train", monkeypatch, "--hidden", 8, *latest, capsys=capsys
     )
     config = tmp_path / "config.yaml"
     config.write_text("lr: 0.5\n")
-    assert "--lr: expected the value of the run that goes on, 0.05, got 0.5" in refused(
+    assert "--lr: expected the value of the resumed run, 0.05, got 0.5" in refused(
         "train", monkeypatch, "--config", config, *latest, capsys=capsys
     )
-    assert "expected an --output_dir with it" in refused(
+    assert "expected --output_dir with it" in refused(
         "train", monkeypatch, "--resume_from_checkpoint", "latest", capsys=capsys
     )
     (tmp_path / "other").mkdir()
@@ -185,7 +185,7 @@ def test_latest_is_of_this_run(tmp_path, begun, monkeypatch, capsys):
     recipe("train", monkeypatch, *PLAIN, "--output_dir", done)
     before = files(done)
     said = refused("train", monkeypatch, *PLAIN, "--output_dir", done, *latest[2:])
-    assert "expected a run that has not come to its end" in said
+    assert "expected an unfinished run" in said
     assert files(done) == before
 
 
@@ -204,8 +204,10 @@ def test_disk_full(begun, whole, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", full)
         said = refused("train", patch, "--resume_from_checkpoint", begun)
-    assert "--output_dir: expected a folder that can be written, but" in said
-    assert f"step_8.partial: File too large. Make room there, and go on with --resume_from_checkpoint {begun}" in said
+    assert "--output_dir: expected a writable folder, but" in said
+    assert (
+        f"step_8.partial: File too large. Free space there, and continue with --resume_from_checkpoint {begun}" in said
+    )
     assert {path.name for path in (begun / "checkpoints").iterdir()} == {"step_4", "step_5"}
     recipe("train", monkeypatch, "--resume_from_checkpoint", begun)
     assert (begun / "metrics.jsonl").read_bytes() == whole
@@ -222,9 +224,9 @@ def test_no_room_for_a_checkpoint_is_said_by_torch_and_safetensors(place, tmp_pa
     ]
     (tmp_path / "run").mkdir()
     partial = tmp_path / "run" / "checkpoints" / ".step_6.partial"
-    assert "No such file or directory. Make room there, and start again." in str(checkpoint._unwritten(partial, error))
+    assert "No such file or directory. Free space there, and start again." in str(checkpoint._unwritten(partial, error))
     partial.mkdir(parents=True)
-    assert f"{str(error).splitlines()[0]}. Make room" in str(checkpoint._unwritten(partial, error))
+    assert f"{str(error).splitlines()[0]}. Free space" in str(checkpoint._unwritten(partial, error))
 
 
 def test_a_log_that_cannot_be_written(tmp_path, monkeypatch):
@@ -259,7 +261,7 @@ def test_wandb_without_login(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     flags = [*PLAIN, "--with_tracking", "--output_dir", tmp_path / "run"]
     said = refused("train", monkeypatch, *flags)
-    assert "--with_tracking: expected a run of wandb, but" in said
+    assert "--with_tracking: expected wandb to open a run, but" in said
     assert "WANDB_MODE=offline" in said
     assert not (tmp_path / "run").exists()
     importlib.import_module("wandb").teardown()

@@ -60,7 +60,7 @@ def test_figure_and_findings_from_logs_alone(name, one_run_of_each, tmp_path, mo
             runs[label].append(folder)
     figure = tmp_path / "figure.png"
     monkeypatch.setattr(torch.nn.Module, "__call__", lambda *_: pytest.fail("a figure computes nothing"))
-    study.draw(runs, figure)
+    importlib.import_module("training.plots").save(study.draw(runs), figure)
     assert figure.read_bytes().startswith(b"\x89PNG")
     sentences = study.findings(runs)
     assert sentences
@@ -105,9 +105,9 @@ def test_a_study_from_its_command_and_on(tmp_path, monkeypatch, capsys):
     assert {path: path.read_bytes() for path in folder.rglob("metrics.jsonl")} == logs
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for wrong, message in (
-        ([*command, "--output_dir", folder], "holds something"),
+        ([*command, "--output_dir", folder], "is not empty"),
         ([*command, "--resume", tmp_path], "expected the folder of a study"),
-        ([*command[:-1], "9", "--resume", folder], "expected the further flags of the study that goes on"),
+        ([*command[:-1], "9", "--resume", folder], "expected the further flags of the resumed study"),
         ([*command[:-1], "x", "--output_dir", tmp_path / "bad"], "invalid int value: 'x'"),
     ):
         monkeypatch.setattr(sys, "argv", [str(word) for word in wrong[1:]])
@@ -140,7 +140,7 @@ def test_a_study_that_is_stopped(tmp_path):
     process.terminate()
     _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
-    assert f"stopped\ngo on with --resume {folder}" in said
+    assert f"stopped\ncontinue with --resume {folder}" in said
     assert not psutil.wait_procs(children, timeout=PATIENCE)[
         1
     ]  # one that keeps track of resources ends after the others
@@ -220,8 +220,8 @@ def test_eigenfunctions_continue_the_eigenvectors(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--measure groups", "expected 10 easy and as many difficult examples for groups, got fewer difficult ones"),
-        ("--measure plane", "expected points of the plane for plane"),
+        ("--measure groups", "expected 10 easy and 10 difficult examples for groups, got fewer difficult ones"),
+        ("--measure plane", "expected a data set of points for plane"),
     ],
 )
 def test_quantities_that_the_data_do_not_have(flags, message, tmp_path):

@@ -17,7 +17,7 @@ Batch = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 def as_batch(x: Any) -> Batch:
     """Return a tensor, or a sequence or mapping of dense tensors with equally many examples, as tensor, tuple or dict.
 
-    Raises a ``TypeError`` or ``ValueError`` for anything else, and if there is no example.
+    Anything else, and an empty batch, raises a ``TypeError`` or ``ValueError``.
     """
     batch: Batch
     if isinstance(x, Tensor):

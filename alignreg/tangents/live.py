@@ -191,7 +191,7 @@ class LiveModel(ABC):  # noqa: B024 - subclasses compute things from the model
 
     @eager
     def agree(self, x: Any, outputs: Tensor) -> bool:
-        """Return whether ``outputs`` ``(n, c)`` of your own forward pass may replace those of a pass of this object.
+        """Return whether ``outputs`` ``(n, c)`` of your own forward pass may replace those computed here.
 
         They may not if your pass had dropout, other statistics in normalizations, or autocast. To detect this, each
         output is compared at the first, the last and a random example (at all examples with batch statistics). Nor may

@@ -234,7 +234,7 @@ def _by_rules(
 ) -> tuple[_Totals, list[tuple[str, ...]], set[str]]:
     """Return the sums by rules, the groups of parameters in them, and the parameters with a rule for some tiles only.
 
-    The last must not go by rules, since their sums are incomplete.
+    The last must not be computed by rules, since their sums are incomplete.
     """
     one = rules.at
     totals = _Totals(one, two)

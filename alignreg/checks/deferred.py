@@ -114,13 +114,8 @@ def look(values: Tensor, then: Callable[[list[float]], None]) -> None:
 def passes(holds: Tensor, key: Any, proven: set[Any]) -> bool:
     """Return whether a self-check passes; assume so, and read it later, if a check of its kind passed before.
 
-    Args:
-        holds: the outcome, a scalar.
-        key: the kind of the check.
-        proven: the kinds that have passed; this one is added or removed.
-
-    Raises:
-        SelfCheckError: later, if an assumption was wrong.
+    ``key`` is the kind of the check, and is added to or removed from ``proven``, the kinds that have passed. A wrong
+    assumption raises a :class:`SelfCheckError` later.
     """
     scope = _SCOPE.get()
     if scope is not None and key in proven and waits(holds.device):

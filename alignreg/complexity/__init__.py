@@ -14,8 +14,8 @@ Common arguments of the norms are the network ``model``; ``initial``, the networ
 which must be a copy (``copy.deepcopy``), since the result of ``state_dict()`` changes with the model; and ``margin``,
 γ > 0. A measure raises a ``TypeError`` if ``model`` is no module, or is sharded, and if ``initial`` is neither a model
 nor a state dict. It raises a ``ValueError`` if the model has a normalization or another module with parameters, which
-the norm would leave out, no layers, or weights that are not finite; if ``initial`` does not fit the model or is not
-finite; or if γ is not positive.
+the norm would leave out, no layers, a layer under two names, or weights that are empty, complex or not finite; if
+``initial`` does not fit the model or is not finite; or if γ is not positive.
 """
 
 from alignreg.complexity.measures import bartlett2017 as bartlett2017

@@ -145,16 +145,8 @@ def path_norm(model: nn.Module, shape: Sequence[int], *, margin: float | None = 
     (or any activation that is the identity on numbers ≥ 0), the result is the sum over all paths, from an input or a
     bias to an output, of the squared product of the weights on the path (Neyshabur, Salakhutdinov & Srebro 2015,
     "Path-SGD"; computed in this way by Jiang et al. 2020). Other modules are applied unchanged: max-pooling keeps the
-    largest sum and average pooling computes plain means; a tanh destroys the meaning as a sum of paths.
-
-    Args:
-        model: the network; see :mod:`alignreg.complexity`.
-        shape: shape of one example, without the batch axis.
-        margin: γ.
-
-    Raises:
-        TypeError: see :mod:`alignreg.complexity`.
-        ValueError: see :mod:`alignreg.complexity`; also if the output is not ``(1, c)``.
+    largest sum and average pooling computes plain means; a tanh destroys the meaning as a sum of paths. ``shape`` is
+    the shape of one example, without the batch axis. A ``ValueError`` is also raised if the output is not ``(1, c)``.
 
     Example:
         >>> import torch
@@ -242,17 +234,8 @@ def neyshabur2018(
 
     This is the measure of Neyshabur, Li, Bhojanapalli, LeCun & Srebro ("Towards understanding the role of
     over-parametrization in generalization of neural networks", ICLR 2019, arXiv 1805.12076). As in their bound, a
-    margin γ divides the first term but not √h. Biases are left out.
-
-    Args:
-        model: a network of two linear layers, U then V; see :mod:`alignreg.complexity`.
-        initial: the network before training.
-        margin: γ.
-
-    Raises:
-        TypeError: see :mod:`alignreg.complexity`.
-        ValueError: see :mod:`alignreg.complexity`; also if the layers are not two ``nn.Linear``, the second of which
-            acts on the units of the first.
+    margin γ divides the first term but not √h. Biases are left out. A ``ValueError`` is also raised if the layers are
+    not two ``nn.Linear``, U then V, the second of which acts on the units of the first.
 
     Example:
         >>> import copy, torch

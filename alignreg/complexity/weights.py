@@ -24,10 +24,7 @@ _NORMALIZATIONS = (
 def layers(model: nn.Module) -> dict[str, Layer]:
     """Return the linear and convolutional layers by path, in the order of registration.
 
-    Raises:
-        TypeError: if the model is no module, or sharded.
-        ValueError: if it has a normalization or another module with parameters, a layer under two names, no layer, or
-            parameters that are empty, complex or not finite.
+    :mod:`alignreg.complexity` lists the errors.
 
     Example:
         >>> list(layers(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))))
@@ -36,7 +33,7 @@ def layers(model: nn.Module) -> dict[str, Layer]:
     bare = unwrap(model)
     if is_sharded(bare):
         raise TypeError("model: expected whole parameters, got those of fully_shard. Pass a gathered copy.")
-    found: dict[str, Layer] = {}
+    by_path: dict[str, Layer] = {}
     paths: dict[int, str] = {}
     for path, module in bare.named_modules(remove_duplicate=False):
         own = {name for name, _ in module.named_parameters(recurse=False)}
@@ -58,18 +55,16 @@ def layers(model: nn.Module) -> dict[str, Layer]:
         paths[id(module)] = path
         for name, parameter in module.named_parameters(recurse=False):
             _check(parameter, f"model: {named(path, module)}: {name}")
-        found[path] = module
-    if not found:
+        by_path[path] = module
+    if not by_path:
         raise ValueError(f"model: expected nn.Linear or nn.Conv2d layers, got {type(bare).__name__} without any.")
-    return found
+    return by_path
 
 
 def start(model: nn.Module, initial: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the initial parameters by name, in float64, on the devices of the model's parameters.
 
-    Raises:
-        TypeError: if ``initial`` is neither a model nor a state dict, or is sharded.
-        ValueError: if names or shapes differ from the model's, or a value is not finite.
+    :mod:`alignreg.complexity` lists the errors.
 
     Example:
         >>> start(nn.Linear(1, 1, bias=False), {"weight": torch.ones(1, 1)})
@@ -113,12 +108,12 @@ def matrices(of: Mapping[str, Layer], parameters: Mapping[str, Tensor] | None = 
         >>> matrices({"": nn.Conv2d(4, 6, (3, 2), groups=2)})[""].shape
         torch.Size([2, 3, 12])
     """
-    found = {}
+    by_path = {}
     for path, layer in of.items():
         value = layer.weight if parameters is None else parameters[f"{path}.weight" if path else "weight"]
         groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
-        found[path] = value.detach().double().reshape(groups, len(value) // groups, -1)
-    return found
+        by_path[path] = value.detach().double().reshape(groups, len(value) // groups, -1)
+    return by_path
 
 
 def spectral_norm(blocks: Tensor) -> Tensor:

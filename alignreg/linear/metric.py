@@ -9,11 +9,11 @@ from alignreg import checks
 
 
 def optimal_metric(correlations: Tensor, kappa: float = 1.0, eps: float = 1e-12) -> Tensor:
-    r"""Return the metric ν_j = κ/|a_j| ``(r,)``, which minimizes :func:`one_step_bound` for any κ > 0.
+    r"""Return the metric ν_j = κ/\|a_j| ``(r,)``, which minimizes :func:`one_step_bound` for any κ > 0.
 
     By the Cauchy–Schwarz inequality, √(Σ ν_jλ_ja_j²)·√(Σ λ_j/ν_j) ≥ Σ λ_j|a_j|, with equality if and only if
-    ν_j ∝ 1/|a_j| wherever λ_j a_j ≠ 0 (Baratin et al., "Implicit Regularization via Neural Feature Alignment",
-    AISTATS 2021: the metric of SuperNat). An |a_j| below ``eps`` times the largest is raised to that value. If all
+    ν_j ∝ 1/\|a_j| wherever λ_j a_j ≠ 0 (Baratin et al., "Implicit Regularization via Neural Feature Alignment",
+    AISTATS 2021: the metric of SuperNat). An \|a_j| below ``eps`` times the largest is raised to that value. If all
     a_j vanish, ν = 1.
 
     Args:

@@ -168,16 +168,16 @@ class GradientDescent(LinearModel):
 class SuperNat(LinearModel):
     r"""Gradient descent that reparametrizes after each step with the metric that minimizes the complexity of the next.
 
-    After a step, λ_j ← λ_j/ν_j with ν_j = κ/|a_j| at the new f (our reading of the SuperNat algorithm of Baratin et al.
-    2021). Modes that correlate with the residual are stretched, and the others shrink. This does not change f, not even
-    at new points. If eigenvalues are equal, their u_j are arbitrary, and the result of SuperNat depends on them.
+    After a step, λ_j ← λ_j/ν_j with ν_j = κ/\|a_j| at the new f (our reading of the SuperNat algorithm in Baratin et
+    al. 2021). Modes that correlate with the residual are stretched, and the others shrink. This does not change f, not
+    even at new points. If eigenvalues are equal, their u_j are arbitrary, and the result of SuperNat depends on them.
 
     Args:
         features: as in :class:`LinearModel`, like ``targets``, ``lr``, ``loss`` and the errors.
         gauge: κ, which is not determined by the bound and acts as a learning rate: "max" keeps the largest eigenvalue,
-            "trace" keeps the sum of the eigenvalues, "mean" is κ = mean |a_j|, and a number is κ itself. With a number,
-            training freezes once all |a_j| are below it. All but "max" let eigenvalues grow, so that the default
-            ``lr`` may diverge.
+            "trace" keeps the sum of the eigenvalues, "mean" is κ = mean \|a_j|, and a number is κ itself. With a
+            number, training freezes once all \|a_j| are below it. All but "max" let eigenvalues grow, so that the
+            default ``lr`` may diverge.
         eps: as in :func:`optimal_metric`.
 
     Example:
@@ -214,11 +214,11 @@ class SuperNat(LinearModel):
 
 
 def _matrix(features: Tensor, width: int | None = None) -> Tensor:
-    found = checks.real("features", features, integers=True)
-    if found.ndim != 2 or found.numel() == 0 or width not in {None, found.shape[1]}:
+    matrix = checks.real("features", features, integers=True)
+    if matrix.ndim != 2 or matrix.numel() == 0 or width not in {None, matrix.shape[1]}:
         wanted = "(n, P)" if width is None else f"(m, {width})"
-        raise ValueError(f"features: expected a matrix {wanted}, got shape {tuple(found.shape)}.")
-    return checks.finite("features", found)
+        raise ValueError(f"features: expected a matrix {wanted}, got shape {tuple(matrix.shape)}.")
+    return checks.finite("features", matrix)
 
 
 def _log_kappa(old: Tensor, new: Tensor, correlations: Tensor, gauge: str | float) -> Tensor:

@@ -290,9 +290,9 @@ class TangentLoss(nn.Module, ABC):
             )
             value = factor * value.detach()
             known = [(own.get(id(leaf), leaf), g) for leaf, g in zip(leaves, gradients, strict=True) if g is not None]
-            parameters, found = [p for p, _ in known], [g for _, g in known]
-            share = self._share(value, parameters, found, doubts)
-        return with_gradients(value, parameters, [g if share == 1 else share * g for g in found])
+            parameters, slopes = [p for p, _ in known], [g for _, g in known]
+            share = self._share(value, parameters, slopes, doubts)
+        return with_gradients(value, parameters, [g if share == 1 else share * g for g in slopes])
 
     def _share(
         self, value: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor], doubts: Deferred
@@ -340,11 +340,11 @@ class TangentLoss(nn.Module, ABC):
         stacked = torch.stack(list(values.values()))
         defined = ~stacked.detach().isnan()
 
-        def then(found: list[float]) -> None:
-            if not any(found):
+        def then(flags: list[float]) -> None:
+            if not any(flags):
                 raise UndefinedLossError(self.undefined)
-            if not all(found):
-                odd = [layer for layer, one in zip(values, found, strict=True) if not one]
+            if not all(flags):
+                odd = [layer for layer, flag in zip(values, flags, strict=True) if not flag]
                 self._warn(
                     f"layers {odd} leave this loss undefined, because their tangent features vanish or have nothing "
                     "along the targets. The mean is taken over the other layers."
@@ -391,4 +391,4 @@ class TangentLoss(nn.Module, ABC):
 
 def _check_weight(weight: Any, step: int | None = None) -> float:
     source = "or a function of the step" if step is None else f"from the schedule at step {step}"
-    return checks.number("weight", weight, f"a finite number of at least 0, {source}", lambda found: found >= 0)
+    return checks.number("weight", weight, f"a finite number of at least 0, {source}", lambda value: value >= 0)

@@ -25,35 +25,26 @@ def clipped_share(
 ) -> float:
     """Return the factor ≤ 1 that makes the gradients at most ``clip`` times as long as the parameters.
 
-    This function waits for the device once, for this number and for all deferred checks (``doubts``).
-
-    Args:
-        value: value of the loss.
-        parameters: the parameters.
-        gradients: their gradients.
-        clip: the limit.
-        together: replaces a factor in place by its minimum over the ranks that sum one gradient, and returns whether
-            there are several.
-        doubts: the deferred checks.
-
-    Raises:
-        NonFiniteGradientError: if the gradients or the value are not finite on any of these ranks.
+    ``value`` is that of the loss. ``together`` replaces a factor in place by its minimum over the ranks that sum one
+    gradient, and returns whether there are several. The function waits for the device once, for this factor and for the
+    deferred checks ``doubts``. It raises :class:`NonFiniteGradientError` if the gradients or the value are not finite,
+    on any of these ranks.
     """
     length, limit = get_total_norm(gradients), clip * get_total_norm([p.detach() for p in parameters])
     # Weights that are all zero set no limit. A factor of −1 marks values that are not finite.
     share = (limit / length).float().masked_fill(~((limit > 0) & (length > limit)), 1.0)
     share = share.masked_fill(~(torch.isfinite(length) & torch.isfinite(value)), -1.0)
     several = together(share)
-    found: list[float] = []
-    deferred.look(share, found.extend)
+    numbers: list[float] = []
+    deferred.look(share, numbers.extend)
     doubts.settle()
-    if found[0] < 0:
+    if numbers[0] < 0:
         require_finite([value, *gradients])
         doubts.settle()
         if several:
             raise NonFiniteGradientError
         return float(limit.double() / get_total_norm([g.double() for g in gradients]))  # the norm had overflowed
-    return found[0]
+    return numbers[0]
 
 
 def with_gradients(value: Tensor, leaves: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:

@@ -28,13 +28,9 @@ def agrees(
 ) -> Tensor:
     """Return, as a tensor, whether a difference between two computations of a derivative is a rounding error.
 
-    Args:
-        difference: the difference.
-        scale: the norm of the derivative.
-        precision: the coarsest dtype in the computation.
-        whole: the norm of all derivatives computed together. Where one vanishes (a bias before a normalization), it
-            has the rounding errors of the other terms.
-        digits: how many eps of the whole to allow.
+    ``scale`` is the norm of the derivative, and ``precision`` the coarsest dtype in the computation. ``digits`` eps of
+    ``whole``, the norm of all derivatives computed together, are also allowed: a derivative that vanishes (of a bias
+    before a normalization) has the rounding errors of the other terms.
     """
     allowed = tolerance(precision) * scale
     if whole is not None:
@@ -51,14 +47,9 @@ def representatives(n: int, seed: int = 0) -> list[int]:
 def rounding(y: Tensor, spread: Tensor, relative: float, precision: torch.dtype) -> Tensor:
     """Return the allowed difference between outputs ``(k, c)`` of the same function, in float64.
 
-    It is a fraction of the spread of each output over the examples, so that a large constant part hides no difference,
-    plus the rounding error of the last digits.
-
-    Args:
-        y: the outputs.
-        spread: outputs ``(n, c)`` of the same kind, which determine the spread.
-        relative: the fraction of the spread.
-        precision: the coarsest dtype in the computation.
+    It is the fraction ``relative`` of the spread of each output over examples, so that a large constant part hides no
+    difference, plus the rounding error of the last digits in ``precision``, the coarsest dtype of the computation. The
+    spread is that of the outputs ``spread`` ``(n, c)``.
     """
     y, spread = y.detach().double(), spread.detach().to(y.device).double()
     typical = spread.square().mean(0).sqrt()

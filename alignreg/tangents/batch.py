@@ -15,11 +15,9 @@ Batch = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 
 
 def as_batch(x: Any) -> Batch:
-    """Return a tensor, or a sequence or mapping of tensors, as a tensor, tuple or dict.
+    """Return a tensor, or a sequence or mapping of dense tensors with equally many examples, as tensor, tuple or dict.
 
-    Raises:
-        TypeError: if an element is no tensor, or is sparse, nested or quantized.
-        ValueError: if there is no example, or the tensors have different numbers of examples.
+    Anything else, and an empty batch, raises a ``TypeError`` or ``ValueError``.
     """
     batch: Batch
     if isinstance(x, Tensor):

@@ -105,7 +105,7 @@ class TangentFeatures(LiveModel):
             return {name: torch.cat([part[name] for part in parts]) for name in self._shapes}
 
         with self._linearized(x, create_graph=create_graph) as at:
-            return at.reduce(gather)
+            return at.reduce_rows(gather)
 
     @eager
     def trace(self, x: Any, *, create_graph: bool = False) -> Tensor:
@@ -118,7 +118,7 @@ class TangentFeatures(LiveModel):
             tensor(12.)
         """
         with self._linearized(x, create_graph=create_graph) as at:
-            parts = diagonals(self._rules(at), norm_of_each)
+            parts = diagonals(self._rules(at, per_layer=False), norm_of_each)
             total: Tensor = torch.stack([part.sum(dtype=torch.float64) for part in parts.values()]).sum()
             return total.to(at.gram_dtype)
 
@@ -141,14 +141,15 @@ class TangentFeatures(LiveModel):
             tensor([[2., 0.],
                     [0., 2.]])
         """
-        layer_of = self._layer_of(per_layer=checks.flag("per_layer", per_layer))
+        checks.flag("per_layer", per_layer)
         with self._linearized(x, create_graph=create_graph) as at:
-            parts = diagonals(Rules(at, layer_of, self._refused), gram_of_each)
-        by_layer: dict[str, list[Tensor]] = {layer: [] for layer in layer_of.values()}
+            rules = self._rules(at, per_layer=per_layer)
+            parts = diagonals(rules, gram_of_each)
+        by_layer: dict[str, list[Tensor]] = {layer: [] for layer in rules.layer_of.values()}
         for names, part in parts.items():
-            by_layer[layer_of[names[0]]].append(part)
-        diagonal_of = {layer: torch.stack(value).sum(0) for layer, value in by_layer.items()}
-        return diagonal_of if per_layer else diagonal_of[""]
+            by_layer[rules.layer_of[names[0]]].append(part)
+        sums = {layer: torch.stack(value).sum(0) for layer, value in by_layer.items()}
+        return sums if per_layer else sums[""]
 
     @overload
     def kernel(
@@ -198,12 +199,12 @@ class TangentFeatures(LiveModel):
             >>> list(layers), torch.allclose(sum(layers.values()), features.kernel(x), atol=1e-5)
             (['0', '2'], True)
         """
-        layer_of = self._layer_of(per_layer=checks.flag("per_layer", per_layer))
+        checks.flag("per_layer", per_layer)
         checks.flag("progress", progress)
         with self._linearized(x, create_graph=create_graph) as one, ExitStack() as stack:
             two = None if x2 is None else stack.enter_context(self._linearized(x2, create_graph=create_graph))
             tick = stack.enter_context(bar("tangent kernel", self.num_parameters, show=progress))
-            by_layer = kernels(Rules(one, layer_of, self._refused), two, tick)
+            by_layer = kernels(self._rules(one, per_layer=per_layer), two, tick)
         return by_layer if per_layer else by_layer[""]
 
     @eager
@@ -239,7 +240,7 @@ class TangentFeatures(LiveModel):
             )
         with self._linearized(x, create_graph=create_graph) as at:
             if isinstance(lazy, FactoredDirections):
-                return factored.features(self._rules(at), lazy)
+                return factored.features(self._rules(at, per_layer=False), lazy)
             return pushforward(at, lazy)
 
     @eager
@@ -302,8 +303,6 @@ class TangentFeatures(LiveModel):
             )
         return self.parameters
 
-    def _rules(self, at: Linearization) -> Rules:
-        return Rules(at, self._layer_of(per_layer=False), self._refused)
-
-    def _layer_of(self, *, per_layer: bool) -> dict[str, str]:
-        return {name: layer if per_layer else "" for layer, names in self.layers.items() for name in names}
+    def _rules(self, at: Linearization, *, per_layer: bool) -> Rules:
+        layer_of = {name: layer if per_layer else "" for layer, names in self.layers.items() for name in names}
+        return Rules(at, layer_of, self._refused)

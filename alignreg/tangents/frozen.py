@@ -69,11 +69,7 @@ class Frozen:
         self._inside = [_Attributes(module) for _, module in self._modules]
 
     def settle(self) -> bool:
-        """Undo what a forward pass changed on the modules, and return whether there was such a change.
-
-        Raises:
-            RuntimeError: if the pass switched the modes of modules.
-        """
+        """Undo the changes of a forward pass to modules, and return whether there were any; refuse changes of modes."""
         changed = False
         for (path, module), mode, attributes in zip(self._modules, self._modes, self._inside, strict=True):
             if module.training != mode:
@@ -199,11 +195,7 @@ def frozen(model: nn.Module, *, statistics: Statistics = "running", over_ranks: 
     - Copies replace buffers, and other tensors and random generators of modules. Other threads wait for the model.
 
     Afterwards, even after an exception, everything is as before, including attributes that the forward pass sets.
-
-    Args:
-        model: the bare model.
-        statistics: the statistics by which modules in training mode normalize.
-        over_ranks: let a ``SyncBatchNorm`` use the statistics of all ranks.
+    ``over_ranks`` lets a ``SyncBatchNorm`` use the statistics of all ranks.
     """
     with ExitStack() as stack:
         stack.enter_context(_LOCKS.setdefault(model, threading.RLock()))

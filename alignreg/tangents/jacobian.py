@@ -42,24 +42,14 @@ def reduce_jacobian(
     Three routes are tried in turn, from the fastest one to the one without assumptions: several examples together,
     vectorized; one example at a time; one output of one example of the whole batch at a time. The first two assume
     that the outputs of an example depend on no other example. At the end, a route is checked against a vector–Jacobian
-    product of the whole batch. If the check fails, or torch cannot run the route, the next one is tried.
+    product of the whole batch, u ``(n, c)`` ↦ Jᵀu = ``pullback(u)``, with a tolerance for the coarsest dtype in f,
+    ``precision``. If the check fails, or torch cannot run the route, the next one is tried; in the end, a
+    ``RuntimeError`` is raised.
 
-    Args:
-        f: the function ``(params, batch of n) -> (n, c)``.
-        params: the tensors to differentiate with respect to.
-        x: the batch.
-        consume: called anew for each route; must iterate to the end.
-        outputs: c.
-        rows: how many rows (example, output) of the Jacobian may be in memory at once.
-        pullback: ``u (n, c) -> Jᵀu``, for the check.
-        before_whole_batch: called before the last route; may raise.
-        whole_batch: try only the last route, for functions of all examples together.
-        vectorize: try the first route.
-        create_graph: keep the graph of the Jacobian, to differentiate it again.
-        precision: the coarsest dtype in f.
-
-    Raises:
-        RuntimeError: if no route gives a Jacobian that agrees with ``pullback``.
+    ``f`` maps (params, batch of n) to ``(n, c)`` with c = ``outputs``. ``consume`` is called anew for each route, and
+    must iterate to the end. At most ``rows`` rows (example, output) of the Jacobian are in memory at once.
+    ``before_whole_batch`` is called before the last route and may raise an error; ``whole_batch`` allows only the last
+    route, for functions of all examples together; ``vectorize`` allows the first.
     """
     n = size(x)
     u = signs(torch.empty(n, outputs, device="cpu"))

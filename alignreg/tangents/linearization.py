@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from typing import Any, TypeVar, final
 
 import torch
@@ -45,11 +45,9 @@ class Linearization:
     """The model as a function of its parameters at one batch, while it is frozen.
 
     Args:
-        bound: the model.
+        bound: the model, frozen as ``inside`` describes.
         parameters: the parameters to differentiate with respect to, by name.
         others: the model's other parameters, by name.
-        x: the batch.
-        inside: the frozen model.
         chunk_size: how many directions or rows go through the model at once; ``None`` for a fast choice.
         proven: the kinds of self-checks that have passed (:func:`.checks.deferred.passes`).
         create_graph: make results differentiable.
@@ -131,11 +129,7 @@ class Linearization:
         self.graph_leaves = graph.leaves_of(nodes)
 
     def _unused(self, y: Tensor, leaves: Params, names: Mapping[int, str]) -> set[str]:
-        """Return the parameters that the outputs do not depend on.
-
-        Raises:
-            ValueError: if they depend on none, or on one through a tensor that was computed before this pass.
-        """
+        """Return the parameters that the outputs do not depend on, and check that they depend on others."""
         others = {name: p for name, p in self._others.items() if p.requires_grad}
         used, elsewhere = graph.sources(y, {**leaves, **others})
         held = sorted({names[id(leaf)] for leaf in elsewhere if id(leaf) in names})
@@ -159,16 +153,13 @@ class Linearization:
 
     @property
     def couples_examples(self) -> bool:
-        """Whether the outputs of an example depend on the others of the batch by design, through batch statistics."""
+        """True if batch statistics make the outputs of an example depend on the others of the batch, by design."""
         return self._inside.couples_examples
 
     @property
     def gram_dtype(self) -> torch.dtype:
         """The dtype in which products of features are summed: float32 at least."""
-        dtype = torch.float32
-        for parameter in self.params.values():
-            dtype = torch.promote_types(dtype, parameter.dtype)
-        return dtype
+        return reduce(torch.promote_types, (p.dtype for p in self.params.values()), torch.float32)
 
     @cached_property
     def _working_memory(self) -> int:
@@ -195,7 +186,7 @@ class Linearization:
             self._inside.settle()
         return _checked_output(y, x)
 
-    def reduce(
+    def reduce_rows(
         self,
         consume: Callable[[Iterator[JacobianRows]], T],
         names: Sequence[str] | None = None,
@@ -241,11 +232,7 @@ class Linearization:
             raise
 
     def require_independent_examples(self) -> None:
-        """Check that the outputs of an example do not depend on the others, unless batch statistics couple them.
-
-        Raises:
-            ValueError: if they do, since a kernel between two examples is then not defined.
-        """
+        """Raise a ``ValueError`` if outputs of an example depend on others, unless batch statistics couple them."""
         if self.couples_examples:
             return
         # Leave out an example, since a dependence on the set of examples would be the same for all their orders.

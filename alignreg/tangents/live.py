@@ -175,10 +175,9 @@ class LiveModel(ABC):  # noqa: B024 - subclasses compute things from the model
     def held(self, *, detached: bool) -> Iterator[dict[int, Tensor]]:
         """Freeze the model for all calls inside the block, and for backward passes through their results.
 
-        Args:
-            detached: differentiate with respect to detached aliases of the parameters, so that hooks and caches of the
-                parameters do not see these passes. The block gets the parameters by the ``id`` of their aliases, and
-                must pass on the gradients.
+        With ``detached``, calls differentiate with respect to detached aliases of the parameters, so that hooks and
+        caches of the parameters do not see these passes. The block gets the parameters by the ``id`` of their aliases,
+        and must pass on the gradients.
         """
         require_values(dict(self.model.named_parameters()))
         with self._frozen() as inside:
@@ -192,7 +191,7 @@ class LiveModel(ABC):  # noqa: B024 - subclasses compute things from the model
 
     @eager
     def agree(self, x: Any, outputs: Tensor) -> bool:
-        """Return whether ``outputs`` ``(n, c)`` of your own forward pass may replace those of a pass of this object.
+        """Return whether ``outputs`` ``(n, c)`` of your own forward pass may replace those computed here.
 
         They may not if your pass had dropout, other statistics in normalizations, or autocast. To detect this, each
         output is compared at the first, the last and a random example (at all examples with batch statistics). Nor may
@@ -234,7 +233,7 @@ class LiveModel(ABC):  # noqa: B024 - subclasses compute things from the model
 
     @property
     def couples_examples(self) -> bool:
-        """Whether, in the present modes, batch statistics make the outputs of an example depend on the others."""
+        """True if, in the present modes, batch statistics make the outputs of an example depend on the others."""
         return self.statistics == "training" and any(map(normalization.couples_examples, self.model.modules()))
 
     def _frozen(self) -> AbstractContextManager[Frozen]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,23 @@ class _Synced(nn.SyncBatchNorm, ABC):
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        return _sync_batch_norm(self, self.ranks, input)
+        if self.ranks is None:
+            return F.batch_norm(input, None, None, self.weight, self.bias, training=True, eps=self.eps)
+        dims = (0, *range(2, input.ndim))
+        wide = input.to(torch.promote_types(input.dtype, torch.float32))
+        count = wide.new_full((1,), wide.numel() / wide.shape[1])
+        sums = AllReduce.sum(torch.cat([count, wide.sum(dims)]), self.ranks)
+        count, total = sums[:1], sums[1:]
+        shape = (1, -1) + (1,) * (input.ndim - 2)
+        centered = wide - (total / count).reshape(shape)
+        variance = AllReduce.sum(centered.square().sum(dims), self.ranks) / count
+        y = centered * (variance + self.eps).rsqrt().reshape(shape)
+        if self.weight is not None:
+            y = y * self.weight.reshape(shape)
+        if self.bias is not None:
+            y = y + self.bias.reshape(shape)
+        result: Tensor = y.to(input.dtype)
+        return result
 
 
 @cache
@@ -58,23 +74,3 @@ def ranks_of(module: nn.SyncBatchNorm) -> dist.ProcessGroup | None:
         return None
     group = module.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
-
-
-def _sync_batch_norm(module: nn.SyncBatchNorm, group: Any, x: Tensor) -> Tensor:
-    if group is None:
-        return F.batch_norm(x, None, None, module.weight, module.bias, training=True, eps=module.eps)
-    dims = (0, *range(2, x.ndim))
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    count = wide.new_full((1,), wide.numel() / wide.shape[1])
-    sums = AllReduce.sum(torch.cat([count, wide.sum(dims)]), group)
-    count, total = sums[:1], sums[1:]
-    shape = (1, -1) + (1,) * (x.ndim - 2)
-    centered = wide - (total / count).reshape(shape)
-    variance = AllReduce.sum(centered.square().sum(dims), group) / count
-    y = centered * (variance + module.eps).rsqrt().reshape(shape)
-    if module.weight is not None:
-        y = y * module.weight.reshape(shape)
-    if module.bias is not None:
-        y = y + module.bias.reshape(shape)
-    result: Tensor = y.to(x.dtype)
-    return result

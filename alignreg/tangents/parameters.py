@@ -12,12 +12,7 @@ from alignreg.checks import each
 
 
 def as_patterns(params: Any) -> tuple[str, ...] | None:
-    """Return the glob patterns of parameter names, given as one or several strings; ``None`` for all parameters.
-
-    Raises:
-        TypeError: if they are no strings.
-        ValueError: if there are none.
-    """
+    """Return the glob patterns of parameter names, given as one or several strings; ``None`` for all parameters."""
     if params is None:
         return None
     patterns = each(params)
@@ -45,8 +40,7 @@ def require_values(parameters: Mapping[str, Tensor]) -> None:
 def select(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Parameter]:
     """Return the trainable parameters by name; with patterns, only those that match one.
 
-    Raises:
-        ValueError: if there are none, a pattern matches none, or one has no shape or values yet, or is complex.
+    A ``ValueError`` is raised if a pattern matches none, or one has no shape or values yet, or is complex.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     lazy = [name for name, p in (*trainable.items(), *model.named_buffers()) if nn.parameter.is_lazy(p)]

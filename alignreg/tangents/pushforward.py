@@ -115,7 +115,7 @@ def _by_rows(at: Linearization, directions: Params) -> Tensor:
         parts = [[flat(part, 2) @ flat(directions[name]).T for name, part in row.items()] for _, row in rows]
         return torch.cat([torch.stack(part).sum(0) for part in parts])
 
-    return at.reduce(project)
+    return at.reduce_rows(project)
 
 
 def _directions_at_once(at: Linearization) -> int:

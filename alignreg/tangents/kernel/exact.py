@@ -27,14 +27,8 @@ Tick = Callable[[float], None]
 def kernels(rules: Rules, two: Linearization | None, tick: Tick) -> dict[str, Tensor]:
     """Return the kernel ``(n, c, n2, c)`` of each layer, zero for layers that the outputs do not depend on.
 
-    Args:
-        rules: the rules for the model at the examples of the rows.
-        two: the model at the examples of the columns; ``None`` for the same.
-        tick: progress.
-
-    Raises:
-        ValueError: if the examples of a batch depend on each other.
-        RuntimeError: if a kernel fails its self-check.
+    The columns belong to the examples of ``two``, or ``None`` for those of the rows. A ``ValueError`` is raised if the
+    examples of a batch depend on each other, and a ``RuntimeError`` if a kernel fails its self-check.
     """
     one, layer_of = rules.at, rules.layer_of
     check = _SelfCheck(one, two)
@@ -240,7 +234,7 @@ def _by_rules(
 ) -> tuple[_Totals, list[tuple[str, ...]], set[str]]:
     """Return the sums by rules, the groups of parameters in them, and the parameters with a rule for some tiles only.
 
-    The last must not go by rules, since their sums are incomplete.
+    The last must not be computed by rules, since their sums are incomplete.
     """
     one = rules.at
     totals = _Totals(one, two)

@@ -43,13 +43,7 @@ def pieces(sizes: Mapping[str, int], limit: int) -> Iterator[list[Piece]]:
 
 
 def gram(left: Linearization, right: Linearization | None, group: list[Piece]) -> Iterator[tuple[Piece, Tensor]]:
-    """Yield the contribution of each piece to the products of rows, or to their half.
-
-    Args:
-        left: the model at the examples of the rows.
-        right: the model at the examples of the columns; ``None`` for the same.
-        group: pieces of parameters.
-    """
+    """Yield the contribution of each piece to the products of rows at two batches, or to their half at one."""
     others: Iterable[tuple[Piece, Tensor | None]] = zip(group, repeat(None)) if right is None else rows(right, group)
     for (piece, u), (_, v) in zip(rows(left, group), others, strict=True):
         yield piece, rows_gram([(u, v)])
@@ -74,7 +68,7 @@ def rows(at: Linearization, group: list[Piece]) -> Iterator[tuple[Piece, Tensor]
             matrix[examples] = part
         return torch.cat(parts) if matrix is None else matrix
 
-    columns = at.reduce(gather, [name for name, _, _ in group], independent=True)
+    columns = at.reduce_rows(gather, [name for name, _, _ in group], independent=True)
     yield from zip(group, torch.split(columns, [stop - start for _, start, stop in group], dim=-1), strict=True)
 
 
@@ -89,4 +83,4 @@ def diagonal(at: Linearization, names: Sequence[str], close: Close) -> dict[str,
                 parts[name].append(close(some, some))
         return {name: torch.cat(part) for name, part in parts.items()}
 
-    return at.reduce(gather, names)
+    return at.reduce_rows(gather, names)

@@ -202,8 +202,8 @@ class OuterProducts(Sums):
     @override
     def pullback(self, u: Tensor) -> dict[str, Tensor]:
         d = torch.einsum("nc,ncgot->ngot", u, self.d)
-        found = {"weight": torch.einsum("ngot,ngit->goi", d, self.a).flatten()}
-        return {**found, "bias": d.sum((0, -1)).flatten()} if self.bias else found
+        weight = {"weight": torch.einsum("ngot,ngit->goi", d, self.a).flatten()}
+        return {**weight, "bias": d.sum((0, -1)).flatten()} if self.bias else weight
 
     @override
     def project(self, factors: dict[str, Factors]) -> Tensor:

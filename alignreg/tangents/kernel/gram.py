@@ -18,14 +18,10 @@ Affinity = Callable[[int, int, int], Tensor]
 
 
 def fill(n: int, part: Callable[[int, int, int], Tensor], *, symmetric: bool, step: int) -> Tensor:
-    """Assemble a product of rows, or its half, from strips of rows.
+    """Assemble a product of rows of n examples, or its half if ``symmetric``, from strips of ``step`` examples.
 
-    Args:
-        n: number of examples on the left.
-        part: maps (start, stop, first) to the products of the examples ``start:stop`` with those from ``first`` on,
-            ``(stop - start, c, rest, c)``.
-        symmetric: return the half H of the product, not the product.
-        step: number of examples in a strip.
+    ``part`` maps (start, stop, first) to the products ``(stop - start, c, rest, c)`` of the examples ``start:stop``
+    with those from ``first`` on.
     """
     ranges = [(start, min(start + step, n)) for start in range(0, n, step)]
     if not symmetric:
@@ -68,15 +64,11 @@ def _row_products(left: Tensor, right: Tensor | None) -> Tensor:
 
 
 def position_products(affinity: Affinity, d: Tensor, d2: Tensor | None) -> Tensor:
-    """Return Σ_tt' B_ij[t, t'] (d_ik[t] · d_jl[t']) for d ``(n, c, out, t)``.
+    """Return Σ_tt' B_ij[t, t'] (d_ik[t] · d_jl[t']) for output gradients d ``(n, c, out, t)`` of rows and columns.
 
-    B is multiplied with one side first, so that a pair needs c t² instead of c² t² numbers.
-
-    Args:
-        affinity: maps (start, stop, first) to the transposed B_ij of the examples i in ``start:stop`` and j from
-            ``first`` on, ``(j, t', i t)``.
-        d: output gradients of the rows.
-        d2: output gradients of the columns; ``None`` for the same.
+    ``affinity`` maps (start, stop, first) to the transposed B_ij of the examples i in ``start:stop`` and j from
+    ``first`` on, ``(j, t', i t)``. B is multiplied with one side first, so that a pair needs c t² instead of c² t²
+    numbers.
     """
     n, c, out, t = d.shape
     other = (d if d2 is None else d2).reshape(-1, c * out, t)

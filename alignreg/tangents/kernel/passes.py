@@ -45,7 +45,7 @@ class Rules:
         )
 
     def run(self, visits: Callable[[bool], None]) -> None:
-        """Call ``visits(True)`` for all outputs at once; if it fails, ``visits(False)``, and then refuse all rules."""
+        """Call ``visits(True)`` (outputs together); if it fails, ``visits(False)``; if that fails, refuse all rules."""
         for batched in (True, False)[0 if self.at.vectorizes else 1 :]:
             try:
                 visits(batched)

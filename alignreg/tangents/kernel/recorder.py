@@ -137,15 +137,9 @@ def visit(
 ) -> None:
     """Run the model forward and backward, and call ``consume`` with each layer's gradients once they are complete.
 
-    Args:
-        run: returns the model's outputs ``(n, c)``; its inputs and parameters have a graph only if they are to be
-            differentiated.
-        params: the parameters to watch.
-        layer_of: the layer of each.
-        consume: called with the names and per-example gradients of a layer.
-        dtype: the dtype of products.
-        create_graph: make the gradients differentiable.
-        batched: use one vectorized backward pass for all outputs, instead of one for each.
+    ``run`` returns the outputs ``(n, c)``; only with ``create_graph`` may its inputs and parameters have a graph.
+    ``params`` are the parameters to watch, and ``dtype`` is that of products. ``batched`` uses one vectorized backward
+    pass for all outputs, instead of one for each.
     """
     recorder = Recorder(params, layer_of)
     with recorder:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from alignreg.tangents.primitives import activations, at_zero, distances, embeddings, margins, normalization, norms
+from alignreg.tangents.primitives import activations, at_zero, distances, embeddings, normalization, norms
 
 Function = Callable[..., Any]
 
@@ -78,7 +78,7 @@ _TWICE: dict[Function, Function] = {
     F.hardsigmoid: activations.hardsigmoid,
     _aten.hardsigmoid.default: activations.hardsigmoid,
     **dict.fromkeys((torch.logcumsumexp, torch.Tensor.logcumsumexp), activations.logcumsumexp),
-    F.multi_margin_loss: margins.multi_margin_loss,
+    F.multi_margin_loss: activations.multi_margin_loss,
     F.embedding: embeddings.embedding,
     F.embedding_bag: embeddings.embedding_bag,
     torch.cdist: distances.cdist,
@@ -112,6 +112,8 @@ _NORMALIZATIONS: dict[Function, Function] = {
     **dict.fromkeys((torch.layer_norm, _aten.layer_norm.default), normalization.layer_norm),
     **dict.fromkeys((torch.rms_norm, _aten.rms_norm.default), normalization.rms_norm),
     **dict.fromkeys((torch.group_norm, _aten.group_norm.default), normalization.group_norm),
-    **dict.fromkeys((torch.batch_norm, _aten.batch_norm.default), normalization.torch_batch_norm),
-    **dict.fromkeys((torch.instance_norm, _aten.instance_norm.default), normalization.torch_instance_norm),
+    **dict.fromkeys((torch.batch_norm, _aten.batch_norm.default), normalization.torch_order(normalization.batch_norm)),
+    **dict.fromkeys(
+        (torch.instance_norm, _aten.instance_norm.default), normalization.torch_order(normalization.instance_norm)
+    ),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -118,30 +118,21 @@ def instance_norm(
     return _by_channel(x, weight, bias).to(input.dtype)
 
 
-def torch_batch_norm(
-    input: Tensor,  # noqa: A002
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
-    """Call :func:`batch_norm` with the arguments in the order of ``torch.batch_norm``."""
-    return batch_norm(input, running_mean, running_var, weight, bias, *args, **kwargs)
+def torch_order(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return :func:`batch_norm` or :func:`instance_norm` with arguments in the order of ``torch.batch_norm``."""
 
+    def reordered(
+        input: Tensor,  # noqa: A002
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        return norm(input, running_mean, running_var, weight, bias, *args, **kwargs)
 
-def torch_instance_norm(
-    input: Tensor,  # noqa: A002
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
-    """Call :func:`instance_norm` with the arguments in the order of ``torch.instance_norm``."""
-    return instance_norm(input, running_mean, running_var, weight, bias, *args, **kwargs)
+    return reordered
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

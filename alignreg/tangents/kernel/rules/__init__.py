@@ -10,9 +10,8 @@ from typing import Any
 import torch.nn.functional as F
 
 from alignreg.tangents.kernel.calls import Call
-from alignreg.tangents.kernel.rules.convolution import convolution
 from alignreg.tangents.kernel.rules.embedding import embedding
-from alignreg.tangents.kernel.rules.linear import linear
+from alignreg.tangents.kernel.rules.linear import convolution, linear
 from alignreg.tangents.kernel.rules.normalization import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from alignreg.tangents.kernel.rules.prelu import prelu
 from alignreg.tangents.primitives import normalization

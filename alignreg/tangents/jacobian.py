@@ -39,9 +39,10 @@ def reduce_jacobian(
 ) -> T:
     """Feed the rows of the Jacobian to ``consume``, some examples at a time, and return its result.
 
-    Three routes are tried in turn, from the fastest one to the one without assumptions: several examples together,
-    vectorized; one example at a time; one output of one example of the whole batch at a time. The first two assume
-    that the outputs of an example depend on no other example. At the end, a route is checked against a vector–Jacobian
+    Four routes are tried in turn, from the fastest one to the one without assumptions: several examples together,
+    vectorized; one example at a time, vectorized over its outputs, for models whose control flow depends on inputs; one
+    example at a time, output by output; one output of one example of the whole batch at a time. All but the last
+    assume that the outputs of an example depend on no other example. At the end, a route is checked against a vector–Jacobian
     product of the whole batch, u ``(n, c)`` ↦ Jᵀu = ``pullback(u)``, with a tolerance for the coarsest dtype in f,
     ``precision``. If the check fails, or torch cannot run the route, the next one is tried; in the end, a
     ``RuntimeError`` is raised.
@@ -49,7 +50,7 @@ def reduce_jacobian(
     ``f`` maps (params, batch of n) to ``(n, c)`` with c = ``outputs``. ``consume`` is called anew for each route, and
     must iterate to the end. At most ``rows`` rows (example, output) of the Jacobian are in memory at once.
     ``before_whole_batch`` is called before the last route and may raise an error; ``whole_batch`` allows only the last
-    route, for functions of all examples together; ``vectorize`` allows the first.
+    route, for functions of all examples together; ``vectorize`` allows the first two.
     """
     n = size(x)
     u = signs(torch.empty(n, outputs, device="cpu"))
@@ -57,7 +58,8 @@ def reduce_jacobian(
     per_example = partial(_by_row, examples=1, create_graph=create_graph)
     last = partial(_by_row, examples=n, create_graph=create_graph)
     failure: Exception | None = None
-    routes = (last,) if whole_batch else (_by_example, per_example, last)[0 if vectorize else 1 :]
+    by_outputs = partial(_by_outputs, create_graph=create_graph)
+    routes = (last,) if whole_batch else (_by_example, by_outputs, per_example, last)[0 if vectorize else 2 :]
     for route in routes:
         if route is last and before_whole_batch is not None:
             before_whole_batch()
@@ -86,6 +88,29 @@ def _by_example(f: Function, params: Params, x: Batch, outputs: int, rows: int) 
     for start in range(0, size(x), step):
         stop = min(start + step, size(x))
         yield slice(start, stop), vmap(jacobian, randomness="same")(slice_examples(x, start, stop))
+
+
+def _by_outputs(
+    f: Function, params: Params, x: Batch, outputs: int, rows: int, *, create_graph: bool
+) -> Iterator[JacobianRows]:
+    leaves = {name: p if p.requires_grad else p.detach().requires_grad_() for name, p in params.items()}
+    for start in range(size(x)):
+        y = f(leaves, slice_examples(x, start, start + 1))[0]
+        cotangents = torch.eye(outputs, dtype=y.dtype, device=y.device)
+        parts = [
+            torch.autograd.grad(
+                y,
+                list(leaves.values()),
+                some,
+                retain_graph=True,
+                create_graph=create_graph,
+                is_grads_batched=True,
+                materialize_grads=True,
+            )
+            for some in torch.split(cotangents, max(1, rows))
+        ]
+        columns = (torch.cat(column)[None] for column in zip(*parts, strict=True))
+        yield slice(start, start + 1), dict(zip(leaves, columns, strict=True))
 
 
 def _by_row(

@@ -76,7 +76,7 @@ class Linearization:
         self._inside = inside
         self.chunk_size = chunk_size
         renormed = _renormed(bound.model)
-        self.params, self._others = (
+        self.params, self.others = (
             {name: self._primal(p).clone() if name in renormed else self._primal(p) for name, p in some.items()}
             for some in (parameters, others)
         )
@@ -88,7 +88,7 @@ class Linearization:
         self._draws = self._writes_inputs = self._leaves_traces = False
 
         leaves = self.leaves()
-        saved, checkpoints = Saved(besides=(*self.params.values(), *self._others.values())), Checkpoints()
+        saved, checkpoints = Saved(besides=(*self.params.values(), *self.others.values())), Checkpoints()
         copied = map_tensors(torch.clone, self.x)
         parts = tensors(copied)
         versions = [part._version for part in parts]  # noqa: SLF001 - counts changes in place
@@ -105,7 +105,7 @@ class Linearization:
         self.y = y.detach()
         # Checkpointed modules run again with the model's own parameters, and must then save the same tensors.
         self._recomputes = checkpoints.any
-        bare = [p for name, p in self._others.items() if others[name].requires_grad and not p.requires_grad]
+        bare = [p for name, p in self.others.items() if others[name].requires_grad and not p.requires_grad]
         if self._recomputes and bare:
             for p in bare:
                 p.requires_grad_()
@@ -130,7 +130,7 @@ class Linearization:
 
     def _unused(self, y: Tensor, leaves: Params, names: Mapping[int, str]) -> set[str]:
         """Return the parameters that the outputs do not depend on, and check that they depend on others."""
-        others = {name: p for name, p in self._others.items() if p.requires_grad}
+        others = {name: p for name, p in self.others.items() if p.requires_grad}
         used, elsewhere = graph.sources(y, {**leaves, **others})
         held = sorted({names[id(leaf)] for leaf in elsewhere if id(leaf) in names})
         if held:
@@ -173,7 +173,7 @@ class Linearization:
         """Return f(x) ``(n, c)`` at the given parameters."""
         # The pass gets copies of the buffers, so that modules write only to copies.
         buffers = {name: buffer.detach().clone() for name, buffer in self._bound.model.named_buffers()}
-        state = {f"model.{name}": value for name, value in {**self._others, **buffers, **params}.items()}
+        state = {f"model.{name}": value for name, value in {**self.others, **buffers, **params}.items()}
         # A new dict in any case, since the model may remove keys from it.
         x = map_tensors(torch.clone if self._writes_inputs else (lambda t: t), x)
         with self._primitives():

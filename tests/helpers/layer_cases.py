@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from block_cases import BLOCKS
 from cases import MODELS, Case, batch_of, tokens_of
 from oracles import call, double, jacobian
 from torch import nn
@@ -266,14 +267,14 @@ LAYERS = {
         [],
     ),
     "norm used twice": (Case(NormTwice, batch_of(6, 4)), []),
-    "module used twice, once by hand": (Case(lambda: Twice(by_hand=True), batch_of(6, 4)), ["lin.weight", "lin.bias"]),
+    "module used twice, once by hand": (Case(lambda: Twice(by_hand=True), batch_of(6, 4)), []),
     "weight that is also an input": (
         Case(Mapped, batch_of(6, 4)),
-        ["lin.weight", "lin.bias", "mix.weight"],
+        [],
     ),
     "weight that is also an input, of a map without gradients": (
         Case(lambda: _without_gradient(Mapped(), "mix.weight"), batch_of(5, 4)),
-        ["lin.weight", "lin.bias"],
+        [],
     ),
     "weight of a module never called": (Case(Borrowed, batch_of(6, 4)), ["lin.bias"]),
     "attention": (Case(lambda: Attention(True), batch_of(5, 3, 4)), []),
@@ -288,11 +289,11 @@ LAYERS = {
     ),
     "attention to something else": (
         Case(lambda: Attention(True, cross=True), batch_of(5, 3, 4)),
-        ["attention.in_proj_weight", "attention.in_proj_bias"],
+        [],
     ),
     "attention, added keys, no bias": (
         Case(lambda: Attention(True, add_bias_kv=True, bias=False), batch_of(5, 3, 4)),
-        ["attention.bias_k", "attention.bias_v"],
+        [],
     ),
     "transformer layer, norm first": (
         Case(
@@ -305,7 +306,7 @@ LAYERS = {
         ),
         [],
     ),
-    "positions, raw parameter, low rank": (Case(Positions, tokens_of(7, 4, 5)), ["positions.weight", "scale"]),
+    "positions, raw parameter, low rank": (Case(Positions, tokens_of(7, 4, 5)), []),
     "many tokens": (
         Case(
             lambda: nn.Sequential(nn.Embedding(500, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 2)), tokens_of(500, 6, 4)
@@ -322,6 +323,7 @@ LAYERS = {
         Case(lambda: _without_gradient(MODELS["cnn"].build(), "0.weight", "3.bias"), batch_of(5, 1, 8, 8)),
         [],
     ),
+    **BLOCKS,
 }
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from alignreg.tangents.kernel.gradients import Gradients, OuterProducts, Rows, TokenSums
+from alignreg.tangents.kernel.gradients import Factors, OuterProducts, Rows, TokenSums
 from alignreg.tangents.kernel.layout import Layout
 
 
@@ -24,11 +24,22 @@ class Call(Protocol):
     def lead(self) -> int:
         """The number of leading axes of its output."""
 
-    def gradients(self, layout: Layout, gradient: Tensor, *, weight: bool, bias: bool, dtype: torch.dtype) -> Gradients:
+    @property
+    def region(self) -> Callable[[Tensor], Tensor]:
+        """Selects the part of the output with the parameters, and moves leading axes first.
+
+        It works on the last axes, so that the argument may have axes before those of the output.
+        """
+
+    def gradients(self, layout: Layout, gradient: Tensor, *, weight: bool, bias: bool, dtype: torch.dtype) -> Factors:
         """Return the per-example gradients of the weight, the bias or both, in a dtype.
 
-        ``gradient`` is that of the output, ``(c, *output)``, and ``layout`` tells which leading axes are examples.
+        ``gradient`` is that of the region, ``(c, *region)``, and ``layout`` tells which leading axes are examples.
         """
+
+
+def _same(y: Tensor) -> Tensor:
+    return y
 
 
 class Maps(NamedTuple):
@@ -38,16 +49,31 @@ class Maps(NamedTuple):
     inputs: Callable[[], Tensor]
     """Returns a ``(*lead, groups, in, t)``; called when needed, since unfolded inputs are large."""
     outputs: Callable[[Tensor], Tensor]
-    """Maps the gradient of the output ``(c, *output)`` to d ``(c, *lead, groups, out, t)``."""
+    """Maps the gradient of the region ``(c, *region)`` to d ``(c, *lead, groups, out, t)``."""
+    region: Callable[[Tensor], Tensor] = _same
+    transposed: bool = False
+    """True if the axes of the weight are ``(in, out)``."""
 
-    def gradients(self, layout: Layout, gradient: Tensor, *, weight: bool, bias: bool, dtype: torch.dtype) -> Gradients:
+    def gradients(self, layout: Layout, gradient: Tensor, *, weight: bool, bias: bool, dtype: torch.dtype) -> Factors:
         """Return outer products, or rows for the bias only."""
         d = layout.split(self.outputs(gradient.to(dtype)), self.lead, 1)
         if not weight:
             return Rows({"bias": d.sum((2, -1)).transpose(0, 1).flatten(2)})
         d = d.transpose(0, 1).movedim(2, -2).flatten(-2)
         a = layout.split(self.inputs().to(dtype), self.lead).movedim(1, -2).flatten(-2)
-        return OuterProducts(a, d, bias=bias)
+        return OuterProducts(*_without_idle(a, d), bias=bias)
+
+
+def _without_idle(a: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """Drop positions that no output depends on: in the last block of a transformer, all but the token that is read."""
+    if d.shape[-1] == 1 or d.requires_grad:  # zeros may have derivatives
+        return a, d
+    if bool(d[0, 0].flatten(0, -2).any(0).all()):
+        return a, d
+    live = d.flatten(0, -2).any(0).nonzero()[:, 0]
+    if 0 < len(live) < d.shape[-1]:
+        return a.index_select(-1, live), d.index_select(-1, live)
+    return a, d
 
 
 class Scales(NamedTuple):
@@ -57,9 +83,10 @@ class Scales(NamedTuple):
     inputs: Callable[[], Tensor]
     """Returns a ``(*lead, p, t)``."""
     outputs: Callable[[Tensor], Tensor]
-    """Maps the gradient of the output ``(c, *output)`` to d ``(c, *lead, p, t)``."""
+    """Maps the gradient of the region ``(c, *region)`` to d ``(c, *lead, p, t)``."""
+    region: Callable[[Tensor], Tensor] = _same
 
-    def gradients(self, layout: Layout, gradient: Tensor, *, weight: bool, bias: bool, dtype: torch.dtype) -> Gradients:
+    def gradients(self, layout: Layout, gradient: Tensor, *, weight: bool, bias: bool, dtype: torch.dtype) -> Factors:
         """Return rows."""
         d = layout.split(self.outputs(gradient.to(dtype)), self.lead, 1)
         values = {"bias": d.sum((2, -1)).transpose(0, 1)} if bias else {}
@@ -78,8 +105,9 @@ class Lookups(NamedTuple):
     """The row of the weight ``(*lead)``, or a negative number where its gradient is dropped."""
     rows: int
     """The number of rows of the weight."""
+    region: Callable[[Tensor], Tensor] = _same
 
-    def gradients(self, layout: Layout, gradient: Tensor, *, weight: bool, bias: bool, dtype: torch.dtype) -> Gradients:  # noqa: ARG002
+    def gradients(self, layout: Layout, gradient: Tensor, *, weight: bool, bias: bool, dtype: torch.dtype) -> Factors:  # noqa: ARG002
         """Return sums over tokens."""
         d = layout.split(gradient.to(dtype), self.lead, 1)
         return TokenSums(layout.split(self.tokens, self.lead), d.permute(1, 0, 3, 2)[:, :, None], self.rows)

@@ -17,7 +17,7 @@ from alignreg.tangents.batch import Batch, concatenate, flat, shapes, slice_exam
 from alignreg.tangents.kernel import general
 from alignreg.tangents.kernel.gradients import Gradients
 from alignreg.tangents.kernel.passes import Rules
-from alignreg.tangents.kernel.recorder import Site
+from alignreg.tangents.kernel.taps import Site
 from alignreg.tangents.linearization import Linearization
 
 Tick = Callable[[float], None]
@@ -43,7 +43,9 @@ def kernels(rules: Rules, two: Linearization | None, tick: Tick) -> dict[str, Te
         for names in failing:
             rules.refuse(names)
         rules.refuse(torn, quietly=True)
-    rest = {name: one.params[name].numel() for name in rules.without(done)}
+    idle = (one.unused if two is None else one.unused | two.unused) - {name for names in done for name in names}
+    tick(sum(one.params[name].numel() for name in idle))
+    rest = {name: one.params[name].numel() for name in rules.without([*done, tuple(idle)])}
     rows = one.n * one.c + (0 if two is None else two.n * two.c)
     fit = one.fit(rows * one.gram_dtype.itemsize, part=2)
     for group in general.pieces(rest, sum(rest.values()) if one.create_graph else fit):

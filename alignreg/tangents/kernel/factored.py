@@ -10,7 +10,7 @@ from alignreg.tangents.kernel import general
 from alignreg.tangents.kernel.gradients import Gradients
 from alignreg.tangents.kernel.passes import Rules
 from alignreg.tangents.kernel.per_example import by_example
-from alignreg.tangents.kernel.recorder import Site
+from alignreg.tangents.kernel.taps import Site
 
 
 def features(rules: Rules, directions: FactoredDirections) -> Tensor:

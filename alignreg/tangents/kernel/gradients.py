@@ -12,7 +12,7 @@ from typing_extensions import Self, override
 
 from alignreg.tangents.kernel.gram import Affinity, position_products, rows_gram, vector_products
 
-Factors = tuple[Tensor, Tensor]
+Vectors = tuple[Tensor, Tensor]
 """Factors of directions in parameter space: :meth:`alignreg.sketches.FactoredDirections.factors`."""
 Close = Callable[[Tensor, Tensor], Tensor]
 """Products of the rows ``(n, c, p)`` within each example: :func:`norm_of_each` or :func:`gram_of_each`."""
@@ -39,10 +39,6 @@ class Gradients(ABC):
         """Return the gradients of the examples ``start:stop``."""
 
     @abstractmethod
-    def join(self, others: Sequence[Self]) -> Self:
-        """Return the sum of the gradients from several calls with the same parameters."""
-
-    @abstractmethod
     def gram(self, other: Self | None, limit: int) -> Tensor:
         """Return G = ⟨rows, rows of other⟩ ``(n, c, n2, c)``, or the half of ⟨rows, rows⟩ for ``None``.
 
@@ -54,7 +50,7 @@ class Gradients(ABC):
         """Return ``close(rows, rows)``."""
 
     @abstractmethod
-    def project(self, factors: dict[str, Factors]) -> Tensor:
+    def project(self, factors: dict[str, Vectors]) -> Tensor:
         """Return ⟨∂f_k(x_i)/∂w, p_ru q_rvᵀ⟩ ``(n, c, copies, rank, rank)``, summed over the parameters.
 
         The factors p ``(copies, rank, rows)`` and q ``(copies, rank, columns)`` are by ``"weight"`` and ``"bias"``.
@@ -65,8 +61,20 @@ class Gradients(ABC):
         """Return Σ_ik u_ik ∂f_k(x_i)/∂w for u ``(n, c)``, flat, by ``"weight"`` and ``"bias"``."""
 
 
+class Factors(Gradients, ABC):
+    """Gradients from one call, or from several calls of the same kind."""
+
+    @abstractmethod
+    def join(self, others: Sequence[Self]) -> Self:
+        """Return the sum of the gradients from several calls with the same parameters."""
+
+    @abstractmethod
+    def dense(self, limit: int) -> Tensor:
+        """Return the gradients ``(n, c, p)`` of the weight, followed by those of the bias."""
+
+
 @final
-class Rows(Gradients):
+class Rows(Factors):
     """The gradients themselves ``(n, c, p)``, by ``"weight"`` and ``"bias"``, for layers with few parameters."""
 
     def __init__(self, values: dict[str, Tensor]) -> None:
@@ -83,6 +91,10 @@ class Rows(Gradients):
         return Rows({kind: torch.stack([part[kind] for part in parts]).sum(0) for kind in self.values})
 
     @override
+    def dense(self, limit: int) -> Tensor:
+        return torch.cat([self.values[kind] for kind in ("weight", "bias") if kind in self.values], dim=-1)
+
+    @override
     def gram(self, other: Rows | None, limit: int) -> Tensor:
         return rows_gram((value, None if other is None else other.values[name]) for name, value in self.values.items())
 
@@ -91,7 +103,7 @@ class Rows(Gradients):
         return torch.stack([close(value, value) for value in self.values.values()]).sum(0)
 
     @override
-    def project(self, factors: dict[str, Factors]) -> Tensor:
+    def project(self, factors: dict[str, Vectors]) -> Tensor:
         parts = [project_rows(value, *factors[kind]) for kind, value in self.values.items()]
         return torch.stack(parts).sum(0)
 
@@ -106,7 +118,7 @@ def project_rows(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return torch.einsum("ncoi,ruo,rvi->ncruv", matrix, left, right)
 
 
-class Sums(Gradients, ABC):
+class Sums(Factors, ABC):
     """Weight gradients Σ_t a_t d_tᵀ, and bias gradients Σ_t d_t if there is a bias.
 
     Their products are computed from sums over pairs of positions, Σ_tt' (a_t·a_t' + 1)(d_t·d_t'), or from the gradients
@@ -206,7 +218,11 @@ class OuterProducts(Sums):
         return {**weight, "bias": d.sum((0, -1)).flatten()} if self.bias else weight
 
     @override
-    def project(self, factors: dict[str, Factors]) -> Tensor:
+    def dense(self, limit: int) -> Tensor:
+        return torch.cat(list(self.rows(limit)), dim=-1)
+
+    @override
+    def project(self, factors: dict[str, Vectors]) -> Tensor:
         left, right = factors["weight"]
         n, c, groups, out, t = self.d.shape
         copies = left.shape[0]
@@ -252,6 +268,10 @@ class OuterProducts(Sums):
             for o in range(0, out, min(width, out)):
                 yield self._chunk(self.a[:, some], self.d[:, :, some, o : o + width])
 
+    def some_rows(self, outputs: Tensor) -> Tensor:
+        """Return the gradients ``(n, c, p)`` of some rows of the weight, if it has one group."""
+        return self._chunk(self.a, self.d[:, :, :, outputs])
+
     @staticmethod
     def _chunk(a: Tensor, d: Tensor) -> Tensor:
         n, c, groups, out, _ = d.shape
@@ -295,7 +315,13 @@ class TokenSums(Sums):
         return {"weight": weight.flatten()}
 
     @override
-    def project(self, factors: dict[str, Factors]) -> Tensor:
+    def dense(self, limit: int) -> Tensor:
+        n, c, _, out, _ = self.d.shape
+        rows = torch.cat(list(self.rows(limit)), dim=-1).reshape(n, c, -1, out)
+        return rows.new_zeros(n, c, self.size, out).index_copy(2, self.labels, rows).flatten(2)
+
+    @override
+    def project(self, factors: dict[str, Vectors]) -> Tensor:
         left, right = factors["weight"]
         known = self.tokens >= 0
         mine = left[:, :, self.tokens.clamp(min=0)] * known.to(left)  # (copies, rank, n, t)
@@ -314,6 +340,10 @@ class TokenSums(Sums):
         return ((left == right) & (left >= 0)).to(self.d)
 
     def _weight_rows(self, limit: int) -> Iterator[Tensor]:
+        yield from (rows for _, rows in self.rows_by_label(limit))
+
+    def rows_by_label(self, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield chunks of the labels, with the gradients ``(n, c, p)`` of those rows of the weight."""
         n, c, _, out, _ = self.d.shape
         d = self.d[:, :, 0].mT  # (n, c, t, out)
         index = torch.searchsorted(self.labels, self.tokens.contiguous())
@@ -323,4 +353,5 @@ class TokenSums(Sums):
             here = (index - first).masked_fill(self.tokens < 0, -1)
             # Tokens outside this chunk go to an extra row, which is dropped.
             here = here.masked_fill((here < 0) | (here >= size), size)[:, None, :, None].expand_as(d)
-            yield d.new_zeros(n, c, size + 1, out).scatter_add(2, here, d)[:, :, :size].flatten(2)
+            rows = d.new_zeros(n, c, size + 1, out).scatter_add(2, here, d)[:, :, :size].flatten(2)
+            yield self.labels[first : first + size], rows

@@ -8,10 +8,10 @@ from typing import final
 
 import torch
 
-from alignreg.tangents.batch import Batch
+from alignreg.tangents.batch import Batch, tensors
 from alignreg.tangents.kernel import recorder
 from alignreg.tangents.kernel.gradients import Gradients
-from alignreg.tangents.kernel.recorder import Site
+from alignreg.tangents.kernel.taps import Site
 from alignreg.tangents.linearization import Linearization
 
 
@@ -34,14 +34,18 @@ class Rules:
     def visit(self, batch: Batch, consume: Callable[[Site, Gradients], None], *, batched: bool) -> None:
         """Call ``consume`` with the gradients of a batch, layer by layer (:func:`.recorder.visit`), unless refused."""
         params = self.at.leaves()
+        watched = {name: params[name] for name in self.layer_of if name not in self._refused}
         recorder.visit(
             lambda: self.at.function(params, batch),
-            {name: params[name] for name in self.layer_of if name not in self._refused},
+            watched,
             self.layer_of,
             consume,
+            constants=[*self.at.others.values(), *(p for name, p in params.items() if name not in watched)],
+            inputs=tensors(batch),
             dtype=self.at.gram_dtype,
             create_graph=self.at.create_graph,
             batched=batched,
+            limit=self.at.fit(self.at.gram_dtype.itemsize, part=4),
         )
 
     def run(self, visits: Callable[[bool], None]) -> None:
@@ -77,8 +81,8 @@ class Rules:
             )
 
     def without(self, groups: Iterable[tuple[str, ...]]) -> list[str]:
-        """Return the parameters that are in none of the groups, in order."""
-        taken = {name for names in groups for name in names}
+        """Return the parameters that the outputs depend on and that are in none of the groups, in order."""
+        taken = {name for names in groups for name in names} | self.at.unused
         return [name for name in self.layer_of if name not in taken]
 
     @property

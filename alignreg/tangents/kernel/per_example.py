@@ -14,12 +14,14 @@ from alignreg.tangents.batch import slice_examples
 from alignreg.tangents.kernel import general
 from alignreg.tangents.kernel.gradients import Close, Gradients
 from alignreg.tangents.kernel.passes import Rules
-from alignreg.tangents.kernel.recorder import Site
+from alignreg.tangents.kernel.taps import Site
 
 
 def diagonals(rules: Rules, close: Close) -> dict[tuple[str, ...], Tensor]:
     """Return the products ``close`` of the rows within each example, by groups of parameters of one layer."""
     result, rest = by_example(rules, lambda _, gradients: gradients.diagonal(close, rules.limit))
+    nothing = rules.at.y.new_zeros(rules.at.n, rules.at.c, 1, dtype=rules.at.gram_dtype)
+    result |= {(name,): close(nothing, nothing) for name in sorted(rules.at.unused)}
     if rest:
         result |= {(name,): value for name, value in general.diagonal(rules.at, rest, close).items()}
     return result

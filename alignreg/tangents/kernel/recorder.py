@@ -2,88 +2,132 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 
-from alignreg.tangents.agreement import signs
-from alignreg.tangents.kernel.calls import Call, Lookups
+from alignreg.tangents.kernel import layout
 from alignreg.tangents.kernel.gradients import Gradients
-from alignreg.tangents.kernel.layout import Layout, candidates, explains
-from alignreg.tangents.kernel.rules import COMPOSITES, QUICKER, RULES, SIGNATURES
+from alignreg.tangents.kernel.rules import ANYWHERE, COMPOSITES, EXPANSIONS, QUICKER, RULES, given, places
+from alignreg.tangents.kernel.sources import Provenance, Source, is_integer, tensors_in
+from alignreg.tangents.kernel.taps import Component, Pass, Site, Tap, components
 from alignreg.tangents.primitives import is_checkpointed
-
-
-class Site(NamedTuple):
-    """Names of the parameters that are passed to calls together; ``None`` if not differentiated."""
-
-    weight: str | None
-    bias: str | None
-
-    @property
-    def names(self) -> dict[str, str]:
-        """Parameter names by ``"weight"`` and ``"bias"``."""
-        return {kind: name for kind, name in self._asdict().items() if name is not None}
 
 
 @final
 class Recorder(TorchFunctionMode):
     """A mode that records the calls of functions with rules inside the block.
 
-    Calls are recognized by their parameters, so it does not matter which module makes them.
+    Calls are recognized by their parameters, or by tensors that were computed from parameters only, so it does not
+    matter which module makes them.
 
     Args:
         params: the parameters to watch, by name.
-        layer_of: the layer of each; a call with parameters of different layers has no rule.
+        constants: the other parameters.
+        inputs: the tensors with the examples on axis 0.
     """
 
-    def __init__(self, params: Mapping[str, Tensor], layer_of: Mapping[str, str]) -> None:
+    def __init__(self, params: Mapping[str, Tensor], constants: Iterable[Tensor], inputs: Sequence[Tensor]) -> None:
         super().__init__()
-        self._names = {id(parameter): name for name, parameter in params.items()}
-        self._layer_of = layer_of
+        self._made = Provenance(params, constants, inputs)
         # Every tap depends on this dummy leaf, so one backward pass to it visits them all.
         self._root = torch.zeros((), device="cpu", requires_grad=True)
-        self._sites: dict[Site, list[_Tap]] = {}
+        self._taps: list[Tap] = []
+        self._n = len(inputs[0])
         self._elsewhere: set[str] = set()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in COMPOSITES:
+        tensors = tensors_in((*args, *kwargs.values()))
+        found = [x for x in tensors if self._made.source(x) is not None]
+        if func in COMPOSITES and found and torch.is_grad_enabled():
             with self:
-                return COMPOSITES[func](*args, **kwargs)
+                composed = COMPOSITES[func](*args, **kwargs)
+            if composed is not NotImplemented:
+                return composed
+        sources = [self._made.source(x) for x in found]
         quicker = func if func not in QUICKER or is_checkpointed() else QUICKER[func]
         result = quicker(*args, **kwargs)
-        watched = {self._names[id(value)] for value in (*args, *kwargs.values()) if id(value) in self._names}
-        if not watched or not torch.is_grad_enabled():
+        depends = any(
+            self._made.depends(x) and not (func is torch.Tensor.__getitem__ and is_integer(x))
+            for x in tensors
+            if self._made.source(x) is None
+        )
+        if not found or not torch.is_grad_enabled():
+            if depends:
+                self._made.touch(result)
             return result
-        call = RULES[func](*args, **kwargs) if func in RULES else None
-        if call is None:
-            # The result is only a shape or a dtype, or there is no rule for the function.
-            if isinstance(result, Tensor | tuple | list) and not isinstance(result, torch.Size):
-                self._elsewhere |= watched
-            return result
-        given = SIGNATURES[func].bind(*args, **kwargs).arguments
-        site = Site(*(self._names.get(id(given.get(kind))) for kind in Site._fields))
-        self._elsewhere |= watched - set(site.names.values())
-        if not site.names:
-            return result
-        taps = self._sites.setdefault(site, [])
-        alike = all(type(call) is type(tap.call) for tap in taps)
-        if not alike or len({self._layer_of[name] for name in site.names.values()}) > 1:
-            self._elsewhere |= watched
-            return result
-        tap = _Tap(call, result.shape[: call.lead])
-        taps.append(tap)
-        tapped: Tensor = _Identity.apply(result, self._root, tap)  # type: ignore[no-untyped-call]
-        tap.output = tapped
-        return tapped
+        watched = {id(x): s for x, s in zip(found, sources, strict=True) if s is not None and s.leaves}
+        taps = self._taps_of(func, args, kwargs, result, watched) if watched else {}
+        if depends or any(self._is_use(func, tap, result) for tap in taps.values()):
+            return self._use(result, taps, found)
+        self._derive(func, args, result, found)
+        return result
+
+    def _taps_of(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
+        sources: Mapping[int, Source],
+    ) -> dict[tuple[int, ...], Tap]:
+        """Return the taps of a call, with the ids of the tensors that are their parameters."""
+        if not isinstance(result, Tensor) or result.is_complex() or _is_wrapped(result) or "out" in kwargs:
+            return {}
+        found = {}
+        if func in RULES and (call := RULES[func](*args, **kwargs)) is not None:
+            mine = {kind: x for kind, x in given(RULES[func], args, kwargs).items() if id(x) in sources}
+            if mine:
+                of_kind = {kind: sources[id(x)] for kind, x in mine.items()}
+                found[tuple(id(x) for x in mine.values())] = Tap(call, of_kind, result)
+        elif func in ANYWHERE:
+            for place, x in enumerate(places(ANYWHERE[func], args, kwargs)):
+                if (source := sources.get(id(x))) is not None:
+                    call = ANYWHERE[func](place, x.shape, result, *args, **kwargs)
+                    if call is not None:
+                        found[place, id(x)] = Tap(call, {"weight": source}, result)
+        return found
+
+    def _is_use(self, func: Callable[..., Any], tap: Tap, result: Tensor) -> bool:
+        """Return whether a constant has an axis of examples, as the initial state of a recurrent layer has."""
+        if self._n == 1:
+            return func in EXPANSIONS
+        y = tap.call.region(result.detach())
+        axes = [axis for axis, size in enumerate(tap.lead) if size == self._n]
+        # Constants along an axis of another kind, such as positions, differ from each other.
+        return any(bool(((y - y.narrow(axis, 0, 1)).abs() <= 1e-3 * y.abs().amax()).all()) for axis in axes)
+
+    def _use(self, result: Any, taps: Mapping[tuple[int, ...], Tap], found: list[Tensor]) -> Any:
+        """Record a call whose result depends on sources and on the examples."""
+        sources = {id(x): self._made.source(x) for x in found}
+        self._made.touch(result)
+        # Unless the result is only a shape or a dtype, parameters without a tap go the general way.
+        if result is None or any(x.requires_grad for x in tensors_in((result,))):
+            known = {i for key in taps for i in key}
+            lost = [source for i, source in sources.items() if i not in known and source is not None]
+            self._elsewhere |= {name for source in lost for name in source.leaves}
+        for tap in taps.values():
+            self._taps.append(tap)
+            result = _Identity.apply(result, self._root, tap)  # type: ignore[no-untyped-call]
+            tap.output = result
+        return result
+
+    def _derive(self, func: Callable[..., Any], args: tuple[Any, ...], result: Any, found: list[Tensor]) -> None:
+        """Record a call whose result depends on sources and constants only."""
+        made = any(x.requires_grad for x in tensors_in((result,)))
+        hidden = func is torch.Tensor.__setitem__ or any(_is_wrapped(x) for x in tensors_in((result,)))
+        if hidden or (made and is_checkpointed()):  # checkpointed modules run again
+            self._elsewhere |= {name for x in found if (source := self._made.source(x)) for name in source.leaves}
+        elif made:
+            self._made.derive(func, args, result, found)
 
     def pull(self, y: Tensor, cotangent: Tensor, *, retain_graph: bool, create_graph: bool) -> None:
         """Run a backward pass from the outputs through all taps."""
@@ -91,38 +135,28 @@ class Recorder(TorchFunctionMode):
             y, self._root, cotangent, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
         )
 
-    def sites(self, y: Tensor) -> dict[Site, list[_Tap]]:
-        """Return the calls by site, if rules cover all uses of the parameters, and the axis of examples is known.
+    def components(self, y: Tensor, signs: Tensor) -> list[Component]:
+        """Return the calls by shared parameters, without the parameters that are used without a rule.
 
-        ``y`` is the outputs ``(n, c)``.
+        ``y`` is the outputs ``(n, c)``, and ``signs`` are those of :class:`.taps.Pass`.
         """
-        of_name: dict[str, set[Site]] = {}
-        for site in self._sites:
-            for name in site.names.values():
-                of_name.setdefault(name, set()).add(site)
-        torn = {name for name, sites in of_name.items() if len(sites) > 1} | self._elsewhere
-        sites = {site: taps for site, taps in self._sites.items() if not torn & set(site.names.values())}
-        if taps := [tap for taps in sites.values() for tap in taps]:
-            _find_examples(taps, y)
-        return {site: taps for site, taps in sites.items() if all(tap.layout is not None for tap in taps)}
-
-
-def _find_examples(taps: list[_Tap], y: Tensor) -> None:
-    doubtful = []
-    for tap in taps:
-        possible = candidates(tap.lead, len(y))
-        tap.layout = possible[0] if possible else None
-        # Tokens may be positions that are the same for all examples, in the same number by coincidence.
-        if len(possible) > 1 or (possible and len(y) > 1 and isinstance(tap.call, Lookups)):
-            doubtful.append((tap, possible))
-    if doubtful:
-        # Sizes are ambiguous, but the outputs of the first example have no gradient at the other examples.
-        outputs = [tap.output for tap, _ in doubtful if tap.output is not None]
-        gradients = torch.autograd.grad(y[0], outputs, signs(y[0]), retain_graph=True, materialize_grads=True)
-        for (tap, possible), gradient in zip(doubtful, gradients, strict=True):
-            tap.layout = next((layout for layout in possible if explains(layout, gradient, tap.call.lead)), None)
-    for tap in taps:
-        tap.output = None
+        for tap in self._taps:
+            tap.sources = {k: s for k, s in tap.sources.items() if not self._elsewhere & s.leaves.keys()}
+        found = components([tap for tap in self._taps if tap.sources])
+        doubtful: list[Tap] = []
+        for component in found:
+            odd = any(tap.is_odd(len(y)) for tap in component.taps)
+            doubtful += [tap for tap in component.taps if odd or tap.is_doubtful(len(y))]
+        if doubtful:
+            # Sizes are ambiguous, but the gradient of a weighted sum over examples has the weight of each example.
+            outputs = [tap.output for tap in doubtful if tap.output is not None]
+            weights = layout.weights(len(y)).to(y)[:, None] * signs
+            gradients = torch.autograd.grad(y, outputs, weights, retain_graph=True, materialize_grads=True)
+            for tap, gradient in zip(doubtful, gradients, strict=True):
+                tap.weighted = gradient
+        for tap in self._taps:
+            tap.output = None
+        return found
 
 
 def visit(
@@ -131,39 +165,41 @@ def visit(
     layer_of: Mapping[str, str],
     consume: Callable[[Site, Gradients], None],
     *,
+    constants: Iterable[Tensor],
+    inputs: Sequence[Tensor],
     dtype: torch.dtype,
     create_graph: bool,
     batched: bool,
+    limit: int,
 ) -> None:
     """Run the model forward and backward, and call ``consume`` with each layer's gradients once they are complete.
 
     ``run`` returns the outputs ``(n, c)``; only with ``create_graph`` may its inputs and parameters have a graph.
-    ``params`` are the parameters to watch, and ``dtype`` is that of products. ``batched`` uses one vectorized backward
-    pass for all outputs, instead of one for each.
+    ``params`` are the parameters to watch, ``constants`` the other ones, ``inputs`` the tensors with the examples, and
+    ``limit`` is the largest number of entries for the gradients of a parameter, if they must be formed. ``dtype`` is
+    that of products. ``batched`` uses one vectorized backward pass for all outputs, instead of one for each.
     """
-    recorder = Recorder(params, layer_of)
+    recorder = Recorder(params, constants, inputs)
     with recorder:
         y = run()
     if not y.requires_grad:
         return
-    sites = recorder.sites(y)
-    of_tap = {tap: site for site, taps in sites.items() for tap in taps}
+    n, c = y.shape
+    generator = torch.Generator().manual_seed(c)
+    signs = torch.randn(c, generator=generator, device="cpu").to(y)
+    of_tap = {tap: component for component in recorder.components(y, signs) for tap in component.taps}
+    left = dict.fromkeys(of_tap.values())
     waiting = set(of_tap)
-    c = y.shape[1]
+    how = Pass(signs=signs, n=n, dtype=dtype, create_graph=create_graph, batched=batched, limit=limit)
 
-    def hand_over(site: Site) -> None:
-        taps = sites.pop(site)
-        weight, bias = site.weight is not None, site.bias is not None
-        parts = [tap.per_example(weight=weight, bias=bias, dtype=dtype) for tap in taps]
-        some = [part for part in parts if part is not None]
-        for tap in taps:
-            tap.gradients.clear()
-        if some:  # otherwise the outputs do not depend on the parameters
-            consume(site, some[0].join(some[1:]) if len(some) > 1 else some[0])
+    def hand_over(component: Component) -> None:
+        del left[component]
+        for site, gradients in component.gradients(layer_of, how):
+            consume(site, gradients)
 
-    def arrived(tap: _Tap) -> None:
+    def arrived(tap: Tap) -> None:
         waiting.discard(tap)
-        if batched and not waiting.intersection(sites[of_tap[tap]]):
+        if batched and not waiting.intersection(of_tap[tap].taps):
             hand_over(of_tap[tap])
 
     cotangents = torch.eye(c, dtype=y.dtype, device=y.device)[:, None].expand(c, *y.shape)
@@ -186,41 +222,13 @@ def visit(
         for tap in of_tap:
             tap.arrived = None  # a graph to be differentiated outlives this pass
     with torch.set_grad_enabled(create_graph):
-        for site in list(sites):
-            hand_over(site)
+        for component in list(left):
+            hand_over(component)
 
 
-@final
-class _Tap:
-    """A call, and the gradients of its output as a backward pass reaches it."""
-
-    def __init__(self, call: Call, lead: torch.Size) -> None:
-        self.call = call
-        self.lead = lead
-        self.layout: Layout | None = None
-        self.output: Tensor | None = None
-        self.outputs = 0
-        self.current: int | None = None
-        self.gradients: dict[int | None, Tensor] = {}
-        self.arrived: Callable[[_Tap], None] | None = None
-
-    def receive(self, gradient: Tensor, *, batched: bool) -> None:
-        """Store the gradient of one output of the model, or, batched, those of all outputs, ``(c, *shape)``."""
-        if self.arrived is None:
-            return
-        if self.current is None and not batched:  # in a vectorized pass, it is the same for all outputs
-            gradient = gradient.expand(self.outputs, *gradient.shape)
-        self.gradients[self.current] = gradient
-        self.arrived(self)
-
-    def per_example(self, *, weight: bool, bias: bool, dtype: torch.dtype) -> Gradients | None:
-        """Return the per-example gradients of the call's parameters; ``None`` if no gradient has arrived."""
-        if self.layout is None or not self.gradients:
-            return None
-        some = next(iter(self.gradients.values()))
-        if None not in self.gradients:
-            some = torch.stack([self.gradients.get(k, torch.zeros_like(some)) for k in range(self.outputs)])
-        return self.call.gradients(self.layout, some, weight=weight, bias=bias, dtype=dtype)
+def _is_wrapped(x: Tensor) -> bool:
+    """Return whether a tensor is inside a function transformation of the model's own, such as vmap."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))  # noqa: SLF001
 
 
 @final
@@ -228,11 +236,11 @@ class _Identity(torch.autograd.Function):
     """A copy, which the model may change in place, that passes its gradient to the tap."""
 
     @staticmethod
-    def forward(x: Tensor, root: Tensor, tap: _Tap) -> Tensor:  # noqa: ARG004
+    def forward(x: Tensor, root: Tensor, tap: Tap) -> Tensor:  # noqa: ARG004
         return x.clone()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, _Tap], output: Tensor) -> None:  # noqa: ARG004
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tap], output: Tensor) -> None:  # noqa: ARG004
         ctx.tap = inputs[2]
 
     @staticmethod
@@ -246,7 +254,7 @@ class _Arrival(torch.autograd.Function):
     """A function that passes the whole gradient of a vectorized backward pass to the tap."""
 
     @staticmethod
-    def forward(gradient: Tensor, tap: _Tap) -> Tensor:
+    def forward(gradient: Tensor, tap: Tap) -> Tensor:
         tap.receive(gradient, batched=False)
         return gradient.new_zeros(())
 
@@ -255,6 +263,6 @@ class _Arrival(torch.autograd.Function):
         pass
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int, None], gradient: Tensor, tap: _Tap) -> tuple[Tensor, None]:  # noqa: ARG004
+    def vmap(info: Any, in_dims: tuple[int, None], gradient: Tensor, tap: Tap) -> tuple[Tensor, None]:  # noqa: ARG004
         tap.receive(gradient.movedim(in_dims[0], 0), batched=True)
         return gradient.new_zeros(()), None

@@ -42,9 +42,9 @@ def reduce_jacobian(
     Four routes are tried in turn, from the fastest one to the one without assumptions: several examples together,
     vectorized; one example at a time, vectorized over its outputs, for models whose control flow depends on inputs; one
     example at a time, output by output; one output of one example of the whole batch at a time. All but the last
-    assume that the outputs of an example depend on no other example. At the end, a route is checked against a vector–Jacobian
-    product of the whole batch, u ``(n, c)`` ↦ Jᵀu = ``pullback(u)``, with a tolerance for the coarsest dtype in f,
-    ``precision``. If the check fails, or torch cannot run the route, the next one is tried; in the end, a
+    assume that the outputs of an example depend on no other example. At the end, a route is checked against a
+    vector–Jacobian product of the whole batch, u ``(n, c)`` ↦ Jᵀu = ``pullback(u)``, with a tolerance for the coarsest
+    dtype in f, ``precision``. If the check fails, or torch cannot run the route, the next one is tried; in the end, a
     ``RuntimeError`` is raised.
 
     ``f`` maps (params, batch of n) to ``(n, c)`` with c = ``outputs``. ``consume`` is called anew for each route, and

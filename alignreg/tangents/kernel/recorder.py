@@ -53,13 +53,14 @@ class Recorder(TorchFunctionMode):
             if composed is not NotImplemented:
                 return composed
         sources = [self._made.source(x) for x in found]
-        quicker = func if func not in QUICKER or is_checkpointed() else QUICKER[func]
-        result = quicker(*args, **kwargs)
         depends = any(
             self._made.depends(x) and not (func is torch.Tensor.__getitem__ and is_integer(x))
             for x in tensors
             if self._made.source(x) is None
         )
+        # Replacements are slower in formulas of weights, whose gradients come one for each row of the Jacobian.
+        quicker = QUICKER[func] if depends and func in QUICKER and not is_checkpointed() else func
+        result = quicker(*args, **kwargs)
         if not found or not torch.is_grad_enabled():
             if depends:
                 self._made.touch(result)

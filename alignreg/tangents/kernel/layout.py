@@ -30,7 +30,7 @@ class Layout(NamedTuple):
 
 
 def candidates(lead: torch.Size, n: int) -> list[Layout]:
-    """Return the possible layouts of leading axes of these sizes: examples are one axis, or merged with another."""
+    """Return the possible layouts of leading axes of these sizes: examples have their own axis or share one."""
     if n == 1:
         return [Layout(0, 1, 1, lead[0] if lead else 1)]
     own = [Layout(axis, 1, n, 1) for axis, size in enumerate(lead) if size == n]

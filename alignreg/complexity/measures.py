@@ -207,8 +207,8 @@ def bartlett2017(model: nn.Module, initial: nn.Module | Mapping[str, Tensor], *,
     It is divided by γ if a margin is given. ‖Aᵀ‖_{2,1} is the sum over the output units of the 2-norms of the rows of
     A. The measure is that of Bartlett, Foster & Telgarsky 2017 ("Spectrally-normalized margin bounds for neural
     networks", Theorem 1.1), for 1-Lipschitz activations and the initial weights as reference matrices, without biases.
-    The code computes (Σ_l (‖(W_l − W_l⁰)ᵀ‖_{2,1} Π_{k≠l} ‖W_k‖₂)^{2/3})^{3/2}, which is equal, and is the limit
-    where a W_l is zero.
+    The code computes (Σ_l (‖(W_l − W_l⁰)ᵀ‖_{2,1} Π_{k≠l} ‖W_k‖₂)^{2/3})^{3/2}, which is equal, and which gives the
+    limit where a W_l is zero.
 
     Example:
         >>> import copy, torch

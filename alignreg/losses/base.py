@@ -1,4 +1,4 @@
-"""Base class of the losses on tangent features: when, with what weight and to which examples a loss applies."""
+"""The base class of losses on tangent features, which decides when, how strongly and to which examples each applies."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ def signs(like: Tensor) -> Tensor:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Return the relative difference from which on two derivatives count as those of different functions.
+    """Return the relative difference of two derivatives above which they count as those of different functions.
 
     Rounding errors are far below √eps, but a rectifier whose input rounds to the other side of zero may come near it
     in single precision, for which the tolerance is therefore 1e-3.

@@ -22,7 +22,7 @@ Route = Callable[[Linearization, Params], Tensor]
 
 
 def pushforward(at: Linearization, directions: Directions) -> Tensor:
-    """Return ΦS ``(n, c, m)``, or raise a ``RuntimeError`` that names the module where all routes fail."""
+    """Return ΦS ``(n, c, m)``, or raise a ``RuntimeError`` that names the module if every route fails."""
     if not directions.m:
         return at.y.new_empty(at.n, at.c, 0)
     # Check ⟨u, ΦS⟩ = ⟨Φᵀu, S⟩ for random signs u, since both routes can fail without an error, for example on functions

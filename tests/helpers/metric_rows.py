@@ -27,6 +27,8 @@ class Kind(NamedTuple):
     """By name: options, and one that must keep a collection from sharing."""
     number: Callable | None = None
     """The oracle ``(jac, y, centered)`` of a metric that streams a sketch."""
+    unbiased: bool = True
+    """The sketch estimates that number without bias, which a quotient of estimates does not."""
     scalar: bool = True
     """A value is one number where there are no groups and errors."""
     moments: int = 1
@@ -83,6 +85,7 @@ KINDS = [
             "alignment, exact, groups": ({**EXACT, **GROUPS}, OTHER_LAYER),
         },
         number=oracles.alignment,
+        unbiased=False,
     ),
     Kind(
         TangentTrace,
@@ -99,6 +102,7 @@ KINDS = [
         metric_plots.points,
         {"participation ratio": (SKETCH, OTHER_SEED), "participation ratio, exact": (EXACT, OTHER_LAYER)},
         number=_participation_ratio,
+        unbiased=False,
     ),
     Kind(TangentSpectrum, metric_plots.spectrum, {"spectrum": ({"per_layer": True, "k": 5}, MORE)}, scalar=False),
     Kind(

@@ -135,7 +135,7 @@ class Sums(Factors, ABC):
 
     @abstractmethod
     def _affinity(self, other: Self, group: int) -> Affinity:
-        """Return the map of (start, stop, first) to a_t·a_t' + 1 of the examples start:stop and, in other, first:."""
+        """Return a function of (start, stop, first): a_t·a_t' + 1 of our examples start:stop and the other's first:."""
 
     @abstractmethod
     def _weight_rows(self, limit: int) -> Iterator[Tensor]:

@@ -51,7 +51,7 @@ class Scattered(NamedTuple):
 
 
 def candidates(lead: torch.Size, n: int) -> list[Axis]:
-    """Return the possible layouts of leading axes of these sizes: examples are one axis, or merged with another."""
+    """Return the possible layouts of leading axes of these sizes: examples have their own axis or share one."""
     if n == 1:
         return [Axis(0, 1, 1, lead[0] if lead else 1)]
     own = [Axis(axis, 1, n, 1) for axis, size in enumerate(lead) if size == n]

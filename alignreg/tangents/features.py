@@ -14,7 +14,7 @@ from alignreg.distributed.sharding import is_sharded
 from alignreg.sketches import Directions, FactoredDirections, GivenDirections
 from alignreg.tangents import graph
 from alignreg.tangents.jacobian import JacobianRows, Params
-from alignreg.tangents.kernel import factored
+from alignreg.tangents.kernel import directional
 from alignreg.tangents.kernel.exact import kernels
 from alignreg.tangents.kernel.gradients import gram_of_each, norm_of_each
 from alignreg.tangents.kernel.passes import Rules
@@ -240,7 +240,7 @@ class TangentFeatures(LiveModel):
             )
         with self._linearized(x, create_graph=create_graph) as at:
             if isinstance(lazy, FactoredDirections):
-                return factored.features(self._rules(at, per_layer=False), lazy)
+                return directional.features(self._rules(at, per_layer=False), lazy)
             return pushforward(at, lazy)
 
     @eager

@@ -57,6 +57,15 @@ class Gradients(ABC):
         """
 
     @abstractmethod
+    def along(self, directions: dict[str, Tensor], limit: int) -> Tensor:
+        """Return ⟨∂f_k(x_i)/∂w, s⟩ ``(n, c, m)``, the sum over the parameters.
+
+        Args:
+            directions: S ``(m, numbers)``, by ``"weight"`` and ``"bias"``.
+            limit: how many numbers of working memory it may use.
+        """
+
+    @abstractmethod
     def pullback(self, u: Tensor) -> dict[str, Tensor]:
         """Return Σ_ik u_ik ∂f_k(x_i)/∂w for u ``(n, c)``, flat, by ``"weight"`` and ``"bias"``."""
 
@@ -108,6 +117,10 @@ class Rows(Factors):
         return torch.stack(parts).sum(0)
 
     @override
+    def along(self, directions: dict[str, Tensor], limit: int) -> Tensor:  # noqa: ARG002
+        return torch.stack([value @ directions[kind].T for kind, value in self.values.items()]).sum(0)
+
+    @override
     def pullback(self, u: Tensor) -> dict[str, Tensor]:
         return {name: torch.einsum("nc,ncp->p", u, value) for name, value in self.values.items()}
 
@@ -144,6 +157,10 @@ class Sums(Factors, ABC):
     @abstractmethod
     def _own_affinity(self, group: int) -> Tensor:
         """Return a_t·a_t' + 1 within each example, ``(n, t', t)``."""
+
+    @abstractmethod
+    def _moved(self, S: Tensor) -> Tensor:
+        """Return Σ_t d_t·(S a_t) ``(n, c, m)`` for directions of the weight ``(m, numbers)``."""
 
     @override
     def gram(self, other: Self | None, limit: int) -> Tensor:
@@ -186,6 +203,21 @@ class Sums(Factors, ABC):
         by_positions = groups * t * (t * width + t * c * out + c * c * out)
         by_rows = groups * c * width * out * (c + 2 * t / pairs)
         return t == 1 or by_positions < by_rows
+
+    @override
+    def along(self, directions: dict[str, Tensor], limit: int) -> Tensor:
+        S, (n, c, _, out, t) = directions["weight"], self.d.shape
+        m, p = S.shape
+        # Either Σ_t d_t·(S a_t) or the rows themselves, whichever has fewer multiplications.
+        if t * m * (p + c * out) < c * p * (t + m):
+            step = max(1, limit // max(1, n * t * out))
+            total = torch.cat([self._moved(S[start : start + step]) for start in range(0, m, step)], dim=-1)
+        else:
+            total, start = self.d.new_zeros(n, c, m), 0
+            for rows in self._weight_rows(limit):
+                total += rows @ S[:, start : start + rows.shape[-1]].T
+                start += rows.shape[-1]
+        return total + self.d.sum(-1).flatten(2) @ directions["bias"].T if self.bias else total
 
     def rows(self, limit: int) -> Iterator[Tensor]:
         """Yield the gradients themselves, ``(n, c, p)`` in chunks of p."""
@@ -268,6 +300,16 @@ class OuterProducts(Sums):
             for o in range(0, out, min(width, out)):
                 yield self._chunk(self.a[:, some], self.d[:, :, some, o : o + width])
 
+    @override
+    def _moved(self, S: Tensor) -> Tensor:
+        n, c, groups, out, t = self.d.shape
+        m, total = len(S), self.d.new_zeros(n, c, len(S))
+        for g, weight in enumerate(S.reshape(m, groups, out, -1).unbind(1)):
+            a = self.a[:, g].transpose(0, 1).flatten(1)  # all positions of all examples beside each other: one product
+            moved = (weight.flatten(0, 1) @ a).reshape(m, out, n, t)
+            total += torch.einsum("ncot,mont->ncm", self.d[:, :, g], moved)
+        return total
+
     def some_rows(self, outputs: Tensor) -> Tensor:
         """Return the gradients ``(n, c, p)`` of some rows of the weight, if it has one group."""
         return self._chunk(self.a, self.d[:, :, :, outputs])
@@ -315,6 +357,11 @@ class TokenSums(Sums):
         return {"weight": weight.flatten()}
 
     @override
+    def along(self, directions: dict[str, Tensor], limit: int) -> Tensor:
+        S, step = directions["weight"], max(1, limit // max(1, self.tokens.numel() * self.d.shape[3]))
+        return torch.cat([self._moved(S[start : start + step]) for start in range(0, len(S), step)], dim=-1)
+
+    @override
     def dense(self, limit: int) -> Tensor:
         n, c, _, out, _ = self.d.shape
         rows = torch.cat(list(self.rows(limit)), dim=-1).reshape(n, c, -1, out)
@@ -338,6 +385,12 @@ class TokenSums(Sums):
 
     def _same(self, left: Tensor, right: Tensor) -> Tensor:
         return ((left == right) & (left >= 0)).to(self.d)
+
+    @override
+    def _moved(self, S: Tensor) -> Tensor:
+        known = self.tokens >= 0
+        rows = S.reshape(len(S), self.size, -1)[:, self.tokens.clamp(min=0)] * known[..., None].to(S)
+        return torch.einsum("ncot,mnto->ncm", self.d[:, :, 0], rows)
 
     def _weight_rows(self, limit: int) -> Iterator[Tensor]:
         yield from (rows for _, rows in self.rows_by_label(limit))

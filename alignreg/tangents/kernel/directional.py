@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from alignreg.sketches import Directions, FactoredDirections
+from alignreg.sketches import Directions, FactoredDirections, JoinedDirections, RandomDirections
 from alignreg.tangents.kernel import general
-from alignreg.tangents.kernel.gradients import Gradients
+from alignreg.tangents.kernel.gradients import Gradients, TokenSums
 from alignreg.tangents.kernel.passes import Rules
 from alignreg.tangents.kernel.per_example import by_example
 from alignreg.tangents.kernel.recorder import Site
@@ -23,35 +25,36 @@ def features(rules: Rules, directions: Directions) -> Tensor:
         directions: S.
     """
     at = rules.at
-
-    def measure(site: Site, gradients: Gradients) -> Tensor:
-        if isinstance(directions, FactoredDirections):
-            return _factored(gradients, site, directions, rules)
-        numbers = sum(at.params[name].numel() for name in site.names.values())
-        step, parts = at.fit(numbers * at.gram_dtype.itemsize, part=4), []
-        for start in range(0, directions.m, step):
-            stop = min(start + step, directions.m)
-            S = {kind: _block(directions, name, rules, start, stop) for kind, name in site.names.items()}
-            parts.append(gradients.along(S, rules.limit))
-        return torch.cat(parts, dim=-1)
-
-    found, rest = by_example(rules, measure)
-    total = torch.stack(list(found.values())).sum(0) if found else at.y.new_zeros(at.n, at.c, directions.m)
+    found, rest = by_example(rules, partial(_along, directions, rules))
+    total = torch.zeros(at.n, at.c, directions.m, dtype=at.gram_dtype, device=at.y.device)
+    for part in found.values():
+        total = total + part.to(total.device)
     numbers = at.fit(at.gram_dtype.itemsize * (at.n * at.c + directions.m), part=8)
     for group in general.pieces({name: at.params[name].numel() for name in rest}, numbers):
         for piece, rows in general.rows(at, group):
-            S = _block(directions, piece.name, rules, 0, directions.m)
-            total = total + rows @ S[:, piece.start : piece.stop].to(rows).T
+            S = directions.block(piece.name, at.params[piece.name], 0, directions.m).flatten(1)
+            total = total + (rows @ S[:, piece.start : piece.stop].to(rows).T).to(total.device)
     return total
 
 
-def _factored(gradients: Gradients, site: Site, directions: FactoredDirections, rules: Rules) -> Tensor:
-    # For a weight that is used at positions t, ⟨Σ_t d_t a_tᵀ, p qᵀ⟩ = Σ_t (p·d_t)(q·a_t).
-    dtype, params = rules.at.gram_dtype, rules.at.params
-    factors = {kind: directions.factors(name, params[name]) for kind, name in site.names.items()}
-    return gradients.project({kind: (p.to(dtype), q.to(dtype)) for kind, (p, q) in factors.items()}).flatten(2)
-
-
-def _block(directions: Directions, name: str, rules: Rules, start: int, stop: int) -> Tensor:
-    block = directions.block(name, rules.at.params[name], start, stop)
-    return block.reshape(stop - start, -1).to(rules.at.gram_dtype)
+def _along(directions: Directions, rules: Rules, site: Site, gradients: Gradients) -> Tensor:
+    if isinstance(directions, JoinedDirections):
+        return torch.cat([_along(part, rules, site, gradients) for part in directions.parts], dim=-1)
+    params, dtype = {kind: rules.at.params[name] for kind, name in site.names.items()}, rules.at.gram_dtype
+    if isinstance(directions, FactoredDirections):
+        # For a weight that is used at positions t, ⟨Σ_t d_t a_tᵀ, p qᵀ⟩ = Σ_t (p·d_t)(q·a_t).
+        factors = {kind: directions.factors(name, params[kind]) for kind, name in site.names.items()}
+        found = gradients.project({kind: (p.to(dtype), q.to(dtype)) for kind, (p, q) in factors.items()})
+        return found.flatten(2)
+    draw = directions.block
+    numbers = sum(p.numel() for p in params.values())
+    if isinstance(gradients, TokenSums) and isinstance(directions, RandomDirections):
+        draw = partial(directions.rows, rows=gradients.labels)
+        numbers = len(gradients.labels) * params["weight"].shape[1]
+        gradients = gradients.compact()
+    parts, step = [], max(1, rules.limit // max(1, numbers))
+    for start in range(0, directions.m, step):
+        stop = min(start + step, directions.m)
+        S = {kind: draw(name, params[kind], start, stop).flatten(1) for kind, name in site.names.items()}
+        parts.append(gradients.along({kind: s.to(dtype) for kind, s in S.items()}, rules.limit))
+    return torch.cat(parts, dim=-1)

@@ -374,6 +374,12 @@ class TokenSums(Sums):
         mine = left[:, :, self.tokens.clamp(min=0)] * known.to(left)  # (copies, rank, n, t)
         return torch.einsum("runt,ncot,rvo->ncruv", mine, self.d[:, :, 0], right)
 
+    def compact(self) -> TokenSums:
+        """Return those of a weight that has only the rows ``labels``."""
+        index = torch.searchsorted(self.labels, self.tokens.contiguous()).masked_fill(self.tokens < 0, -1)
+        labels = torch.arange(len(self.labels), device=index.device)
+        return TokenSums(index, self.d, len(self.labels), labels)
+
     def _width(self) -> int:
         return len(self.labels)
 

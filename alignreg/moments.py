@@ -134,37 +134,43 @@ def zeros(c: int, m: int, p: int) -> Moments:
     return Moments(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
 
-def trace(moments: Moments, *, centered: bool = True) -> Tensor:
+def trace(moments: Moments, *, centered: bool = True, exact: int = 0) -> Tensor:
     """Estimate tr K_c (or tr K) without bias."""
-    return estimators.trace(_gram(moments, centered=centered))
+    return estimators.trace(_gram(moments, centered=centered), exact)
 
 
-def frobenius2(moments: Moments, *, centered: bool = True, block: int = 1) -> Tensor:
+def frobenius2(moments: Moments, *, centered: bool = True, block: int = 1, exact: int = 0) -> Tensor:
     """Estimate ‖K_c‖_F² (or ‖K‖_F²) without bias, by a number ≥ 0."""
-    return estimators.frobenius2(_gram(moments, centered=centered), block)
+    return estimators.frobenius2(_gram(moments, centered=centered), block, exact)
 
 
-def participation_ratio(moments: Moments, *, centered: bool = True, block: int = 1) -> Tensor:
+def participation_ratio(moments: Moments, *, centered: bool = True, block: int = 1, exact: int = 0) -> Tensor:
     """Estimate (tr K)² / ‖K‖_F² as the ratio of two unbiased estimates, in [1, n·c]; 0 for K = 0."""
     gram = _gram(moments, centered=centered)
     rows = moments.n * len(moments.targets)
-    return ratio_of_estimates(estimators.trace2(gram, block), estimators.frobenius2(gram, block), rows)
+    return ratio_of_estimates(
+        estimators.trace2(gram, block, exact), estimators.frobenius2(gram, block, exact), rows
+    )
 
 
-def numerators(moments: Moments) -> Tensor:
-    """Estimate yᵀK_c y from each direction, ``(m,)``; their mean is unbiased, and they are equal if it is exact."""
+def numerators(moments: Moments, exact: int = 0) -> Tensor:
+    """Estimate yᵀK_c y from each direction, ``(m,)``; :func:`.estimators.total` of them is unbiased.
+
+    They are equal if the numerator is exact. The first ``exact`` ones are the parts of the exact columns in it.
+    """
     mean = check(moments).targets / moments.n.clamp(min=1)
     s_a = moments.features_targets - moments.guess
     s_b = mean @ moments.features - moments.guess
-    return moments.pullback.square().sum() - 2 * (s_a * s_b) + s_b.square()
+    random = torch.arange(len(s_a), device=s_a.device) >= exact
+    return random * moments.pullback.square().sum() - 2 * (s_a * s_b) + s_b.square()
 
 
-def numerator(moments: Moments) -> Tensor:
+def numerator(moments: Moments, exact: int = 0) -> Tensor:
     """Estimate yᵀK_c y = ‖Φᵀ(y − ȳ)‖² ≥ 0, exact for one batch and otherwise unbiased up to the clamp at zero."""
-    return numerators(moments).mean().clamp(min=0)
+    return estimators.total(numerators(moments, exact), exact).clamp(min=0)
 
 
-def alignment(moments: Moments, *, centered: bool = True, block: int = 1) -> Tensor:
+def alignment(moments: Moments, *, centered: bool = True, block: int = 1, exact: int = 0) -> Tensor:
     r"""Estimate the alignment A = yᵀK_c y / (‖K_c‖_F ‖y − ȳ‖²), in [0, 1].
 
     The numerator is :func:`numerator`; the norm is the square root of an unbiased estimate. The ratio is consistent in
@@ -175,7 +181,8 @@ def alignment(moments: Moments, *, centered: bool = True, block: int = 1) -> Ten
         ValueError: if there are no examples.
     """
     variance = require_different_targets(moments)
-    return estimators.alignment(numerator(moments) / variance, frobenius2(moments, centered=centered, block=block))
+    norm2 = frobenius2(moments, centered=centered, block=block, exact=exact)
+    return estimators.alignment(numerator(moments, exact) / variance, norm2)
 
 
 def check(moments: Moments, name: str = "moments") -> Moments:

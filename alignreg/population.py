@@ -71,9 +71,9 @@ class Columns(NamedTuple):
     targets: Tensor
     """h of the kernel of the targets with itself, ()."""
 
-    def alignment(self, block: int = 1) -> Tensor:
+    def alignment(self, block: int = 1, exact: int = 0) -> Tensor:
         """Return the alignment of the population, as :func:`.population.alignment` does."""
-        return quotient(self.products.mean(), estimators.off_diagonal_mean(self.squares, block), self.targets)
+        return quotient(estimators.total(self.products, exact), estimators.off_diagonal_mean(self.squares, block, exact), self.targets)
 
 
 def of(z: Tensor, y: Tensor) -> PairSums:
@@ -103,7 +103,7 @@ def zeros(c: int, m: int) -> PairSums:
     return PairSums(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
 
-def alignment(sums: Moments, pairs: PairSums, *, block: int = 1) -> Tensor:
+def alignment(sums: Moments, pairs: PairSums, *, block: int = 1, exact: int = 0) -> Tensor:
     """Estimate the alignment of the population, which may lie outside [0, 1].
 
     It is NaN where the estimate of its norm is not positive, and for fewer than four examples.
@@ -112,21 +112,21 @@ def alignment(sums: Moments, pairs: PairSums, *, block: int = 1) -> Tensor:
         ConstantTargetError: if the targets of all examples are equal.
         ValueError: if there are no examples.
     """
-    return columns(sums, pairs).alignment(block)
+    return columns(sums, pairs, exact).alignment(block, exact)
 
 
-def columns(sums: Moments, pairs: PairSums) -> Columns:
+def columns(sums: Moments, pairs: PairSums, exact: int = 0) -> Columns:
     """Return h by columns, which the jackknife of :func:`alignment` leaves out; the errors are the same."""
     moments.require_different_targets(sums)
     if not isinstance(pairs, PairSums):
         raise TypeError(f"pairs: expected PairSums, got {type(pairs).__name__}. Create them with population.of.")
     each = [checks.real(f"pairs.{field}", value).sum() for field, value in pairs._asdict().items()]
     checks.finite("pairs", torch.stack(each))
-    tables = _products(sums, pairs), _squares(sums, pairs), _norm2_of_targets(sums, pairs)
+    tables = _products(sums, pairs, exact), _squares(sums, pairs), _norm2_of_targets(sums, pairs)
     return Columns(*(tables if float(sums.n) >= 4 else map(torch.zeros_like, tables)))
 
 
-def _products(sums: Moments, pairs: PairSums) -> Tensor:
+def _products(sums: Moments, pairs: PairSums, exact: int) -> Tensor:
     """Return h of the kernel of each column with the targets, ``(m,)``."""
     f, n, mean = sums.features, sums.n, sums.targets / sums.n
     diagonal = _diagonal(pairs)
@@ -137,7 +137,7 @@ def _products(sums: Moments, pairs: PairSums) -> Tensor:
     total = torch.einsum("ka,la->kla", f, f) - diagonal
     rows = own - (f * weighted).sum(0)
     return mean_of_different(
-        moments.numerators(sums) - own,
+        moments.numerators(sums, exact) - own,
         torch.einsum("kla,lka->a", crossed, crossed) - own,
         -torch.einsum("kla,kl->a", total, _centered_outer(sums, pairs)),
         rows,

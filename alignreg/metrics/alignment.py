@@ -95,8 +95,8 @@ class TangentAlignment(SketchMetric):
 
     def _of_sketch(self, seen: Sketched) -> Tensor:
         if seen.pairs is not None:
-            return seen.pairs.alignment(seen.block)
-        return estimators.alignment(seen.projection, estimators.frobenius2(seen.gram, seen.block))
+            return seen.pairs.alignment(seen.block, seen.exact)
+        return estimators.alignment(seen.projection, estimators.frobenius2(seen.gram, seen.block, seen.exact))
 
     def _of_kernel(self, seen: Kept) -> Tensor:
         return functional.alignment(seen.K, seen.y, seen.centered, unbiased=self.unbiased)

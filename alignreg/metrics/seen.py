@@ -26,11 +26,13 @@ class Sketched(NamedTuple):
     """‖y − ȳ‖², (); NaN for a metric that needs no targets."""
     block: int
     """The number of consecutive columns that depend on each other."""
+    exact: int
+    """The number of leading columns along the directions of a pilot, which are not random."""
 
     @property
     def projection(self) -> Tensor:
         """The estimate of yᵀK_c y / ‖y − ȳ‖² ≥ 0."""
-        return self.numerators.mean().clamp(min=0) / self.variance
+        return estimators.total(self.numerators, self.exact).clamp(min=0) / self.variance
 
     def standard_error(self, number: Callable[[Sketched], Tensor]) -> Tensor:
         """Return the standard error of a number computed from these data, by :func:`.estimators.standard_error`."""
@@ -40,7 +42,8 @@ class Sketched(NamedTuple):
             return number(self._replace(gram=gram, numerators=numerators, pairs=some))
 
         pairs = () if self.pairs is None else (self.pairs.products, self.pairs.squares)
-        return estimators.standard_error(without, self.gram, self.numerators, *pairs, block=self.block)
+        tables = (self.gram, self.numerators, *pairs)
+        return estimators.standard_error(without, *tables, block=self.block, exact=self.exact)
 
 
 class Kept(NamedTuple):

@@ -38,7 +38,7 @@ class TangentTrace(SketchMetric):
     higher_is_better: bool | None = None
 
     def _of_sketch(self, seen: Sketched) -> Tensor:
-        return estimators.trace(seen.gram)
+        return estimators.trace(seen.gram, seen.exact)
 
     def _of_kernel(self, seen: Kept) -> Tensor:
         return torch.einsum("ikik->", seen.kernel)

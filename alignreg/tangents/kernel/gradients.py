@@ -117,7 +117,7 @@ class Rows(Factors):
         return torch.stack(parts).sum(0)
 
     @override
-    def along(self, directions: dict[str, Tensor], limit: int) -> Tensor:  # noqa: ARG002
+    def along(self, directions: dict[str, Tensor], limit: int) -> Tensor:
         return torch.stack([value @ directions[kind].T for kind, value in self.values.items()]).sum(0)
 
     @override

@@ -13,9 +13,9 @@ each other, and different blocks are independent. ``block`` is the number of con
 then taken from different blocks, and the jackknife leaves out whole blocks. For a sketch without independent blocks,
 use :func:`cross_frobenius2` of two independent sketches.
 
-A sketch may be *deflated*: its first ``exact`` columns ΦQ are those of orthonormal directions Q, and the others ΦRs those
-of random directions without their part in Q, R = I − QQᵀ. Then K = ΦQQᵀΦᵀ + ΦRRᵀΦᵀ, so statistics of the first columns
-are summed and those of the others averaged, which is unbiased for every Q that does not depend on the random directions:
+A sketch may be *deflated*: its first ``exact`` columns ΦQ are those of orthonormal directions Q, and the others ΦRs are
+those of random directions s without their part in Q, R = I − QQᵀ. Then K = ΦQQᵀΦᵀ + ΦRRᵀΦᵀ, so statistics of the first
+columns are summed and those of the others averaged. That is unbiased for every Q that does not depend on s:
 
     ‖K‖_F² = Σ_{q,q'} G_qq'² + 2 E Σ_q G_qa² + E G_ab².
 

@@ -75,6 +75,29 @@ class Moments(NamedTuple):
         """Return the moments with a batch added; the arguments are those of :func:`of`."""
         return self.merge(of(z, y, pullback=pullback, guess=guess))
 
+    def deflated(self, overlap: Tensor) -> Moments:
+        """Return the moments of [ΦQ, ΦS − ΦQ(QᵀS)], from those of [ΦQ, ΦS]: without the part of S in Q.
+
+        Args:
+            overlap: QᵀS ``(k, m)``, for the k orthonormal directions Q of the first columns.
+        """
+        k, m = overlap.shape
+        change = torch.eye(k + m, dtype=self.gram.dtype, device=self.gram.device)
+        change[:k, k:] = -overlap.to(change)
+        return self._changed(change)
+
+    def without(self, columns: int) -> Moments:
+        """Return the moments without the first columns."""
+        return self._changed(torch.eye(len(self.gram), dtype=self.gram.dtype, device=self.gram.device)[:, columns:])
+
+    def _changed(self, change: Tensor) -> Moments:
+        return self._replace(
+            features=self.features @ change,
+            gram=change.T @ self.gram @ change,
+            features_targets=self.features_targets @ change,
+            guess=self.guess @ change,
+        )
+
     def centered(self) -> Tensor:
         """Return the Gram matrix ``(m, m)`` of the centered sketch, Σ z zᵀ − n Σ_k μ_k μ_kᵀ with μ_k = Σ_i z_ik / n."""
         return self.gram - self.features.T @ self.features / self.n.clamp(min=1)
@@ -148,9 +171,7 @@ def participation_ratio(moments: Moments, *, centered: bool = True, block: int =
     """Estimate (tr K)² / ‖K‖_F² as the ratio of two unbiased estimates, in [1, n·c]; 0 for K = 0."""
     gram = _gram(moments, centered=centered)
     rows = moments.n * len(moments.targets)
-    return ratio_of_estimates(
-        estimators.trace2(gram, block, exact), estimators.frobenius2(gram, block, exact), rows
-    )
+    return ratio_of_estimates(estimators.trace2(gram, block, exact), estimators.frobenius2(gram, block, exact), rows)
 
 
 def numerators(moments: Moments, exact: int = 0) -> Tensor:

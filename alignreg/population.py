@@ -73,7 +73,11 @@ class Columns(NamedTuple):
 
     def alignment(self, block: int = 1, exact: int = 0) -> Tensor:
         """Return the alignment of the population, as :func:`.population.alignment` does."""
-        return quotient(estimators.total(self.products, exact), estimators.off_diagonal_mean(self.squares, block, exact), self.targets)
+        return quotient(
+            estimators.total(self.products, exact),
+            estimators.off_diagonal_mean(self.squares, block, exact),
+            self.targets,
+        )
 
 
 def of(z: Tensor, y: Tensor) -> PairSums:

@@ -56,6 +56,13 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def broadcast(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Return the tensor that the first rank of a group has, on all its ranks."""
+    value = value.detach().clone(memory_format=torch.contiguous_format)
+    dist.broadcast(value, src=0 if group is None else dist.get_global_rank(group, 0), group=group)
+    return value
+
+
 def counts_of_ranks(
     counts: Sequence[int], device: torch.device, group: dist.ProcessGroup | None = None
 ) -> list[list[int]]:

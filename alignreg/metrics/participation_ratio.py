@@ -38,7 +38,8 @@ class TangentParticipationRatio(SketchMetric):
     plot_lower_bound: float = 1.0
 
     def _of_sketch(self, seen: Sketched) -> Tensor:
-        return formulas.ratio_of_estimates(trace2(seen.gram, seen.block), frobenius2(seen.gram, seen.block), seen.rows)
+        columns = (seen.gram, seen.block, seen.exact)
+        return formulas.ratio_of_estimates(trace2(*columns), frobenius2(*columns), seen.rows)
 
     def _of_kernel(self, seen: Kept) -> Tensor:
         return formulas.participation_ratio(seen.kernel)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torchmetrics.utilities import rank_zero_warn
+from torchmetrics.utilities.distributed import gather_all_tensors
 from typing_extensions import override
 
 from alignreg import checks, moments, plotting, population, sketches
@@ -18,6 +19,7 @@ from alignreg.checks.deferred import Deferred
 from alignreg.distributed.sharding import reshard
 from alignreg.estimators import Estimate
 from alignreg.metrics import groups as group_sets
+from alignreg.metrics import pilot as pilots
 from alignreg.metrics import pulled
 from alignreg.metrics.probe_set import ProbeSetMetric
 from alignreg.metrics.records import fingerprint
@@ -35,6 +37,8 @@ has about the error of ``sketch_dim`` directions (``benchmarks/scale.py``, part 
 SKETCH_DIM_PER_OUTPUT = 64
 """The least ``sketch_dim`` per output at which ``"auto"`` chooses a factored sketch. It needs one pass for each output;
 directions of equal error need one pass each (``benchmarks/scale.py``, part ``factored``)."""
+_ONE_PILOT = "Give all of them the same examples, pilot=x, or pilot=False."
+Sketch = sketches.RandomDirections | sketches.FactoredDirections
 Value = Tensor | Estimate | dict[str, Tensor] | dict[str, Estimate]
 
 
@@ -102,7 +106,8 @@ class SketchMetric(ProbeSetMetric, ABC):
         num_outputs: int,
         *,
         sketch_dim: int = 64,
-        sketch: Literal["gaussian", "factored", "auto"] = "gaussian",
+        sketch: Literal["rademacher", "gaussian", "factored", "auto"] = "rademacher",
+        pilot: Any = True,
         seed: int = 0,
         centered: bool = True,
         target_mean: Tensor | Sequence[float] | None = None,
@@ -117,15 +122,17 @@ class SketchMetric(ProbeSetMetric, ABC):
         num_outputs = checks.count("num_outputs", num_outputs)
         sketch_dim = checks.count("sketch_dim", sketch_dim, 3, ", for an unbiased norm and its error")
         checks.choice("method", method, ("sketch", "exact"))
-        checks.choice("sketch", sketch, ("gaussian", "factored", "auto"))
+        checks.choice("sketch", sketch, ("rademacher", "gaussian", "factored", "auto"))
         seed, centered = checks.seed(seed), checks.flag("centered", centered)
         return_std_error = checks.flag("return_std_error", return_std_error)
         if sketch == "auto":
-            sketch = "factored" if num_outputs * SKETCH_DIM_PER_OUTPUT <= sketch_dim else "gaussian"
+            sketch = "factored" if num_outputs * SKETCH_DIM_PER_OUTPUT <= sketch_dim else "rademacher"
+        examples = pilots.given(pilot) if method == "sketch" else False
         guess = pulled.mean_of_targets(target_mean, num_outputs)
         names = group_sets.names(groups)
-        # The raw sums do not depend on `centered`, so metrics that differ in it can share them.
-        options = (sketch, sketch_dim, seed, None if guess is None else guess.tolist(), pairs)
+        # Without a pilot the raw sums do not depend on `centered`, so metrics that differ in it can share them.
+        about = (pilots.key(examples), examples is not False and centered)
+        options = (sketch, sketch_dim, about, seed, None if guess is None else guess.tolist(), pairs)
         configuration = ("stream", method, num_outputs, len(names), options if method == "sketch" else ())
         super().__init__(
             model,
@@ -143,6 +150,8 @@ class SketchMetric(ProbeSetMetric, ABC):
         self.groups = names
         self.method = method
         self.return_std_error = return_std_error
+        self.pilots = pilots.count(examples, sketch_dim, self._features)
+        self._source = pilots.Source(examples, self.pilots, centered=centered)
         self._target_mean = guess
         if method == "exact":
             self._hold_examples()
@@ -167,7 +176,7 @@ class SketchMetric(ProbeSetMetric, ABC):
                 finite ``(n, num_outputs)``.
             RuntimeError: with ``method="exact"``, if the weights changed since the first update.
         """
-        with self._unchanged_on_error():
+        with self._unchanged_on_error(), self._source.restored_on_error():
             batch = as_inputs(inputs)
             members = group_sets.encode(group, len(self.groups), size(batch))
             if self.method == "exact":
@@ -179,6 +188,7 @@ class SketchMetric(ProbeSetMetric, ABC):
                 now, before = fingerprint(self._features.parameters), self._at_weights
                 if before is not None:
                     deferred.look((now != before.to(now.device)).any(), self._warn_of_change)
+                self._settle_pilot(batch)
                 sums = self._sums(batch, y, members)
             if y is None:
                 sums["unlabeled"] = torch.full((), float(size(batch)), dtype=torch.float64, device=self.device)
@@ -187,6 +197,10 @@ class SketchMetric(ProbeSetMetric, ABC):
                 state = self._get(field)
                 added = state + value.to(state)
                 self._put(field, added if holds is None else torch.where(holds, added, state))
+            if self._source.pilot is not None:
+                for bound, extreme in ((torch.minimum, "min"), (torch.maximum, "max")):
+                    name, overlap = f"overlap_{extreme}", self._source.pilot.overlap
+                    self._put(name, bound(self._get(name), overlap.to(self._get(name))))
             self._at_weights = now
             if doubts:
                 self._doubts = [*self._doubts, doubts]
@@ -195,7 +209,7 @@ class SketchMetric(ProbeSetMetric, ABC):
     def reset(self) -> None:
         super().reset()
         if not self._in_forward:
-            self._at_weights, self._doubts = None, []
+            self._at_weights, self._doubts, self._source.pilot = None, [], None
 
     def __getstate__(self) -> dict[str, Any]:
         self._look()  # so that a copy carries no pending checks
@@ -261,16 +275,23 @@ class SketchMetric(ProbeSetMetric, ABC):
 
     def _hold_sums(self, *, pairs: bool) -> None:
         """Add the states of a sketch. The constructor calls this."""
-        self._directions = (
-            sketches.factored(max(3, math.ceil(2 * self.sketch_dim / RANK)), RANK, self.seed)
+        directions = self.sketch_dim - self.pilots
+        self._directions: Sketch = (
+            sketches.factored(max(3, math.ceil(2 * directions / RANK)), RANK, self.seed)
             if self.sketch == "factored"
-            else sketches.gaussian(self.sketch_dim, self.seed)
+            else sketches.RandomDirections(
+                directions, self.seed, "gaussian" if self.sketch == "gaussian" else "rademacher"
+            )
         )
+        columns = self.pilots + self._directions.m
         self._fields: tuple[type[Moments] | type[PairSums], ...] = (Moments, PairSums) if pairs else (Moments,)
-        start = moments.zeros(self.num_outputs, self._directions.m, pulled.length(self._features))._asdict()
+        start = moments.zeros(self.num_outputs, columns, pulled.length(self._features))._asdict()
         if pairs:
-            start |= population.zeros(self.num_outputs, self._directions.m)._asdict()
+            start |= population.zeros(self.num_outputs, columns)._asdict()
             self._exact = (*self._exact, *start)  # the values are small differences of these large sums
+        for bound, value in (("min", torch.inf), ("max", -torch.inf)) if self.pilots else ():
+            overlap = torch.full((self.pilots, self._directions.m), value, dtype=torch.float64)
+            self.add_state(self._name(f"overlap_{bound}"), overlap, dist_reduce_fx=bound)
         for field, value in start.items():
             rows = value.new_zeros(1 + len(self.groups), *value.shape)
             self.add_state(self._name(field), rows, dist_reduce_fx="sum")
@@ -309,13 +330,15 @@ class SketchMetric(ProbeSetMetric, ABC):
 
     def _sketched(self, sums: Moments, pairs: PairSums | None = None) -> Sketched:
         unknown = torch.full_like(sums.n, torch.nan)
+        exact = len(sums.guess) - self._directions.m
         return Sketched(
             gram=sums.centered() if self.centered else sums.gram,
-            numerators=moments.numerators(sums),
-            pairs=None if pairs is None else population.columns(sums, pairs),
+            numerators=moments.numerators(sums, exact),
+            pairs=None if pairs is None else population.columns(sums, pairs, exact),
             rows=sums.n * self.num_outputs,
             variance=moments.require_different_targets(sums) if self._needs_targets else unknown,
             block=self._directions.block_size,
+            exact=exact,
         )
 
     def _each(self, number: Callable[..., Tensor], samples: Sequence[tuple[Any, ...] | None]) -> list[Tensor]:
@@ -332,6 +355,34 @@ class SketchMetric(ProbeSetMetric, ABC):
             values.append(value.to(self.device))
         return values
 
+    def _settle_pilot(self, batch: Batch | None) -> None:
+        """Find the pilot of the first update, the same on all ranks: that of the first one."""
+        if self.pilots and self._source.pilot is None:
+            pilot = self._source.find(self._features, batch, self._directions)
+            shared = self.sync_on_compute and self.distributed_available_fn and self.distributed_available_fn()
+            self._source.pilot = pilots.agree(pilot, self.process_group) if shared else pilot
+
+    @override
+    def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
+        if self.method == "sketch":
+            self._settle_pilot(None)  # others wait for a rank that has no examples
+        super()._sync_dist(dist_sync_fn, process_group=process_group)
+
+    def _without_pilot_if_several(self, sums: Moments) -> Moments:
+        if not self.pilots:
+            return sums
+        low, high = self._get("overlap_min"), self._get("overlap_max")
+        if torch.equal(low, high):
+            return sums.deflated(low)
+        if PairSums in self._fields:
+            raise RuntimeError(f"{type(self).__name__}: expected sums with one pilot, got several. {_ONE_PILOT}")
+        rank_zero_warn(
+            f"{type(self).__name__} merges sums with several pilots, of which only the random directions can be used. "
+            + _ONE_PILOT,
+            UserWarning,
+        )
+        return sums.without(self.pilots)
+
     def _moments(self) -> list[tuple[Any, ...] | None]:
         self._look()
         kinds = []
@@ -343,10 +394,11 @@ class SketchMetric(ProbeSetMetric, ABC):
             raise ValueError(f"{type(self).__name__}: no examples have been added. Call update() first.")
         if self._needs_targets:
             _require_targets(int(self._get("unlabeled")), counts[0])
-        return [sample if count else None for count, sample in zip(counts, zip(*kinds, strict=True), strict=True)]
+        samples = [(self._without_pilot_if_several(sums), *more) for sums, *more in zip(*kinds, strict=True)]
+        return [sample if count else None for count, sample in zip(counts, samples, strict=True)]
 
     def _sums(self, batch: Batch, y: Tensor | None, members: Tensor) -> dict[str, Tensor]:
-        z = self._features.pushforward(batch, self._directions)
+        z = self._features.pushforward(batch, self._source.join(self._directions))
         self._check_width(z)
         z, sets = z.to(self.device), [on(rows, self.device) for rows in group_sets.sets(members, len(self.groups))]
         if y is None:
@@ -362,6 +414,7 @@ class SketchMetric(ProbeSetMetric, ABC):
             for rows, a, guess in zip(sets, back, guesses, strict=True)
         ]
         if PairSums in self._fields:
+            z = self._source.project(z)
             parts = [part | population.of(z[rows], y[rows])._asdict() for part, rows in zip(parts, sets, strict=True)]
         return {field: torch.stack([part[field] for part in parts]) for field in parts[0]}
 

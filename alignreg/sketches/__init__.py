@@ -12,6 +12,7 @@ from alignreg.sketches.directions import JoinedDirections as JoinedDirections
 from alignreg.sketches.directions import RandomDirections as RandomDirections
 from alignreg.sketches.directions import factored as factored
 from alignreg.sketches.directions import gaussian as gaussian
+from alignreg.sketches.directions import parts_of as parts_of
 from alignreg.sketches.directions import rademacher as rademacher
 from alignreg.sketches.draws import count_sketch as count_sketch
 from alignreg.sketches.draws import probes as probes

@@ -193,6 +193,11 @@ class JoinedDirections:
         return torch.cat(found) if found else like.new_empty(0, *like.shape)
 
 
+def parts_of(directions: Directions) -> tuple[Directions, ...]:
+    """Return the directions that were joined, or the only ones."""
+    return directions.parts if isinstance(directions, JoinedDirections) else (directions,)
+
+
 def factored(copies: int, rank: int, seed: int) -> FactoredDirections:
     """Return copies·rank² lazy directions (:class:`FactoredDirections`), whose pushforward uses the factors of layers.
 

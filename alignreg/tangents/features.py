@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from alignreg import checks
 from alignreg.distributed.sharding import is_sharded
-from alignreg.sketches import Directions, FactoredDirections, GivenDirections
+from alignreg.sketches import Directions, GivenDirections
 from alignreg.tangents import graph
 from alignreg.tangents.jacobian import JacobianRows, Params
-from alignreg.tangents.kernel import directional
 from alignreg.tangents.kernel.exact import kernels
 from alignreg.tangents.kernel.gradients import gram_of_each, norm_of_each
 from alignreg.tangents.kernel.passes import Rules
@@ -239,9 +238,7 @@ class TangentFeatures(LiveModel):
                 "them with sketches.gaussian(m, seed)."
             )
         with self._linearized(x, create_graph=create_graph) as at:
-            if isinstance(lazy, FactoredDirections):
-                return directional.features(self._rules(at, per_layer=False), lazy)
-            return pushforward(at, lazy)
+            return pushforward(self._rules(at, per_layer=False), lazy)
 
     @eager
     def pullback(

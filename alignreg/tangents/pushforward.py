@@ -9,22 +9,43 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 from alignreg.checks import deferred
-from alignreg.sketches import Directions
+from alignreg.sketches import Directions, FactoredDirections, parts_of
 from alignreg.tangents.agreement import agrees, signs
 from alignreg.tangents.batch import flat
 from alignreg.tangents.frozen import failing_module
 from alignreg.tangents.jacobian import JacobianRows, Params
+from alignreg.tangents.kernel.directional import features as by_layers
+from alignreg.tangents.kernel.passes import Rules
 from alignreg.tangents.linearization import Linearization
 from alignreg.tangents.primitives import Primitives
 
+FEW_OUTPUTS = 4
+"""The least number of directions per output for which the gradients of layers are used: they need one backward pass for
+each output, forward mode one forward pass for each direction (``benchmarks/pushforward.py``)."""
 Route = Callable[[Linearization, Params], Tensor]
 """Features ``(n, c, m)`` along directions ``(m, *shape)`` by parameter name."""
 
 
-def pushforward(at: Linearization, directions: Directions) -> Tensor:
+_CACHE = 2**25
+"""The number of bytes that stay in the caches of a CPU, about."""
+
+
+def pushforward(rules: Rules, directions: Directions) -> Tensor:
     """Return ΦS ``(n, c, m)``, or raise a ``RuntimeError`` that names the module if every route fails."""
+    at = rules.at
     if not directions.m:
         return at.y.new_empty(at.n, at.c, 0)
+    failures: list[Exception] = []
+    factored = any(isinstance(part, FactoredDirections) for part in parts_of(directions))
+    if factored or (not at.create_graph and FEW_OUTPUTS * at.c <= directions.m and rules.hold_for_most):
+        try:
+            return by_layers(rules, directions)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if factored:
+                raise
+            failures.append(error)
     # Check ⟨u, ΦS⟩ = ⟨Φᵀu, S⟩ for random signs u, since both routes can fail without an error, for example on functions
     # that are differentiable only once.
     u = signs(at.y)
@@ -32,7 +53,6 @@ def pushforward(at: Linearization, directions: Directions) -> Tensor:
     # Never differentiate forward-mode formulas: they treat some variables as constants, which a check of values does
     # not detect.
     reverse = _double_reverse if at.vectorizes else _by_rows
-    failures: list[Exception] = []
     for route in (reverse,) if at.create_graph else (_forward_mode, reverse):
         try:
             return _checked(route, at, directions, u, back)
@@ -41,6 +61,7 @@ def pushforward(at: Linearization, directions: Directions) -> Tensor:
         except Exception as error:  # noqa: BLE001 - the plain forward pass ran, so this is the route's own failure
             failures.append(error)
     at.require_repeatable()
+    failures = failures[-1 if at.create_graph else -2 :]
     where = failing_module(failures[0], at.model)
     *forward, twice = (str(error).partition("\n")[0].removesuffix(".") for error in failures)
     raise RuntimeError(
@@ -121,7 +142,7 @@ def _by_rows(at: Linearization, directions: Params) -> Tensor:
 def _directions_at_once(at: Linearization) -> int:
     if at.chunk_size is not None:
         return at.chunk_size
-    numbers = sum(p.numel() * p.element_size() for p in at.params.values())
-    # More than 8 directions do not fit into the caches of a CPU, where 8 were fastest for small networks and
-    # Transformers alike. A GPU would idle between the operations of small networks.
-    return min(at.fit(2 * numbers + at.activation_bytes, part=2), 8 if at.y.device.type == "cpu" else 256)
+    # More than fit in a CPU's caches are slower there, while a GPU is idle between the operations of small networks.
+    nbytes = 2 * sum(p.numel() * p.element_size() for p in at.params.values()) + at.activation_bytes
+    quick = min(256, max(8, _CACHE // max(1, nbytes))) if at.y.device.type == "cpu" else 256
+    return min(at.fit(nbytes, part=2), quick)

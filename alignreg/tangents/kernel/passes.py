@@ -86,6 +86,12 @@ class Rules:
         return [name for name in self.layer_of if name not in taken]
 
     @property
+    def hold_for_most(self) -> bool:
+        """Whether the rules are not known to fail for more than half of the numbers in the parameters."""
+        sizes = {name: self.at.params[name].numel() for name in self.layer_of}
+        return 2 * sum(sizes[name] for name in sizes.keys() & self._refused) <= sum(sizes.values())
+
+    @property
     def limit(self) -> int:
         """The largest number of values in the rows of a layer at once, limited to a fast size on a CPU."""
         fit = self.at.fit(self.at.gram_dtype.itemsize, part=4)

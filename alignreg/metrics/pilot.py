@@ -1,0 +1,191 @@
+"""Directions from a few examples, a pilot, along which features are counted exactly, and not estimated by a sketch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torchmetrics.utilities import rank_zero_warn
+
+from alignreg import functional
+from alignreg.distributed.wrappers import broadcast
+from alignreg.metrics.records import digest
+from alignreg.sketches import Directions, GivenDirections, JoinedDirections
+from alignreg.tangents import TangentFeatures
+from alignreg.tangents.batch import Batch, as_inputs, flat, map_tensors, tensors
+
+EXAMPLES = 32
+"""The number of examples of the first update that are the pilot by default."""
+RANDOM = 24
+"""The least number of random directions beside those of a pilot: the standard error comes from them."""
+NUMBERS = 2**27
+"""The most numbers that the directions of a pilot may have. Models with more parameters have fewer directions."""
+
+
+_AT_ONCE = 2**22
+"""The most numbers of the sketch that are drawn at once."""
+
+
+class Pilot(NamedTuple):
+    """The leading directions of the features of a pilot, and their products with a sketch."""
+
+    directions: dict[str, Tensor]
+    """Q by parameter name, ``(k, *shape)``: orthonormal, or zero where there are fewer."""
+    overlap: Tensor
+    """QᵀS ``(k, m)``, in float64."""
+
+
+def given(pilot: Any) -> Batch | bool:
+    """Return the inputs of a pilot, or whether the first update brings them.
+
+    Raises:
+        TypeError: if ``pilot`` is neither a flag nor made of tensors.
+        ValueError: if the inputs are empty or have a gradient history.
+    """
+    return pilot if isinstance(pilot, bool) else as_inputs(pilot)
+
+
+def count(pilot: Batch | bool, sketch_dim: int, features: TangentFeatures) -> int:
+    """Return the number of directions of a pilot: none in half precision, in which they are not orthonormal."""
+    exact = all(torch.finfo(p.dtype).eps <= torch.finfo(torch.float32).eps for p in features.parameters.values())
+    most = min(sketch_dim // 2, sketch_dim - RANDOM, NUMBERS // features.num_parameters)
+    return max(0, most) if exact and pilot is not False else 0
+
+
+@final
+class Source:
+    """Where the pilot of a metric comes from, and the pilot from its first update on.
+
+    Args:
+        examples: inputs, ``True`` for the first examples of the first update, or ``False`` for no pilot.
+        k: the number of its directions.
+        centered: center the features of the pilot.
+    """
+
+    def __init__(self, examples: Batch | bool, k: int, *, centered: bool) -> None:
+        self.k = k
+        self.pilot: Pilot | None = None
+        self._examples = examples
+        self._centered = centered
+
+    def find(self, features: TangentFeatures, batch: Batch | None, sketch: Directions) -> Pilot:
+        """Return the pilot of this rank, which may have found nothing.
+
+        Args:
+            features: the tangent features of the model.
+            batch: the first batch; ``None`` for a rank that has none.
+            sketch: the random directions.
+        """
+        examples = map_tensors(lambda t: t[:EXAMPLES], batch) if self._examples is True and batch else self._examples
+        if isinstance(examples, bool):
+            return none(features, self.k, sketch)
+        try:
+            return of(features, examples, self.k, sketch, centered=self._centered)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a sketch needs less than a kernel
+            if batch is not None:
+                features.outputs(batch)  # raises what is wrong with the batch itself
+            rank_zero_warn(f"the sketch has no pilot, so its error is larger: {error}", UserWarning)
+            return none(features, self.k, sketch)
+
+    @contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        """Forget a pilot that was found inside the block if the block raises."""
+        before = self.pilot
+        try:
+            yield
+        except BaseException:
+            self.pilot = before
+            raise
+
+    def join(self, sketch: Directions) -> Directions:
+        """Return the directions [Q, S]."""
+        if self.pilot is None:
+            return sketch
+        shapes = {name: value.shape[1:] for name, value in self.pilot.directions.items()}
+        return JoinedDirections(GivenDirections(self.pilot.directions, shapes), sketch)
+
+    def project(self, z: Tensor) -> Tensor:
+        """Return Φ[Q, RS], without the part of S in Q, from Φ[Q, S] ``(n, c, k + m)``."""
+        if self.pilot is None:
+            return z
+        known = z[..., : self.k]
+        return torch.cat([known, z[..., self.k :] - known @ self.pilot.overlap.to(z)], dim=-1)
+
+
+def key(pilot: Batch | bool) -> Any:
+    """Return an identifier of a pilot, for the names of states."""
+    if isinstance(pilot, bool):
+        return pilot
+    return [(tuple(part.shape), digest({"": part})) for part in tensors(pilot)]
+
+
+def none(features: TangentFeatures, k: int, sketch: Directions) -> Pilot:
+    """Return a pilot that has found no directions."""
+    directions = {name: like.new_zeros(k, *like.shape) for name, like in _likes(features).items()}
+    return Pilot(directions, torch.zeros(k, sketch.m, dtype=torch.float64))
+
+
+def of(features: TangentFeatures, examples: Batch, k: int, sketch: Directions, *, centered: bool) -> Pilot:
+    """Return the k leading eigenvectors of ΦᵀΦ for a few examples.
+
+    From an eigenvector v of K = ΦΦᵀ they are Φᵀv/√λ, so they cost one kernel and k backward passes.
+
+    Args:
+        features: the tangent features of the model.
+        examples: the pilot.
+        k: the number of directions.
+        sketch: the random directions S that are used beside them.
+        centered: center the features of the pilot.
+
+    Raises:
+        TypeError: as :meth:`.TangentFeatures.kernel`.
+        ValueError: as :meth:`.TangentFeatures.kernel`.
+    """
+    K = features.kernel(examples).to(torch.float64)
+    rows = K.shape[0] * K.shape[1]
+    values, vectors = torch.linalg.eigh((functional.center(K) if centered else K).reshape(rows, rows))
+    # Smaller eigenvalues may be rounding errors. An inexact direction costs precision and no bias.
+    rank = min(k, int((values > 1e-5 * values.amax()).sum()) if bool(values.amax() > 0) else 0)
+    pilot = none(features, k, sketch)
+    if not rank:
+        return pilot
+    back = features.pullback(examples, vectors.T.flip(0)[:rank].reshape(rank, *K.shape[:2]))
+    flats = {name: flat(value).to(K) for name, value in back.items()}
+    factor = torch.linalg.cholesky(torch.stack([value @ value.T for value in flats.values()]).sum(0))
+    for name, value in flats.items():
+        Q = torch.linalg.solve_triangular(factor, value, upper=False)
+        pilot.directions[name][:rank] = Q.reshape(back[name].shape)
+    return pilot._replace(overlap=_overlap(features, pilot.directions, sketch))
+
+
+def agree(pilot: Pilot, group: ProcessGroup | None) -> Pilot:
+    """Return the pilot of the first rank, on all ranks."""
+    directions = {name: broadcast(value, group) for name, value in pilot.directions.items()}
+    device = next(iter(directions.values())).device
+    return Pilot(directions, broadcast(pilot.overlap.to(device), group).cpu())
+
+
+def _overlap(features: TangentFeatures, directions: dict[str, Tensor], sketch: Directions) -> Tensor:
+    """Return QᵀS ``(k, m)``."""
+    total: Tensor | float = 0.0
+    for name, like in _likes(features).items():
+        Q, step = flat(directions[name]), max(1, _AT_ONCE // max(1, like.numel()))
+        parts = [
+            (Q @ sketch.block(name, like, start, min(start + step, sketch.m)).flatten(1).T).cpu()
+            for start in range(0, sketch.m, step)
+        ]
+        total = total + torch.cat(parts, dim=1).double()
+    assert isinstance(total, Tensor)
+    return total
+
+
+def _likes(features: TangentFeatures) -> dict[str, Tensor]:
+    """Return a tensor like each parameter, sharded or not, that holds no memory."""
+    parameters = features.parameters.items()
+    return {name: torch.zeros((), dtype=p.dtype, device=p.device).expand(p.shape) for name, p in parameters}

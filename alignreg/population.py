@@ -130,7 +130,7 @@ def columns(sums: Moments, pairs: PairSums, exact: int = 0) -> Columns:
     return Columns(*(tables if float(sums.n) >= 4 else map(torch.zeros_like, tables)))
 
 
-def _products(sums: Moments, pairs: PairSums, exact: int) -> Tensor:
+def _products(sums: Moments, pairs: PairSums, exact: int = 0) -> Tensor:
     """Return h of the kernel of each column with the targets, ``(m,)``."""
     f, n, mean = sums.features, sums.n, sums.targets / sums.n
     diagonal = _diagonal(pairs)

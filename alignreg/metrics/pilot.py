@@ -14,6 +14,7 @@ from torchmetrics.utilities import rank_zero_warn
 from alignreg import functional
 from alignreg.distributed.wrappers import broadcast
 from alignreg.metrics.records import digest
+from alignreg.moments import Moments
 from alignreg.sketches import Directions, GivenDirections, JoinedDirections
 from alignreg.tangents import TangentFeatures
 from alignreg.tangents.batch import Batch, as_inputs, flat, map_tensors, tensors
@@ -49,11 +50,15 @@ def given(pilot: Any) -> Batch | bool:
     return pilot if isinstance(pilot, bool) else as_inputs(pilot)
 
 
-def count(pilot: Batch | bool, sketch_dim: int, features: TangentFeatures) -> int:
-    """Return the number of directions of a pilot: none in half precision, in which they are not orthonormal."""
+def most(pilot: Batch | bool, sketch_dim: int) -> int:
+    """Return the number of directions of a pilot beside which enough random ones are left."""
+    return max(0, min(sketch_dim // 2, sketch_dim - RANDOM)) if pilot is not False else 0
+
+
+def fitting(k: int, features: TangentFeatures) -> int:
+    """Return as many of k directions as can be held; none in half precision, where they would not be orthonormal."""
     exact = all(torch.finfo(p.dtype).eps <= torch.finfo(torch.float32).eps for p in features.parameters.values())
-    most = min(sketch_dim // 2, sketch_dim - RANDOM, NUMBERS // features.num_parameters)
-    return max(0, most) if exact and pilot is not False else 0
+    return min(k, NUMBERS // features.num_parameters) if exact else 0
 
 
 @final
@@ -80,7 +85,11 @@ class Source:
             batch: the first batch; ``None`` for a rank that has none.
             sketch: the random directions.
         """
-        examples = map_tensors(lambda t: t[:EXAMPLES], batch) if self._examples is True and batch else self._examples
+        examples = (
+            map_tensors(lambda t: t[:EXAMPLES], batch)
+            if self._examples is True and batch is not None
+            else self._examples
+        )
         if isinstance(examples, bool):
             return none(features, self.k, sketch)
         try:
@@ -164,6 +173,29 @@ def of(features: TangentFeatures, examples: Batch, k: int, sketch: Directions, *
     return pilot._replace(overlap=_overlap(features, pilot.directions, sketch))
 
 
+def without_overlap(sums: Moments, low: Tensor, high: Tensor, *, replaceable: bool) -> Moments:
+    """Return sums along [Q, RS] from those along [Q, S]; or along S only, if several pilots were merged.
+
+    Args:
+        sums: the sums.
+        low: the minimum of QᵀS over what was merged.
+        high: its maximum, which differs if there were several Q.
+        replaceable: whether sums along S are all that is needed.
+
+    Raises:
+        RuntimeError: if they are not, and several pilots were merged.
+    """
+    if torch.equal(low, high):
+        return sums.deflated(low)
+    advice = "Give all metrics the same pilot=x, or pilot=False."
+    if not replaceable:
+        raise RuntimeError(f"pilot: expected the merged sums to have the same pilot, got several. {advice}")
+    rank_zero_warn(
+        f"The merged sums have several pilots, so only the random directions are used. {advice}", UserWarning
+    )
+    return sums.without(len(low))
+
+
 def agree(pilot: Pilot, group: ProcessGroup | None) -> Pilot:
     """Return the pilot of the first rank, on all ranks."""
     directions = {name: broadcast(value, group) for name, value in pilot.directions.items()}
@@ -177,7 +209,7 @@ def _overlap(features: TangentFeatures, directions: dict[str, Tensor], sketch: D
     for name, like in _likes(features).items():
         Q, step = flat(directions[name]), max(1, _AT_ONCE // max(1, like.numel()))
         parts = [
-            (Q @ sketch.block(name, like, start, min(start + step, sketch.m)).flatten(1).T).cpu()
+            (Q @ flat(sketch.block(name, like, start, min(start + step, sketch.m))).T).cpu()
             for start in range(0, sketch.m, step)
         ]
         total = total + torch.cat(parts, dim=1).double()

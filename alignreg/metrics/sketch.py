@@ -37,7 +37,6 @@ has about the error of ``sketch_dim`` directions (``benchmarks/scale.py``, part 
 SKETCH_DIM_PER_OUTPUT = 64
 """The least ``sketch_dim`` per output at which ``"auto"`` chooses a factored sketch. It needs one pass for each output;
 directions of equal error need one pass each (``benchmarks/scale.py``, part ``factored``)."""
-_ONE_PILOT = "Give all of them the same examples, pilot=x, or pilot=False."
 Sketch = sketches.RandomDirections | sketches.FactoredDirections
 Value = Tensor | Estimate | dict[str, Tensor] | dict[str, Estimate]
 
@@ -130,8 +129,9 @@ class SketchMetric(ProbeSetMetric, ABC):
         examples = pilots.given(pilot) if method == "sketch" else False
         guess = pulled.mean_of_targets(target_mean, num_outputs)
         names = group_sets.names(groups)
+        number = pilots.most(examples, sketch_dim)
         # Without a pilot the raw sums do not depend on `centered`, so metrics that differ in it can share them.
-        about = (pilots.key(examples), examples is not False and centered)
+        about = (pilots.key(examples), centered) if number else ()
         options = (sketch, sketch_dim, about, seed, None if guess is None else guess.tolist(), pairs)
         configuration = ("stream", method, num_outputs, len(names), options if method == "sketch" else ())
         super().__init__(
@@ -150,7 +150,7 @@ class SketchMetric(ProbeSetMetric, ABC):
         self.groups = names
         self.method = method
         self.return_std_error = return_std_error
-        self.pilots = pilots.count(examples, sketch_dim, self._features)
+        self.pilots = pilots.fitting(number, self._features)
         self._source = pilots.Source(examples, self.pilots, centered=centered)
         self._target_mean = guess
         if method == "exact":
@@ -330,7 +330,7 @@ class SketchMetric(ProbeSetMetric, ABC):
 
     def _sketched(self, sums: Moments, pairs: PairSums | None = None) -> Sketched:
         unknown = torch.full_like(sums.n, torch.nan)
-        exact = len(sums.guess) - self._directions.m
+        exact = self.pilots if len(sums.guess) == self.pilots + self._directions.m else 0
         return Sketched(
             gram=sums.centered() if self.centered else sums.gram,
             numerators=moments.numerators(sums, exact),
@@ -368,21 +368,6 @@ class SketchMetric(ProbeSetMetric, ABC):
             self._settle_pilot(None)  # others wait for a rank that has no examples
         super()._sync_dist(dist_sync_fn, process_group=process_group)
 
-    def _without_pilot_if_several(self, sums: Moments) -> Moments:
-        if not self.pilots:
-            return sums
-        low, high = self._get("overlap_min"), self._get("overlap_max")
-        if torch.equal(low, high):
-            return sums.deflated(low)
-        if PairSums in self._fields:
-            raise RuntimeError(f"{type(self).__name__}: expected sums with one pilot, got several. {_ONE_PILOT}")
-        rank_zero_warn(
-            f"{type(self).__name__} merges sums with several pilots, of which only the random directions can be used. "
-            + _ONE_PILOT,
-            UserWarning,
-        )
-        return sums.without(self.pilots)
-
     def _moments(self) -> list[tuple[Any, ...] | None]:
         self._look()
         kinds = []
@@ -394,8 +379,11 @@ class SketchMetric(ProbeSetMetric, ABC):
             raise ValueError(f"{type(self).__name__}: no examples have been added. Call update() first.")
         if self._needs_targets:
             _require_targets(int(self._get("unlabeled")), counts[0])
-        samples = [(self._without_pilot_if_several(sums), *more) for sums, *more in zip(*kinds, strict=True)]
-        return [sample if count else None for count, sample in zip(counts, samples, strict=True)]
+        if self.pilots:
+            overlap = self._get("overlap_min"), self._get("overlap_max")
+            whole = [sums for sums in kinds[0] if isinstance(sums, Moments)]
+            kinds[0] = [pilots.without_overlap(sums, *overlap, replaceable=len(kinds) == 1) for sums in whole]
+        return [sample if count else None for count, sample in zip(counts, zip(*kinds, strict=True), strict=True)]
 
     def _sums(self, batch: Batch, y: Tensor | None, members: Tensor) -> dict[str, Tensor]:
         z = self._features.pushforward(batch, self._source.join(self._directions))

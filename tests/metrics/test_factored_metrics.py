@@ -89,9 +89,9 @@ def test_factored_sketches_are_within_their_errors(unbiased):
 
 def test_which_sketch_is_chosen():
     model, x, y, _ = problem()
-    for c, dim, expected in ((1, 64, "factored"), (2, 64, "gaussian"), (2, 128, "factored"), (3, 184, "gaussian")):
+    for c, dim, expected in ((1, 64, "factored"), (2, 64, "rademacher"), (2, 128, "factored"), (3, 184, "rademacher")):
         assert TangentTrace(model, c, sketch="auto", sketch_dim=dim).sketch == expected
-    assert TangentTrace(model, 1).sketch == "gaussian"
+    assert TangentTrace(model, 1).sketch == "rademacher"
     chosen = feed(TangentTrace(model, 3, sketch="auto", sketch_dim=192), x, y).compute()
     assert chosen == feed(TangentTrace(model, 3, sketch="factored", sketch_dim=192), x, y).compute()
     assert [TangentTrace(model, 1, sketch="factored", sketch_dim=m)._directions.copies for m in (3, 5, 6, 7)] == [
@@ -100,5 +100,7 @@ def test_which_sketch_is_chosen():
         3,
         4,
     ]
-    with pytest.raises(ValueError, match="sketch: expected 'gaussian', 'factored' or 'auto', got 'dense'"):
+    with pytest.raises(
+        ValueError, match="sketch: expected 'rademacher', 'gaussian', 'factored' or 'auto', got 'dense'"
+    ):
         TangentTrace(model, 1, sketch="dense")

@@ -159,10 +159,14 @@ def test_forward_does_not_share(monkeypatch):
 
 def test_names_of_states_tell_options_apart():
     model, *_ = problem()
-    alike = [kind(model, 3, **options) for kind in ALL for options in ({}, {"centered": False})]
-    alike.append(TangentTrace(model, 3, return_std_error=True))
+    for centered in ({}, {"centered": False}):  # of which a pilot makes use
+        alike = [kind(model, 3, **centered) for kind in ALL]
+        alike.append(TangentTrace(model, 3, return_std_error=True, **centered))
+        assert len({frozenset(metric.metric_state) for metric in alike}) == 1
+    alike = [kind(model, 3, pilot=False, **options) for kind in ALL for options in ({}, {"centered": False})]
     assert len({frozenset(metric.metric_state) for metric in alike}) == 1
     options = [{}, {"seed": 1}, {"sketch_dim": 9}, {"groups": 2}, {"groups": 3}, {"params": "0.*"}]
+    options += [{"centered": False}, {"pilot": False}, {"pilot": torch.ones(4, 4)}, {"sketch": "gaussian"}]
     options += [{"target_mean": [0.2, 0.4, 0.4]}, {"method": "exact"}, {"method": "exact", "groups": 2}]
     assert len({frozenset(TangentTrace(model, 3, **chosen).metric_state) for chosen in options}) == len(options)
     named, numbered = (TangentTrace(model, 3, groups=groups) for groups in (("a", "b"), 2))

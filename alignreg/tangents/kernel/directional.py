@@ -32,7 +32,7 @@ def features(rules: Rules, directions: Directions) -> Tensor:
     numbers = at.fit(at.gram_dtype.itemsize * (at.n * at.c + directions.m), part=8)
     for group in general.pieces({name: at.params[name].numel() for name in rest}, numbers):
         for piece, rows in general.rows(at, group):
-            S = directions.block(piece.name, at.params[piece.name], 0, directions.m).flatten(1)
+            S = directions.block(piece.name, at.params[piece.name], 0, directions.m).reshape(directions.m, -1)
             total = total + (rows @ S[:, piece.start : piece.stop].to(rows).T).to(total.device)
     return total
 
@@ -55,6 +55,6 @@ def _along(directions: Directions, rules: Rules, site: Site, gradients: Gradient
     parts, step = [], max(1, rules.limit // max(1, numbers))
     for start in range(0, directions.m, step):
         stop = min(start + step, directions.m)
-        S = {kind: draw(name, params[kind], start, stop).flatten(1) for kind, name in site.names.items()}
+        S = {kind: draw(name, params[kind], start, stop).reshape(stop - start, -1) for kind, name in site.names.items()}
         parts.append(gradients.along({kind: s.to(dtype) for kind, s in S.items()}, rules.limit))
     return torch.cat(parts, dim=-1)

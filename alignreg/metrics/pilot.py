@@ -164,12 +164,16 @@ def of(features: TangentFeatures, examples: Batch, k: int, sketch: Directions, *
     pilot = none(features, k, sketch)
     if not rank:
         return pilot
-    back = features.pullback(examples, vectors.T.flip(0)[:rank].reshape(rank, *K.shape[:2]))
-    flats = {name: flat(value).to(K) for name, value in back.items()}
-    factor = torch.linalg.cholesky(torch.stack([value @ value.T for value in flats.values()]).sum(0))
-    for name, value in flats.items():
-        Q = torch.linalg.solve_triangular(factor, value, upper=False)
-        pilot.directions[name][:rank] = Q.reshape(back[name].shape)
+    leading = vectors.T.flip(0)[:rank] / values.flip(0)[:rank, None].sqrt()
+    back = {
+        name: flat(value) for name, value in features.pullback(examples, leading.reshape(rank, *K.shape[:2])).items()
+    }
+    # They are orthonormal but for rounding errors.
+    gram = torch.stack([(value @ value.T).to(K) for value in back.values()]).sum(0)
+    change = torch.linalg.inv(torch.linalg.cholesky(gram))
+    for name, value in back.items():
+        Q = pilot.directions[name]
+        Q[:rank] = (change.to(value) @ value).reshape(rank, *Q.shape[1:])
     return pilot._replace(overlap=_overlap(features, pilot.directions, sketch))
 
 

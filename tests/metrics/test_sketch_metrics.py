@@ -359,7 +359,7 @@ def test_a_parameter_without_axes():
     exact = float(oracles.alignment(jac, oracles.one_hot(y, 3)))
     metric = TangentAlignment(model, 3, sketch_dim=400)
     metric.update(x, y)
-    assert abs(float(metric.compute()) - exact) < 4 * float(metric.standard_error())
+    assert abs(float(metric.compute()) - exact) < 4 * float(metric.standard_error()) + 1e-6
     layers = LayerwiseAlignment(model, 3, method="sketch", probes=400, return_std_error=True)
     layers.update(x, y)
     expected = float(oracles.alignment({"scale": jac["scale"]}, oracles.one_hot(y, 3)))

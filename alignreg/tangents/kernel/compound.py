@@ -47,6 +47,11 @@ class Behind(Gradients):
         return project_rows(rows.reshape(self.n, self.c, -1), *factors["weight"])
 
     @override
+    def along(self, directions: dict[str, Tensor], limit: int) -> Tensor:
+        rows = self._back(self._dense(self.inner).flatten(0, 1))
+        return (rows @ directions["weight"].T).reshape(self.n, self.c, -1)
+
+    @override
     def pullback(self, u: Tensor) -> dict[str, Tensor]:
         (value,) = self.inner.pullback(u).values()
         return {"weight": self._back(value[None])[0]}
@@ -76,6 +81,10 @@ class Parts(Gradients):
     @override
     def project(self, factors: dict[str, Vectors]) -> Tensor:
         return _sum([part.project(factors) for part in self.parts])
+
+    @override
+    def along(self, directions: dict[str, Tensor], limit: int) -> Tensor:
+        return _sum([part.along(directions, limit) for part in self.parts])
 
     @override
     def pullback(self, u: Tensor) -> dict[str, Tensor]:
@@ -114,6 +123,10 @@ class Tied(Gradients):
     @override
     def project(self, factors: dict[str, Vectors]) -> Tensor:
         return self.tokens.project(factors) + self.maps.project(factors)
+
+    @override
+    def along(self, directions: dict[str, Tensor], limit: int) -> Tensor:
+        return self.tokens.along(directions, limit) + self.maps.along(directions, limit)
 
     @override
     def pullback(self, u: Tensor) -> dict[str, Tensor]:

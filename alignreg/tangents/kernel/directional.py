@@ -12,7 +12,7 @@ from alignreg.tangents.kernel import general
 from alignreg.tangents.kernel.gradients import Gradients, TokenSums
 from alignreg.tangents.kernel.passes import Rules
 from alignreg.tangents.kernel.per_example import by_example
-from alignreg.tangents.kernel.recorder import Site
+from alignreg.tangents.kernel.taps import Site
 
 
 def features(rules: Rules, directions: Directions) -> Tensor:

@@ -31,7 +31,7 @@ from torch.nn.functional import cross_entropy, interpolate
 from torchmetrics import MetricCollection
 
 from alignreg import TangentFeatures, moments, sketches
-from alignreg.metrics import LayerwiseAlignment, TangentAlignment, TangentParticipationRatio, TangentTrace
+from alignreg.metrics import LayerwiseAlignment, TangentAlignment, TangentParticipationRatio, TangentTrace, pilot
 
 SIZES = (16, 32, 64, 128)
 STATISTICS = {"alignment": TangentAlignment, "trace": TangentTrace, "participation_ratio": TangentParticipationRatio}
@@ -107,23 +107,31 @@ def error(args):
         torch.manual_seed(0)
         net = train(build(), x, y, steps)
         truth = exact(net, x, y)
-        draws = {m: [None] * args.draws for m in SIZES}
         features = TangentFeatures(net)
         target = torch.nn.functional.one_hot(y, 10).double()
         batches = list(zip(x.split(100), target.split(100), strict=True))
+        S, most = sketches.rademacher(args.draws * args.sizes[-1], seed=1), args.sizes[-1] // 2
+        Q = pilot.of(features, batches[0][0][: pilot.EXAMPLES], most, S, centered=True)
+        known = {m: pilot.most(True, m) for m in args.sizes} if args.pilot else dict.fromkeys(args.sizes, 0)
+        draws = {m: [None] * args.draws for m in args.sizes}
         for inputs, values in track(batches, description=f"{name}, {steps} steps"):
-            z = features.pushforward(inputs, sketches.gaussian(args.draws * SIZES[-1], seed=1))
+            z = features.pushforward(inputs, sketches.JoinedDirections(Q.directions, S))
             mean = values.mean(0)
             back = features.pullback(inputs, (values - mean)[None])
             flat = torch.cat([value.flatten() for value in back.values()])
             for m, sums in draws.items():
                 for d, before in enumerate(sums):
-                    new = moments.of(z[:, :, d * m : d * m + m], values, pullback=flat, guess=mean)
+                    some = torch.cat([z[..., : known[m]], z[..., most + d * m :][..., : m - known[m]]], dim=-1)
+                    new = moments.of(some, values, pullback=flat, guess=mean)
                     sums[d] = new if before is None else before.merge(new)
+        for m, sums in draws.items():
+            for d, some in enumerate(sums):
+                sums[d] = some.deflated(Q.overlap[: known[m], d * m :][:, : m - known[m]])
         for statistic, kind in STATISTICS.items():
             for m, sums in draws.items():
-                value = torch.stack([getattr(moments, statistic)(some) for some in sums]) / truth[statistic] - 1
-                error = kind(net, 10)._error  # noqa: SLF001 - the sums are computed here
+                value = torch.stack([getattr(moments, statistic)(some, exact=known[m]) for some in sums])
+                value = value / truth[statistic] - 1
+                error = kind(net, 10, sketch_dim=m, pilot=args.pilot)._error  # noqa: SLF001 - the sums are computed here
                 bars = torch.stack([error(some) for some in sums])
                 bars = bars / truth[statistic]
                 row = {
@@ -131,6 +139,7 @@ def error(args):
                     "steps": steps,
                     "statistic": statistic,
                     "m": m,
+                    "pilot": known[m],
                     "exact": truth[statistic],
                     "mean_error": float(value.mean()),
                     "z": float(value.mean() / (value.std() / args.draws**0.5)),
@@ -140,7 +149,8 @@ def error(args):
                 }
                 rows.append(row)
                 print(
-                    f"{name:16} {steps:4} steps {statistic:20} m={m:<4} exact {row['exact']:<9.4g} mean error "
+                    f"{name:16} {steps:4} steps {statistic:20} m={m:<4} pilot {known[m]:<3} "
+                    f"exact {row['exact']:<9.4g} mean error "
                     f"{row['mean_error']:+7.2%} (z {row['z']:+5.1f})  spread {row['spread']:6.2%}  mean s.e. "
                     f"{row['mean_standard_error']:6.2%}  within 2 s.e. {row['coverage']:6.1%}",
                     flush=True,
@@ -284,6 +294,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, help="run this part alone and keep the rows of the others")
     parser.add_argument("--draws", type=int, default=400)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--pilot", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))

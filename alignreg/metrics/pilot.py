@@ -34,8 +34,8 @@ _AT_ONCE = 2**22
 class Pilot(NamedTuple):
     """The leading directions of the features of a pilot, and their products with a sketch."""
 
-    directions: dict[str, Tensor]
-    """Q by parameter name, ``(k, *shape)``: orthonormal, or zero where there are fewer."""
+    directions: GivenDirections
+    """Q: k orthonormal directions, or fewer and zeros."""
     overlap: Tensor
     """QᵀS ``(k, m)``, in float64."""
 
@@ -116,8 +116,7 @@ class Source:
         """Return the directions [Q, S]."""
         if self.pilot is None:
             return sketch
-        shapes = {name: value.shape[1:] for name, value in self.pilot.directions.items()}
-        return JoinedDirections(GivenDirections(self.pilot.directions, shapes), sketch)
+        return JoinedDirections(self.pilot.directions, sketch)
 
     def project(self, z: Tensor) -> Tensor:
         """Return Φ[Q, RS], without the part of S in Q, from Φ[Q, S] ``(n, c, k + m)``."""
@@ -136,8 +135,7 @@ def key(pilot: Batch | bool) -> Any:
 
 def none(features: TangentFeatures, k: int, sketch: Directions) -> Pilot:
     """Return a pilot that has found no directions."""
-    directions = {name: like.new_zeros(k, *like.shape) for name, like in _likes(features).items()}
-    return Pilot(directions, torch.zeros(k, sketch.m, dtype=torch.float64))
+    return Pilot(_given(_zeros(features, k)), torch.zeros(k, sketch.m, dtype=torch.float64))
 
 
 def of(features: TangentFeatures, examples: Batch, k: int, sketch: Directions, *, centered: bool) -> Pilot:
@@ -161,9 +159,8 @@ def of(features: TangentFeatures, examples: Batch, k: int, sketch: Directions, *
     values, vectors = torch.linalg.eigh((functional.center(K) if centered else K).reshape(rows, rows))
     # Smaller eigenvalues may be rounding errors. An inexact direction costs precision and no bias.
     rank = min(k, int((values > 1e-5 * values.amax()).sum()) if bool(values.amax() > 0) else 0)
-    pilot = none(features, k, sketch)
     if not rank:
-        return pilot
+        return none(features, k, sketch)
     leading = vectors.T.flip(0)[:rank] / values.flip(0)[:rank, None].sqrt()
     back = {
         name: flat(value) for name, value in features.pullback(examples, leading.reshape(rank, *K.shape[:2])).items()
@@ -171,10 +168,11 @@ def of(features: TangentFeatures, examples: Batch, k: int, sketch: Directions, *
     # They are orthonormal but for rounding errors.
     gram = torch.stack([(value @ value.T).to(K) for value in back.values()]).sum(0)
     change = torch.linalg.inv(torch.linalg.cholesky(gram))
+    directions = _zeros(features, k)
     for name, value in back.items():
-        Q = pilot.directions[name]
+        Q = directions[name]
         Q[:rank] = (change.to(value) @ value).reshape(rank, *Q.shape[1:])
-    return pilot._replace(overlap=_overlap(features, pilot.directions, sketch))
+    return Pilot(_given(directions), _overlap(features, directions, sketch))
 
 
 def without_overlap(sums: Moments, low: Tensor, high: Tensor, *, replaceable: bool) -> Moments:
@@ -202,9 +200,9 @@ def without_overlap(sums: Moments, low: Tensor, high: Tensor, *, replaceable: bo
 
 def agree(pilot: Pilot, group: ProcessGroup | None) -> Pilot:
     """Return the pilot of the first rank, on all ranks."""
-    directions = {name: broadcast(value, group) for name, value in pilot.directions.items()}
+    directions = {name: broadcast(value, group) for name, value in pilot.directions.tensors.items()}
     device = next(iter(directions.values())).device
-    return Pilot(directions, broadcast(pilot.overlap.to(device), group).cpu())
+    return Pilot(_given(directions), broadcast(pilot.overlap.to(device), group).cpu())
 
 
 def _overlap(features: TangentFeatures, directions: dict[str, Tensor], sketch: Directions) -> Tensor:
@@ -219,6 +217,14 @@ def _overlap(features: TangentFeatures, directions: dict[str, Tensor], sketch: D
         total = total + torch.cat(parts, dim=1).double()
     assert isinstance(total, Tensor)
     return total
+
+
+def _zeros(features: TangentFeatures, k: int) -> dict[str, Tensor]:
+    return {name: like.new_zeros(k, *like.shape) for name, like in _likes(features).items()}
+
+
+def _given(directions: dict[str, Tensor]) -> GivenDirections:
+    return GivenDirections(directions, {name: value.shape[1:] for name, value in directions.items()})
 
 
 def _likes(features: TangentFeatures) -> dict[str, Tensor]:

@@ -52,11 +52,11 @@ class GivenDirections:
                 raise ValueError(
                     f"directions: expected {name!r} of shape {(self.m, *shape)}, got {tuple(directions[name].shape)}."
                 )
-        self._directions = directions
+        self.tensors = directions
 
     def block(self, name: str, like: Tensor, start: int, stop: int) -> Tensor:
         """See :class:`Directions`."""
-        return self._directions[name][start:stop].to(like)
+        return self.tensors[name][start:stop].to(like)
 
 
 @final

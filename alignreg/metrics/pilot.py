@@ -112,6 +112,12 @@ class Source:
             self.pilot = before
             raise
 
+    @property
+    def overlap(self) -> Tensor:
+        """QᵀS ``(k, m)`` of the pilot that was found."""
+        assert self.pilot is not None
+        return self.pilot.overlap
+
     def join(self, sketch: Directions) -> Directions:
         """Return the directions [Q, S]."""
         if self.pilot is None:

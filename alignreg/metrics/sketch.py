@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
@@ -13,14 +12,14 @@ from torchmetrics.utilities import rank_zero_warn
 from torchmetrics.utilities.distributed import gather_all_tensors
 from typing_extensions import override
 
-from alignreg import checks, moments, plotting, population, sketches
+from alignreg import checks, moments, plotting, population
 from alignreg.checks import deferred
 from alignreg.checks.deferred import Deferred
 from alignreg.distributed.sharding import reshard
 from alignreg.estimators import Estimate
+from alignreg.metrics import directions, pulled
 from alignreg.metrics import groups as group_sets
 from alignreg.metrics import pilot as pilots
-from alignreg.metrics import pulled
 from alignreg.metrics.probe_set import ProbeSetMetric
 from alignreg.metrics.records import fingerprint
 from alignreg.metrics.seen import Kept, Sketched
@@ -31,13 +30,6 @@ from alignreg.tangents.linearization import ForwardFn
 from alignreg.tangents.switches import eager
 from alignreg.targets import ConstantTargetError, encode
 
-RANK = 4
-"""The rank of each copy in a factored sketch. A sketch with ``2 * sketch_dim`` vectors for each side of a weight then
-has about the error of ``sketch_dim`` directions (``benchmarks/scale.py``, part ``factored``)."""
-SKETCH_DIM_PER_OUTPUT = 64
-"""The least ``sketch_dim`` per output at which ``"auto"`` chooses a factored sketch. It needs one pass for each output;
-directions of equal error need one pass each (``benchmarks/scale.py``, part ``factored``)."""
-Sketch = sketches.RandomDirections | sketches.FactoredDirections
 Value = Tensor | Estimate | dict[str, Tensor] | dict[str, Estimate]
 
 
@@ -48,11 +40,13 @@ class SketchMetric(ProbeSetMetric, ABC):
     belongs to all examples together, however they are split into batches. Evaluate it at fixed weights, and call
     ``reset()`` before the next evaluation.
 
-    With ``method="sketch"``, the features are pushed forward along m random directions, which stay the same for all
-    batches and ranks. The states are raw sums (:mod:`.moments`) of m² + P numbers, however many examples come;
-    :meth:`standard_error` estimates the error of the sketch. An update costs about m forward and backward passes. With
-    ``method="exact"``, the inputs are kept and ``compute()`` evaluates the exact kernel, which is feasible for up to a
-    few thousand rows n·c.
+    With ``method="sketch"``, the features are pushed forward along m directions, the same for all batches and ranks.
+    The leading directions of a *pilot*, a few examples, are counted exactly. Random directions estimate only the rest,
+    which is unbiased and several times closer (after "Hutch++", Meyer et al. 2021). The states are raw sums
+    (:mod:`.moments`) of m² + P numbers, however many examples come; :meth:`standard_error` estimates the error. An
+    update costs about a backward pass for each output, or a forward pass for each direction if there are many outputs;
+    the first one also finds the pilot. With ``method="exact"``, the inputs are kept and ``compute()`` evaluates the
+    exact kernel, which is feasible for up to a few thousand rows n·c.
 
     With ``groups``, ``update(inputs, target, group)`` also gives the number for each group (easy and difficult
     examples, domains), with its own centering, from the same pushforward. Each group adds m² + P numbers to the state,
@@ -69,11 +63,14 @@ class SketchMetric(ProbeSetMetric, ABC):
     Args:
         model: the model, possibly wrapped, as for :class:`TangentMetric`.
         num_outputs: the number c of outputs of the model for an example.
-        sketch_dim: the number m ≥ 3 of directions; the error falls like 1/√m.
-        sketch: ``"gaussian"``: independent directions. ``"factored"``: for each weight, products of 2m random vectors
-            on either side, combined 4 by 4, with about the same error; one backward pass for each output serves all of
-            them, and the state has (8m)² + P numbers. ``"auto"``: factored for up to m/64 outputs, where it is several
-            times cheaper. The attribute ``sketch`` holds the choice.
+        sketch_dim: the number m ≥ 3 of directions; the error falls at least like 1/√m.
+        sketch: ``"rademacher"`` or ``"gaussian"``: directions of random signs or of normal numbers. ``"factored"``: for
+            each weight, products of random vectors on either side, combined 4 by 4, with about the same error; the
+            state has (8m)² + P numbers. ``"auto"``: factored for up to m/64 outputs. The attribute ``sketch`` tells.
+        pilot: the inputs of a few examples; ``True`` for the first 32 of the first update (of rank 0, which sends the
+            directions to the others); ``False`` for random directions only. Half of the directions are the pilot's, at
+            most m − 24 and 2²⁷/P, and none in half precision; the attribute ``pilots`` is their number. Metrics whose
+            states are merged need the same inputs, or lose what their pilots give.
         seed: seed of the directions. Nothing is drawn from torch's global random state.
         centered: center the kernel over the examples, each group by itself. Targets are always centered.
         target_mean: expected mean of the targets ``(c,)``, if known; by default the mean of each batch. It changes only
@@ -121,18 +118,16 @@ class SketchMetric(ProbeSetMetric, ABC):
         num_outputs = checks.count("num_outputs", num_outputs)
         sketch_dim = checks.count("sketch_dim", sketch_dim, 3, ", for an unbiased norm and its error")
         checks.choice("method", method, ("sketch", "exact"))
-        checks.choice("sketch", sketch, ("rademacher", "gaussian", "factored", "auto"))
+        kind = directions.choose(sketch, num_outputs, sketch_dim)
         seed, centered = checks.seed(seed), checks.flag("centered", centered)
         return_std_error = checks.flag("return_std_error", return_std_error)
-        if sketch == "auto":
-            sketch = "factored" if num_outputs * SKETCH_DIM_PER_OUTPUT <= sketch_dim else "rademacher"
         examples = pilots.given(pilot) if method == "sketch" else False
         guess = pulled.mean_of_targets(target_mean, num_outputs)
         names = group_sets.names(groups)
         number = pilots.most(examples, sketch_dim)
         # Without a pilot the raw sums do not depend on `centered`, so metrics that differ in it can share them.
         about = (pilots.key(examples), centered) if number else ()
-        options = (sketch, sketch_dim, about, seed, None if guess is None else guess.tolist(), pairs)
+        options = (kind, sketch_dim, about, seed, None if guess is None else guess.tolist(), pairs)
         configuration = ("stream", method, num_outputs, len(names), options if method == "sketch" else ())
         super().__init__(
             model,
@@ -144,7 +139,7 @@ class SketchMetric(ProbeSetMetric, ABC):
         )
         self.num_outputs = num_outputs
         self.sketch_dim = sketch_dim
-        self.sketch = sketch if method == "sketch" else None
+        self.sketch = kind if method == "sketch" else None
         self.seed = seed
         self.centered = centered
         self.groups = names
@@ -197,10 +192,8 @@ class SketchMetric(ProbeSetMetric, ABC):
                 state = self._get(field)
                 added = state + value.to(state)
                 self._put(field, added if holds is None else torch.where(holds, added, state))
-            if self._source.pilot is not None:
-                for bound, extreme in ((torch.minimum, "min"), (torch.maximum, "max")):
-                    name, overlap = f"overlap_{extreme}", self._source.pilot.overlap
-                    self._put(name, bound(self._get(name), overlap.to(self._get(name))))
+            for name, bound in (("overlap_min", torch.minimum), ("overlap_max", torch.maximum)) if self.pilots else ():
+                self._put(name, bound(self._get(name), self._source.overlap.to(self._get(name))))
             self._at_weights = now
             if doubts:
                 self._doubts = [*self._doubts, doubts]
@@ -250,9 +243,8 @@ class SketchMetric(ProbeSetMetric, ABC):
     def standard_error(self) -> Tensor | dict[str, Tensor]:
         """Return the standard error of ``compute()`` that is due to the sketch, synced over ranks in the same way.
 
-        It is a jackknife over the directions, or over the copies of a factored sketch. For about 95 % of seeds the
-        exact value for these examples lies within ± 2 standard errors. It is zero for ``method="exact"``. The errors
-        are those of :meth:`compute`.
+        It is a jackknife over the random directions, or the copies of a factored sketch; zero for ``method="exact"``.
+        For about 95 % of seeds, ± 2 standard errors hold the exact value. The errors are those of :meth:`compute`.
         """
         with self._synced():
             errors: Tensor | dict[str, Tensor] = group_sets.named(self._errors(), self.groups)
@@ -275,14 +267,7 @@ class SketchMetric(ProbeSetMetric, ABC):
 
     def _hold_sums(self, *, pairs: bool) -> None:
         """Add the states of a sketch. The constructor calls this."""
-        directions = self.sketch_dim - self.pilots
-        self._directions: Sketch = (
-            sketches.factored(max(3, math.ceil(2 * directions / RANK)), RANK, self.seed)
-            if self.sketch == "factored"
-            else sketches.RandomDirections(
-                directions, self.seed, "gaussian" if self.sketch == "gaussian" else "rademacher"
-            )
-        )
+        self._directions = directions.draw(self.sketch, self.sketch_dim - self.pilots, self.seed)
         columns = self.pilots + self._directions.m
         self._fields: tuple[type[Moments] | type[PairSums], ...] = (Moments, PairSums) if pairs else (Moments,)
         start = moments.zeros(self.num_outputs, columns, pulled.length(self._features))._asdict()

@@ -50,7 +50,7 @@ def same_draws():
 
     CPU and device draw different numbers from the same seed, and examples are ordered by their bytes.
     """
-    fill, in_bytes = sketches._fill, records._bytes  # noqa: SLF001
+    fill, in_bytes = random.fill, records._bytes  # noqa: SLF001
 
     def drawn_on_the_cpu(values, distribution, key):
         drawn = torch.empty(values.shape, dtype=values.dtype, device="cpu")
@@ -60,7 +60,7 @@ def same_draws():
     def of_numbers(values):
         return in_bytes(values.double() if values.is_floating_point() else values)
 
-    with mock.patch.object(sketches, "_fill", drawn_on_the_cpu), mock.patch.object(records, "_bytes", of_numbers):
+    with mock.patch.object(random, "fill", drawn_on_the_cpu), mock.patch.object(records, "_bytes", of_numbers):
         yield
 
 

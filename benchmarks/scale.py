@@ -108,7 +108,7 @@ def factored(draws):
             for sketch in ("gaussian", "factored"):
                 values, start = [], time.process_time()
                 for seed in track(range(draws), description=f"{network}, {c} outputs, {sketch}"):
-                    metric = TangentAlignment(net, c, seed=seed, sketch=sketch)
+                    metric = TangentAlignment(net, c, seed=seed, sketch=sketch, pilot=False)
                     metric.update(x, y)
                     values.append(float(metric.compute()) / expected)
                 found = torch.tensor(values)

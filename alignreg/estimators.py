@@ -13,6 +13,12 @@ each other, and different blocks are independent. ``block`` is the number of con
 then taken from different blocks, and the jackknife leaves out whole blocks. For a sketch without independent blocks,
 use :func:`cross_frobenius2` of two independent sketches.
 
+A sketch may be *deflated*: its first ``exact`` columns ΦQ are those of orthonormal directions Q, and the others ΦRs are
+those of random directions s without their part in Q, R = I − QQᵀ. Then K = ΦQQᵀΦᵀ + ΦRRᵀΦᵀ, so statistics of the first
+columns are summed and those of the others averaged. That is unbiased for every Q that does not depend on s:
+
+    ‖K‖_F² = Σ_{q,q'} G_qq'² + 2 E Σ_q G_qa² + E G_ab².
+
 All functions are differentiable, and compute half precision in float32. They assume that G is symmetric without
 checking it, because a centered G may consist of rounding errors only. They raise ``TypeError`` for an argument that is
 not a real tensor, and ``ValueError`` for one that has the wrong shape, too few columns or values that are not finite,
@@ -69,7 +75,27 @@ def inner_products(columns: Tensor) -> Tensor:
     return flat @ flat.T
 
 
-def trace(G: Tensor) -> Tensor:
+def total(columns: Tensor, exact: int = 0) -> Tensor:
+    """Estimate a number that is linear in K from its values for each column: the mean over i.i.d. columns.
+
+    Args:
+        columns: the values, ``(m,)``.
+        exact: the number of leading columns whose values are summed instead.
+
+    Example:
+        >>> import torch
+        >>> from alignreg import estimators
+        >>> estimators.total(torch.tensor([5.0, 1.0, 3.0]), exact=1)
+        tensor(7.)
+    """
+    columns = checks.real("columns", columns)
+    exact = checks.count("exact", exact, 0)
+    if columns.ndim != 1 or len(columns) <= exact:
+        raise ValueError(f"columns: expected (m,) with m above {exact}, got shape {tuple(columns.shape)}.")
+    return columns[:exact].sum() + columns[exact:].mean()
+
+
+def trace(G: Tensor, exact: int = 0) -> Tensor:
     """Estimate tr K by tr G / m, which is unbiased.
 
     Example:
@@ -78,11 +104,11 @@ def trace(G: Tensor) -> Tensor:
         >>> estimators.trace(torch.tensor([[2.0, 1.0], [1.0, 4.0]]))
         tensor(3.)
     """
-    G, m = _columns(G, at_least=1)
-    return G.diagonal().sum() / m
+    G, _ = _columns(G, at_least=1, exact=exact)
+    return total(G.diagonal(), exact)
 
 
-def frobenius2(G: Tensor, block: int = 1) -> Tensor:
+def frobenius2(G: Tensor, block: int = 1, exact: int = 0) -> Tensor:
     """Estimate ‖K‖_F² by Σ_{a≠b} G_ab² / (m(m−1)), which is unbiased for i.i.d. columns.
 
     Example:
@@ -91,12 +117,14 @@ def frobenius2(G: Tensor, block: int = 1) -> Tensor:
         >>> estimators.frobenius2(torch.tensor([[2.0, 1.0], [1.0, 4.0]]))
         tensor(1.)
     """
-    G, _ = _columns(G, at_least=2, block=block)
-    return _mean_of_pairs(G.square(), block)
+    G, _ = _columns(G, at_least=2, block=block, exact=exact)
+    return _mean_of_pairs(G.square(), block, exact)
 
 
-def off_diagonal_mean(G: Tensor, block: int = 1) -> Tensor:
+def off_diagonal_mean(G: Tensor, block: int = 1, exact: int = 0) -> Tensor:
     """Return the mean over pairs of different columns of a symmetric statistic G ``(m, m)`` of two columns.
+
+    Exact columns count as in :func:`frobenius2`.
 
     Example:
         >>> import torch
@@ -104,11 +132,11 @@ def off_diagonal_mean(G: Tensor, block: int = 1) -> Tensor:
         >>> estimators.off_diagonal_mean(torch.tensor([[9.0, 1.0], [1.0, 9.0]]))
         tensor(1.)
     """
-    G, _ = _columns(G, at_least=2, block=block)
-    return _mean_of_pairs(G, block)
+    G, _ = _columns(G, at_least=2, block=block, exact=exact)
+    return _mean_of_pairs(G, block, exact)
 
 
-def trace2(G: Tensor, block: int = 1) -> Tensor:
+def trace2(G: Tensor, block: int = 1, exact: int = 0) -> Tensor:
     """Estimate (tr K)² by Σ_{a≠b} G_aa G_bb / (m(m−1)), which is unbiased, unlike the square of :func:`trace`.
 
     Example:
@@ -117,9 +145,11 @@ def trace2(G: Tensor, block: int = 1) -> Tensor:
         >>> estimators.trace2(torch.tensor([[2.0, 1.0], [1.0, 4.0]]))
         tensor(8.)
     """
-    G, blocks = _columns(G, at_least=2, block=block)
-    t = G.diagonal().reshape(blocks, block).mean(1)
-    return (t.sum().square() - t.square().sum()) / (blocks * (blocks - 1))
+    G, blocks = _columns(G, at_least=2, block=block, exact=exact)
+    t = G.diagonal()[exact:].reshape(blocks, block).mean(1)
+    known = G.diagonal()[:exact].sum()
+    pairs = (t.sum().square() - t.square().sum()) / (blocks * (blocks - 1))
+    return known.square() + 2 * known * t.mean() + pairs
 
 
 def cross_frobenius2(G12: Tensor) -> Tensor:
@@ -187,13 +217,14 @@ def jackknife(leave_one_out: Tensor) -> Tensor:
     return ((leave_one_out - leave_one_out.mean()).square().sum() * (m - 1) / m).sqrt()
 
 
-def standard_error(statistic: Callable[..., Tensor], *tables: Tensor, block: int = 1) -> Tensor:
+def standard_error(statistic: Callable[..., Tensor], *tables: Tensor, block: int = 1, exact: int = 0) -> Tensor:
     """Return the :func:`jackknife` standard error of a statistic of m columns, leaving out each block in turn.
 
     Args:
         statistic: a function of the tables that returns a scalar.
         tables: numbers of each column ``(m,)`` or of each pair of columns ``(m, m)``, in at least two blocks.
         block: the number of consecutive columns that depend on each other and are left out together.
+        exact: the number of leading columns that are not random, and never left out.
 
     Returns:
         A scalar, NaN if the statistic is NaN without some block.
@@ -211,11 +242,11 @@ def standard_error(statistic: Callable[..., Tensor], *tables: Tensor, block: int
     m = shapes[0][0] if shapes and shapes[0] else 0
     if not shapes or any(shape not in ((m,), (m, m)) for shape in shapes):
         raise ValueError(f"tables: expected (m,) or (m, m) of the same m columns, got shapes {checks.shown(shapes)}.")
-    if (count := _count_blocks(m, block)) < 2:
+    if (count := _count_blocks(m, block, exact)) < 2:
         raise ValueError(f"tables: expected at least two blocks of columns, got {count}.")
     columns = torch.arange(m, device=tables[0].device)
     without = []
-    for start in range(0, m, block):
+    for start in range(exact, m, block):
         kept = torch.cat([columns[:start], columns[start + block :]])
         value = statistic(*(table[kept] if table.ndim == 1 else table[kept][:, kept] for table in tables))
         if checks.real("statistic", value).ndim:
@@ -224,23 +255,25 @@ def standard_error(statistic: Callable[..., Tensor], *tables: Tensor, block: int
     return jackknife(torch.stack(without))
 
 
-def _mean_of_pairs(G: Tensor, block: int) -> Tensor:
-    """Return the mean of a statistic over pairs of columns from different blocks."""
+def _mean_of_pairs(G: Tensor, block: int, exact: int) -> Tensor:
+    """Return the mean of a statistic over pairs of columns from different blocks, beside the sums of exact columns."""
+    known, mixed, G = G[:exact, :exact].sum(), G[:exact, exact:].sum(0).mean(), G[exact:, exact:]
     blocks = len(G) // block
     if block > 1:
         G = G.reshape(blocks, block, blocks, block).mean((1, 3))
-    return (G.sum() - G.diagonal().sum()) / (blocks * (blocks - 1))
+    return known + 2 * mixed + (G.sum() - G.diagonal().sum()) / (blocks * (blocks - 1))
 
 
-def _columns(G: Tensor, *, at_least: int, block: int = 1) -> tuple[Tensor, int]:
-    """Return a Gram matrix in float32 at least, and the number of independent blocks of columns."""
-    G, least = checks.real("G", G), at_least * checks.count("block", block)
+def _columns(G: Tensor, *, at_least: int, block: int = 1, exact: int = 0) -> tuple[Tensor, int]:
+    """Return a Gram matrix in float32 at least, and the number of independent blocks of random columns."""
+    G, least = checks.real("G", G), checks.count("exact", exact, 0) + at_least * checks.count("block", block)
     if G.ndim != 2 or G.shape[0] != G.shape[1] or G.shape[0] < least:
         raise ValueError(f"G: expected the Gram matrix (m, m) of at least {least} columns, got shape {tuple(G.shape)}.")
-    return checks.finite("G", G), _count_blocks(len(G), block)
+    return checks.finite("G", G), _count_blocks(len(G), block, exact)
 
 
-def _count_blocks(m: int, block: int) -> int:
+def _count_blocks(m: int, block: int, exact: int) -> int:
+    m -= checks.count("exact", exact, 0)
     if m % checks.count("block", block):
         raise ValueError(f"block: expected a number that divides the {m} columns, got {block!r}.")
     return m // block

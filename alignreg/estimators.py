@@ -92,7 +92,7 @@ def total(columns: Tensor, exact: int = 0) -> Tensor:
         >>> estimators.total(torch.tensor([5.0, 1.0, 3.0]), exact=1)
         tensor(7.)
     """
-    columns = checks.real("columns", columns)
+    columns = checks.values("columns", columns, integers=False)
     exact = checks.count("exact", exact, 0)
     if columns.ndim != 1 or len(columns) <= exact:
         raise ValueError(f"columns: expected (m,) with m above {exact}, got shape {tuple(columns.shape)}.")
@@ -185,7 +185,7 @@ def gaussian_trace2(G: Tensor, exact: int = 0) -> Tensor:
         tensor(8.)
     """
     G, m = _columns(G, at_least=2, exact=exact)
-    return trace(G, exact).square() - 2 * _gaussian_norm2(G[exact:, exact:]) / m
+    return total(G.diagonal(), exact).square() - 2 * _gaussian_norm2(G[exact:, exact:]) / m
 
 
 def cross_frobenius2(G12: Tensor) -> Tensor:

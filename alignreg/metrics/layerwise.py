@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from alignreg import checks, estimators, functional, plotting, sketches
+from alignreg import checks, estimators, formulas, plotting, sketches
 from alignreg.estimators import Estimate
 from alignreg.metrics.probe_set import Examples, ProbeSetMetric
 from alignreg.metrics.records import canonical_order
@@ -140,10 +140,8 @@ class LayerwiseAlignment(ProbeSetMetric):
 
     def _exactly(self, kept: Examples) -> dict[str, Estimate]:
         kernels = self._features.kernel(kept.inputs, per_layer=True)
-        values = {
-            layer: functional.alignment(K.to(torch.float64), kept.targets, self.centered)
-            for layer, K in kernels.items()
-        }
+        y = kept.targets - kept.targets.mean(0)
+        values = {layer: formulas.alignment(K, y, centered=self.centered) for layer, K in kernels.items()}
         return {layer: Estimate(value, torch.zeros_like(value)) for layer, value in values.items()}
 
     def _sketched(self, kept: Examples, *, errors: bool) -> dict[str, Estimate]:
@@ -188,7 +186,7 @@ def _alignment(gram: Tensor, *, errors: bool) -> Estimate:
     """Return the alignment from the products of the pullbacks of u = y/‖y‖ and of probes orthogonal to it."""
 
     def alignment(gram: Tensor) -> Tensor:
-        return estimators.alignment(gram[0, 0], estimators.gaussian_frobenius2(gram, exact=1))
+        return estimators.alignment(gram[0, 0], estimators.frobenius2(gram, exact=1))
 
     value = alignment(gram)
     return Estimate(value, estimators.standard_error(alignment, gram, exact=1) if errors else torch.zeros_like(value))

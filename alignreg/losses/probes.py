@@ -52,9 +52,9 @@ class ProbeLoss(TangentLoss, ABC):
 
     The products Φᵀω are computed by parameter, so the values of all layers come at no extra cost. With ``sync`` they
     are summed over ranks: one reduction of m·P numbers (P more with targets) follows some of a few numbers. Probes and
-    targets are centered by the mean of all examples, and u is the direction of all targets. Every rank then has the loss of all examples, and the mean of the
-    ranks' gradients, computed by DDP, is its gradient. Ranks may have batches of different sizes, and must call the
-    loss equally often.
+    targets are centered by the mean of all examples, and u is the direction of all targets. Every rank then has the
+    loss of all examples, and the mean of the ranks' gradients, computed by DDP, is its gradient. Ranks may have batches
+    of different sizes, and must call the loss equally often.
 
     Args:
         model: the model, as in :class:`.TangentLoss`, like all options that are not listed here.

@@ -1,4 +1,7 @@
-"""Formulas that several modules share: eigenvalues of a kernel, and means over different examples.
+"""Formulas that several modules share: eigenvalues and alignment of a kernel, and means over different examples.
+
+Alignment sums over the kernel in float64, a few examples at a time. It needs no copy of the kernel, and keeps the
+digits of one in lower precision.
 
 Centering a kernel that is nearly constant over the examples leaves rounding errors, which need be neither symmetric nor
 positive. The functions here compute with such a kernel as with any other; :mod:`.functional` rejects it, because a
@@ -7,10 +10,15 @@ tensor from the user may not be a kernel at all.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from alignreg import checks
+
+_BLOCK = 2**20
+"""How many numbers of a kernel are in float64 at a time, unless those of one example are more."""
 
 
 def matrix(K: Tensor) -> Tensor:
@@ -58,6 +66,27 @@ def ratio_of_estimates(trace2: Tensor, frobenius2: Tensor, rows: Tensor) -> Tens
     return torch.where(trace2 > 0, trace2 / norm2, torch.zeros_like(trace2))
 
 
+def alignment(K: Tensor, y: Tensor, *, centered: bool) -> Tensor:
+    """Return yᵀK_c y / (‖K_c‖_F ‖y‖²) in float64, from a kernel ``(n, c, n, c)`` and centered values ``(n, c)``.
+
+    It is NaN if nothing but rounding errors of K is left of (centered) K.
+    """
+    y = y.to(K.device, torch.float64)
+    left, above = _means(K) if centered else (None, None)
+    numerators, squares, whole = [], [], []
+    for some, part in _blocks(K):
+        whole.append(part.detach().square().sum())
+        # A difference of large sums, as in ‖K‖² − 2‖K1‖²/n + ..., would lose the digits that centering leaves.
+        block = part if left is None or above is None else (part - above).sub_(left[some])
+        numerators.append(_form(y[some], block, y))
+        squares.append(block.square().sum())
+    norm2 = torch.stack(squares).sum()
+    rounding = 10 * torch.finfo(K.dtype).eps
+    vanishes = norm2.detach() <= rounding**2 * torch.stack(whole).sum()
+    value = torch.stack(numerators).sum() / (norm2.masked_fill(vanishes, 1.0).sqrt() * y.square().sum())
+    return value.masked_fill(vanishes, torch.nan)
+
+
 def unbiased_alignment(K: Tensor, y: Tensor) -> Tensor:
     """Return :func:`.population.alignment` from the exact kernel ``(n, c, n, c)`` and targets as values ``(n, c)``.
 
@@ -68,29 +97,61 @@ def unbiased_alignment(K: Tensor, y: Tensor) -> Tensor:
     K, y = checks.real("K", K), checks.real("y", y, integers=True)
     if K.ndim != 4 or y.ndim != 2 or K.shape != (*y.shape, *y.shape) or K.numel() == 0:
         raise ValueError(f"K, y: expected (n, c, n, c) and (n, c), got {tuple(K.shape)} and {tuple(y.shape)}.")
-    K, y = checks.finite("K", K), checks.finite("y", y).to(K)
+    K, y = checks.finite("K", K), checks.finite("y", y).to(K.device, torch.float64)
     n, y = len(K), y - y.mean(0)
-    own = torch.diagonal(K, dim1=0, dim2=2).permute(2, 0, 1)  # K_ii, (n, c, c)
-    rows, outer = K.sum(2) - own, torch.einsum("ik,il->ikl", y, y)
+    # The sums over all pairs of examples: of ⟨K_ij, L_ij⟩, ⟨K_ij, L_ijᵀ⟩, and the same of K with itself.
+    sums, rows = [], []
+    for some, block in _blocks(K):
+        turned = block.transpose(1, 3)
+        forms = [_form(y[some], block, y), _form(y[some], turned, y)]
+        sums.append(torch.stack([*forms, block.square().sum(), (block * turned).sum()]))
+        rows.append(block.sum(2))
+    pairs, turned_pairs, squares, turned_squares = torch.stack(sums).sum(0)
+    own = torch.diagonal(K, dim1=0, dim2=2).permute(2, 0, 1).to(torch.float64)  # K_ii, (n, c, c)
+    rest, outer = torch.cat(rows) - own, torch.einsum("ik,il->ikl", y, y)
     self_products = (own * outer).sum()
-    across = (rows * outer).sum()
+    across = (rest * outer).sum()
     products = mean_of_different(
-        torch.einsum("ik,ikjl,jl->", y, K, y) - self_products,
-        torch.einsum("il,ikjl,jk->", y, K, y) - self_products,
-        -(rows.sum(0) * outer.sum(0)).sum(),
+        pairs - self_products,
+        turned_pairs - self_products,
+        -(rest.sum(0) * outer.sum(0)).sum(),
         -across,
         -across,
         n,
     )
-    squares = mean_of_different(
-        K.square().sum() - own.square().sum(),
-        (K * K.transpose(1, 3)).sum() - (own * own.mT).sum(),
-        rows.sum(0).square().sum(),
-        rows.square().sum(),
-        (rows * rows.mT).sum(),
+    norm2 = mean_of_different(
+        squares - own.square().sum(),
+        turned_squares - (own * own.mT).sum(),
+        rest.sum(0).square().sum(),
+        rest.square().sum(),
+        (rest * rest.mT).sum(),
         n,
     )
-    return quotient(products, squares, norm2_of_targets(outer.sum(0), y.square().sum(1).square().sum(), n))
+    return quotient(products, norm2, norm2_of_targets(outer.sum(0), y.square().sum(1).square().sum(), n)).to(K.dtype)
+
+
+def _blocks(K: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield K[i] ``(b, c, n, c)`` in float64 for b examples i at a time."""
+    step = max(1, _BLOCK // K[0].numel())
+    start = 0
+    for part in torch.split(K, step):  # slices would each have a gradient as large as K
+        yield slice(start, start + len(part)), part.to(torch.float64)
+        start += len(part)
+
+
+def _means(K: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what centering subtracts: over j, ``(n, c, 1, c)``, and over i of what is left, ``(c, n, c)``."""
+    over_j, over_i = [], []
+    for _, block in _blocks(K):
+        over_j.append(block.mean(2, keepdim=True))
+        over_i.append(block.sum(0))
+    left, above = torch.cat(over_j), torch.stack(over_i).sum(0) / len(K)
+    return left, above - left.mean(0)
+
+
+def _form(left: Tensor, K: Tensor, right: Tensor) -> Tensor:
+    """Return Σ left_ik K_ikjl right_jl."""
+    return left.flatten() @ (K.reshape(left.numel(), right.numel()) @ right.flatten())
 
 
 def mean_of_different(

@@ -43,17 +43,18 @@ def center(K: Tensor) -> Tensor:
     """
     K = _kernel(K)
     rest = K - K.mean(0, keepdim=True)
-    rest = rest - rest.mean(2, keepdim=True)
+    rest.sub_(rest.mean(2, keepdim=True))  # in place: no step needs these values for its gradient
     # Return exact zeros for a kernel that is constant over the examples, instead of its rounding errors.
     left, whole = (torch.linalg.vector_norm(values.detach()) for values in (rest, K))
-    return torch.where(left < 10 * torch.finfo(K.dtype).eps * whole, torch.zeros_like(rest), rest)
+    return rest.masked_fill_(left < 10 * torch.finfo(K.dtype).eps * whole, 0.0)
 
 
 def alignment(K: Tensor, y: Tensor, centered: bool = True, *, unbiased: bool = False) -> Tensor:
     r"""Return the alignment of a kernel with the targets, A = yᵀK_c y / (‖K_c‖_F ‖y‖²), in [0, 1].
 
     This is the centered kernel alignment CKA(K, yyᵀ) (Baratin et al., section 3.3; Cortes et al. 2012). A is invariant
-    to the scale of K and y, to the order of the examples, and to an orthogonal mixing of the outputs of both.
+    to the scale of K and y, to the order of the examples, and to an orthogonal mixing of the outputs of both. Its sums
+    are in float64 and need no copy of K.
 
     Args:
         K: kernel ``(n, c, n, c)``.
@@ -84,11 +85,7 @@ def alignment(K: Tensor, y: Tensor, centered: bool = True, *, unbiased: bool = F
     targets = _centered_targets(K, y)
     if unbiased:
         return formulas.unbiased_alignment(K, targets)
-    if centered:
-        K = center(K)
-    numerator: Tensor = torch.einsum("ik,ikjl,jl->", targets, K, targets)
-    norm: Tensor = torch.linalg.vector_norm(K)
-    return numerator / (norm * targets.square().sum())
+    return formulas.alignment(K, targets, centered=centered).to(K.dtype)
 
 
 def spectrum(K: Tensor) -> Tensor:
@@ -285,7 +282,7 @@ def _kernel(K: Tensor, ridge: float = 0.0) -> Tensor:
     slack = ROUNDING * ridge * K.shape[0] * K.shape[1]
     checks.require(
         K,
-        lambda v: (v - v.permute(2, 3, 0, 1)).abs_().amax() <= ROUNDING * v.abs().amax() + slack,
+        lambda v: (v - v.permute(2, 3, 0, 1)).abs_().amax() <= ROUNDING * _largest(v) + slack,
         lambda: ValueError(
             "K: expected a symmetric kernel, got another tensor. Compute the kernel of one batch with itself; if "
             "centering leaves only rounding errors, compute the kernel in float64."
@@ -296,9 +293,15 @@ def _kernel(K: Tensor, ridge: float = 0.0) -> Tensor:
     return K
 
 
+def _largest(K: Tensor) -> Tensor:
+    """Return max |K_ikjl|, without a copy of K."""
+    largest: Tensor = torch.linalg.vector_norm(K, torch.inf)
+    return largest
+
+
 def _may_be_semidefinite(K: Tensor) -> Tensor:
     """Return whether no entry is larger than the largest on the diagonal, and no diagonal entry is negative."""
-    diagonal, largest = formulas.matrix(K).diagonal(), K.abs().amax()
+    diagonal, largest = formulas.matrix(K).diagonal(), _largest(K)
     return (diagonal.amin() >= -ROUNDING * largest) & (largest <= (1 + ROUNDING) * diagonal.amax().clamp(min=0))
 
 

@@ -24,6 +24,7 @@ from alignreg.metrics import (
     TangentTrace,
     records,
 )
+from alignreg.sketches import random
 
 LOSSES = {
     "complexity": ComplexityPenalty,

@@ -85,6 +85,79 @@ def test_probe_sketch_is_unbiased(distribution):
     grams = g @ g.mT
     for fn, want in zip((estimators.trace, estimators.frobenius2, estimators.trace2), truth, strict=True):
         assert abs(z_score([fn(G) for G in grams], want)) < 3.5, fn.__name__
+    if distribution == "gaussian":  # the only columns that those for Gaussian ones suit
+        for fn, want in zip((estimators.gaussian_frobenius2, estimators.gaussian_trace2), truth[1:], strict=True):
+            assert abs(z_score([fn(G) for G in grams], want)) < 3.5, fn.__name__
+    else:
+        assert abs(z_score([estimators.gaussian_frobenius2(G) for G in grams], truth[1])) > 3.5
+
+
+@pytest.mark.parametrize(
+    ("fn", "mean"),
+    [(estimators.gaussian_frobenius2, estimators.frobenius2), (estimators.gaussian_trace2, estimators.trace2)],
+)
+def test_gaussian_estimates_are_means_over_rotations(fn, mean):
+    Z = torch.randn(9, 4, dtype=torch.float64)
+    rotations = torch.linalg.qr(torch.randn(4000, 4, 4, dtype=torch.float64)).Q
+    values = [mean(Q.T @ Z.T @ Z @ Q) for Q in rotations]
+    assert abs(z_score(values, fn(Z.T @ Z))) < 3.5
+    turned = Z @ rotations[0]
+    torch.testing.assert_close(fn(turned.T @ turned), fn(Z.T @ Z))
+
+
+def test_gaussian_norm_of_nearly_equal_columns_keeps_its_digits():
+    """The difference of two sums would be zero in single precision."""
+    G = torch.eye(5) * 1e4 + torch.diag(torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0]))
+    assert float(estimators.gaussian_frobenius2(G)) == pytest.approx(2 / 28)
+
+
+@pytest.fixture(scope="module")
+def deflated_grams():
+    """Products of a direction u that matters and of 4 probes orthogonal to it, and of probes that are not."""
+    _, x, jac, y = problem()
+    K = oracles.kernel(oracles.centered_features(jac)).flatten(2).flatten(0, 1)
+    u = (torch.linalg.eigh(K).eigenvectors[:, -2:] @ torch.tensor([0.6, 0.8], dtype=torch.float64)).reshape(y.shape)
+    omega = torch.cat([sketches.probes(4, *y.shape, seed=5, step=t, like=x) for t in range(DRAWS)])
+    omega = omega - omega.mean(1, keepdim=True)
+    orthogonal = omega - (omega * u).sum((1, 2), keepdim=True) * u
+    phi = oracles.matrix(jac)
+    found = {}
+    for name, probes in (("orthogonal", orthogonal), ("any", omega)):
+        g = (probes.flatten(1) @ phi).unflatten(0, (DRAWS, 4))
+        g = torch.cat([(u.flatten() @ phi).expand(DRAWS, 1, -1), g], dim=1)
+        found[name] = g @ g.mT
+    return found, K
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        estimators.trace,
+        estimators.frobenius2,
+        estimators.trace2,
+        estimators.gaussian_frobenius2,
+        estimators.gaussian_trace2,
+    ],
+)
+def test_an_exact_column_leaves_estimates_unbiased(deflated_grams, fn):
+    grams, K = deflated_grams
+    truth = K.trace() if fn is estimators.trace else K.trace() ** 2 if "trace2" in fn.__name__ else K.square().sum()
+    assert abs(z_score([fn(G, exact=1) for G in grams["orthogonal"]], truth)) < 3.5
+    assert z_score([fn(G, exact=1) for G in grams["any"]], truth) > 3.5  # what orthogonal probes are for
+
+
+def test_an_exact_column_and_rotations_reduce_the_noise(deflated_grams):
+    grams, K = deflated_grams
+    spreads = [
+        torch.stack([fn(G) for G in grams[name]]).std()
+        for name, fn in (
+            ("any", lambda G: estimators.frobenius2(G[1:, 1:])),
+            ("any", lambda G: estimators.gaussian_frobenius2(G[1:, 1:])),
+            ("orthogonal", lambda G: estimators.gaussian_frobenius2(G, exact=1)),
+        )
+    ]
+    print([float(spread / K.square().sum()) for spread in spreads])
+    assert spreads[0] > spreads[1] > spreads[2]
 
 
 def test_probes_over_ranks_are_one_global_draw():
@@ -159,6 +232,8 @@ def test_gram_of_lower_precision():
         (estimators.trace, 1),
         (estimators.frobenius2, 2),
         (estimators.trace2, 2),
+        (estimators.gaussian_frobenius2, 2),
+        (estimators.gaussian_trace2, 2),
     ],
 )
 def test_too_few_columns(fn, least):
@@ -195,7 +270,17 @@ def test_jackknife():
 
 
 @pytest.mark.parametrize(
-    "fn", [estimators.trace, estimators.frobenius2, estimators.trace2, estimators.cross_frobenius2]
+    "fn",
+    [
+        estimators.trace,
+        estimators.frobenius2,
+        estimators.trace2,
+        estimators.cross_frobenius2,
+        estimators.gaussian_frobenius2,
+        estimators.gaussian_trace2,
+        lambda G: estimators.gaussian_frobenius2(G, exact=1),
+        lambda G: estimators.gaussian_trace2(G, exact=1),
+    ],
 )
 def test_gradients(fn):
     Z = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from paper_cases import EXPECTED, oracle_case
 
-from alignreg import TangentFeatures, functional
+from alignreg import TangentFeatures, formulas, functional
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -132,6 +132,43 @@ def test_summary_is_what_the_functions_say():
         functional.summary(functional.spectrum(K), k=[0])
 
 
+@pytest.mark.parametrize("options", [{}, {"centered": False}, {"unbiased": True}])
+def test_alignment_in_blocks(monkeypatch, options):
+    """A kernel of many blocks has the alignment and the gradient that it has as one, and stays as it was."""
+    K, _ = random_kernel()
+    y = torch.randn(7, 3, dtype=torch.float64)
+    found = []
+    for size in (formulas._BLOCK, 2 * 3 * 7 * 3, 1):
+        monkeypatch.setattr(formulas, "_BLOCK", size)
+        own = K.clone().requires_grad_()
+        value = functional.alignment(own, y, **options)
+        found.append((value.detach(), *torch.autograd.grad(value, own)))
+        assert torch.equal(own, K)
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_alignment_of_single_precision_keeps_the_digits_of_the_kernel(unbiased):
+    """Centering leaves a thousandth of this kernel, so sums in single precision would lose three digits."""
+    phi = torch.randn(30, 3, 40) + 30
+    phi = phi.flatten(0, 1)
+    K = (phi.double() @ phi.double().T).reshape(30, 3, 30, 3).float()
+    y = torch.arange(30) % 3
+    value = functional.alignment(K, y, unbiased=unbiased)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(
+        value.double(), functional.alignment(K.double(), y, unbiased=unbiased), rtol=2e-7, atol=0
+    )
+
+
+def test_centering_leaves_the_kernel_as_it_was():
+    K, _ = random_kernel()
+    before = K.clone()
+    functional.center(K)
+    assert torch.equal(K, before)
+
+
 def test_alignment_extremes():
     y = torch.randn(6, 2, dtype=torch.float64)
     y -= y.mean(0)
@@ -183,6 +220,7 @@ def test_kare():
         lambda K, y: functional.center(K).square().sum(),
         functional.alignment,
         lambda K, y: functional.alignment(K, y, False),
+        lambda K, y: functional.alignment(K, y, unbiased=True),
         lambda K, y: functional.effective_rank(K),
         lambda K, y: functional.participation_ratio(K),
         lambda K, y: functional.trace_ratio(K, 2),

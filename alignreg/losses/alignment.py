@@ -18,11 +18,11 @@ class AlignmentLoss(ProbeLoss):
     Regularization via Neural Feature Alignment", AISTATS 2021, section 3.3; A is
     :func:`alignreg.functional.alignment`). One forward pass and m + 1 backward passes, themselves differentiated, give
 
-    - the exact numerator yᵀK_c y = ‖Φᵀ(y − ȳ)‖², and
-    - the unbiased estimate Σ_{a≠b} (g_a·g_b)² / (m(m−1)) of ‖K_c‖_F², where g_a = Φᵀω_a for m centered Gaussian
-      probes ω_a. Its logarithm is biased: on average the loss is below −log A by about a quarter of the relative
-      variance of the estimate. To bound the gradient, the estimate is raised to (mean ‖g_a‖²)² / rows, the least
-      ‖K_c‖_F² of a kernel with that trace and that many rows.
+    - the exact numerator p = uᵀK_c u = ‖g_u‖², where u = (y − ȳ)/‖y − ȳ‖ and g_u = Φᵀu, and
+    - the unbiased estimate p² + 2 mean_a (g_u·g_a)² + N of ‖K_c‖_F², where g_a = Φᵀω_a for m centered Gaussian probes
+      ω_a orthogonal to u, and N is their :func:`.gaussian_frobenius2`. Its logarithm is biased: on average the loss is
+      below −log A by about a quarter of the relative variance of the estimate. To bound the gradient, the estimate is
+      raised to (p + mean_a ‖g_a‖²)² / rows, the least ‖K_c‖_F² of a kernel with that trace and that many rows.
 
     Alignment depends on the number of examples. With ``examples`` the loss is that of the smaller set, whose alignment
     is larger. ``every_n_steps`` does not change the expectation.
@@ -30,7 +30,7 @@ class AlignmentLoss(ProbeLoss):
     If the targets are constant over the examples, or nothing of the tangent features lies along them, alignment is
     undefined. The loss is then exactly zero, and warns once.
 
-    By default ``weight`` is 0.1 and ``probes`` is 8 (at least 4). :class:`.ProbeLoss` and :class:`.TangentLoss`
+    By default ``weight`` is 0.1 and ``probes`` is 7 (at least 4). :class:`.ProbeLoss` and :class:`.TangentLoss`
     describe all options and errors.
 
     Warning:
@@ -49,7 +49,7 @@ class AlignmentLoss(ProbeLoss):
 
     default_weight: ClassVar[float] = 0.1
     caution: ClassVar[str] = "cost a ResNet with BatchNorm .024 of its accuracy on clean labels; a tenth of it did not."
-    default_probes: ClassVar[int] = 8
+    default_probes: ClassVar[int] = 7
     least_probes: ClassVar[int] = 4
     needs_targets: ClassVar[bool] = True
     undefined: ClassVar[str] = (
@@ -57,7 +57,6 @@ class AlignmentLoss(ProbeLoss):
     )
 
     def _of_kernel(self, seen: Probed) -> Tensor:
-        assert seen.projection is not None
         projection, norm2 = seen.projection, self._norm2(seen)
         defined = (projection > 0) & (norm2 > 0)
         # Avoid log 0: its infinite gradient times zero would be NaN.

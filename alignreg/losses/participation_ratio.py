@@ -20,8 +20,9 @@ class ParticipationRatioLoss(ProbeLoss):
     Regularization via Neural Feature Alignment", AISTATS 2021, section 3.2) observe in training. Subtract the loss to
     reward many directions. For m centered Gaussian probes ω_a and g_a = Φᵀω_a,
 
-    - (tr K)² is estimated by Σ_{a≠b} ‖g_a‖²‖g_b‖² / (m(m−1)) and ‖K‖_F² by Σ_{a≠b} (g_a·g_b)² / (m(m−1)). Both are
-      unbiased; the difference of their logarithms has a bias of about half the relative variance of the latter.
+    - (tr K)² and ‖K‖_F² are estimated by :func:`.gaussian_trace2` and :func:`.gaussian_frobenius2` of the products
+      g_a·g_b. Both are unbiased; the difference of their logarithms has a bias of about half the relative variance of
+      the latter.
     - R is clamped to its range, to bound the gradient.
 
     R grows with the number of examples. With ``examples`` the loss is that of the smaller set. If the tangent features
@@ -54,7 +55,7 @@ class ParticipationRatioLoss(ProbeLoss):
     undefined: ClassVar[str] = "The tangent features vanish, so they have no participation ratio and the loss is zero."
 
     def _of_kernel(self, seen: Probed) -> Tensor:
-        trace2 = estimators.trace2(seen.gram)
+        trace2 = estimators.gaussian_trace2(seen.gram)
         norm2 = self._norm2(seen).minimum(trace2)
         defined = trace2 > 0
         # Avoid log 0: its infinite gradient times zero would be NaN.

@@ -27,9 +27,9 @@ class Probed(NamedTuple):
     """Products of a kernel with the probes."""
 
     gram: Tensor
-    """ω_aᵀKω_b ``(m, m)``; the probes are centered if the loss is."""
-    projection: Tensor | None
-    """yᵀKy/‖y‖² for the centered targets, in losses that need targets."""
+    """ω_aᵀKω_b ``(m, m)``; the probes are centered if the loss is. In losses that need targets, u comes before them."""
+    exact: int
+    """How many leading columns are no probes: 1 for u, 0 without targets."""
     n: int
     """Number of examples."""
     c: int
@@ -37,15 +37,24 @@ class Probed(NamedTuple):
     drawn_from: int
     """Size of the batch that the n examples were drawn from."""
 
+    @property
+    def projection(self) -> Tensor:
+        """uᵀKu = yᵀKy/‖y‖², in losses that need targets."""
+        assert self.exact
+        return self.gram[0, 0]
+
 
 class ProbeLoss(TangentLoss, ABC):
     """A loss from m Gaussian probes ω: one forward pass and m backward passes, themselves differentiated.
 
+    With targets, one more backward pass is along u = y/‖y‖, the direction of all centered targets. The probes are then
+    orthogonal to u, so that estimates are exact along u and random only in the rest (:mod:`alignreg.estimators`).
+
     The products Φᵀω are computed by parameter, so the values of all layers come at no extra cost. With ``sync`` they
-    are summed over ranks: one reduction of m·P numbers (P more with targets) follows two of a few numbers. Probes and
-    targets are centered by the mean of all examples. Every rank then has the loss of all examples, and the mean of the
-    ranks' gradients, computed by DDP, is its gradient. Ranks may have batches of different sizes, and must call the
-    loss equally often.
+    are summed over ranks: one reduction of m·P numbers (P more with targets) follows some of a few numbers. Probes and
+    targets are centered by the mean of all examples, and u is the direction of all targets. Every rank then has the
+    loss of all examples, and the mean of the ranks' gradients, computed by DDP, is its gradient. Ranks may have batches
+    of different sizes, and must call the loss equally often.
 
     Args:
         model: the model, as in :class:`.TangentLoss`, like all options that are not listed here.
@@ -124,14 +133,16 @@ class ProbeLoss(TangentLoss, ABC):
             omega = omega - self._sum(omega.sum(1, keepdim=True)) / n
         cotangents = omega
         if target is not None:
-            cotangents = torch.cat([self._direction(target, n)[None].to(omega), omega])
+            u = self._direction(target, n).to(omega)
+            # In the numbers of all ranks together: u is a direction of the whole batch. It is centered, as omega is.
+            overlap = self._sum(torch.einsum("mnc,nc->m", omega, u))
+            cotangents = torch.cat([u[None], omega - overlap[:, None, None] * u])
         grams = self._grams(sample, cotangents, create_graph=create_graph, ranks=len(sizes))
         layers = self._features.layers if self.per_layer else {"": list(grams)}
         values = {}
         for layer, names in layers.items():
             gram = torch.stack([grams[name] for name in names]).sum(0)
-            projection, gram = (None, gram) if target is None else (gram[0, 0], gram[1:, 1:])
-            values[layer] = self._of_kernel(Probed(gram, projection, n, c, drawn_from))
+            values[layer] = self._of_kernel(Probed(gram, int(self.needs_targets), n, c, drawn_from))
         return self._mean_over_layers(values)
 
     def _direction(self, target: Tensor, n: int) -> Tensor:
@@ -150,7 +161,8 @@ class ProbeLoss(TangentLoss, ABC):
     def _norm2(self, seen: Probed) -> Tensor:
         """Return the estimate of ‖K‖_F², raised to (tr K)² / rows, the least value of a kernel with that many rows."""
         rows = (seen.n - 1) * seen.c if self.centered else seen.n * seen.c
-        return torch.maximum(estimators.frobenius2(seen.gram), estimators.trace(seen.gram).square() / rows)
+        least = estimators.trace(seen.gram, seen.exact).square() / rows
+        return torch.maximum(estimators.gaussian_frobenius2(seen.gram, seen.exact), least)
 
     def _sum(self, value: Tensor) -> Tensor:
         return sum_over_ranks(value, self._group) if self.sync else value

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from alignreg import checks, estimators, functional, plotting, sketches
+from alignreg import checks, estimators, formulas, plotting, sketches
 from alignreg.estimators import Estimate
 from alignreg.metrics.probe_set import Examples, ProbeSetMetric
 from alignreg.metrics.records import canonical_order
@@ -32,7 +32,8 @@ class LayerwiseAlignment(ProbeSetMetric):
     With ``method="exact"``, ``compute()`` evaluates the exact kernel of each layer. With ``method="sketch"``, for
     models or numbers of examples whose kernels are too large, it runs m + 1 backward passes over the kept examples,
     which serve all layers: yᵀK_l y = ‖Φ_lᵀ(y − ȳ)‖² is exact, and ‖K_l‖_F² is estimated without bias from the products
-    of the pullbacks Φ_lᵀω of m Gaussian probes ω. They occupy m·P numbers; :meth:`standard_error` estimates the error.
+    of the pullbacks Φ_lᵀω of m Gaussian probes ω, which are orthogonal to y − ȳ because the part along it is known.
+    They occupy m·P numbers; :meth:`standard_error` estimates the error.
 
     ``forward`` and ``compute`` return a dict with a float64 scalar for each layer (the path of the module that owns the
     parameters), or an :class:`~alignreg.estimators.Estimate` with ``return_std_error=True``. The value of a layer with
@@ -139,10 +140,8 @@ class LayerwiseAlignment(ProbeSetMetric):
 
     def _exactly(self, kept: Examples) -> dict[str, Estimate]:
         kernels = self._features.kernel(kept.inputs, per_layer=True)
-        values = {
-            layer: functional.alignment(K.to(torch.float64), kept.targets, self.centered)
-            for layer, K in kernels.items()
-        }
+        y = kept.targets - kept.targets.mean(0)
+        values = {layer: formulas.alignment(K, y, centered=self.centered) for layer, K in kernels.items()}
         return {layer: Estimate(value, torch.zeros_like(value)) for layer, value in values.items()}
 
     def _sketched(self, kept: Examples, *, errors: bool) -> dict[str, Estimate]:
@@ -152,11 +151,13 @@ class LayerwiseAlignment(ProbeSetMetric):
         probes[:, canonical_order(kept.inputs, y)] = sketches.probes(self.probes, *y.shape, seed=self.seed, like=y)
         if self.centered:
             probes = probes - probes.mean(1, keepdim=True)
-        columns = self._pullback(kept, torch.cat([y[None] / torch.linalg.vector_norm(y), probes]))
+        u = y / torch.linalg.vector_norm(y)
+        probes = probes - torch.einsum("mnc,nc->m", probes, u)[:, None, None] * u
+        columns = self._pullback(kept, torch.cat([u[None], probes]))
         found = {}
         for layer, names in self._features.layers.items():
             gram = estimators.gram({name: columns[name] for name in names}).to(torch.float64)
-            found[layer] = _alignment(gram[0, 0], gram[1:, 1:], errors=errors)
+            found[layer] = _alignment(gram, errors=errors)
         return found
 
     def _pullback(self, kept: Examples, cotangents: Tensor) -> dict[str, Tensor]:
@@ -181,9 +182,11 @@ class LayerwiseAlignment(ProbeSetMetric):
         return plotting.bars(val, ax) if isinstance(val, Mapping) else plotting.heat_map(val, ax)
 
 
-def _alignment(projection: Tensor, gram: Tensor, *, errors: bool) -> Estimate:
+def _alignment(gram: Tensor, *, errors: bool) -> Estimate:
+    """Return the alignment from the products of the pullbacks of u = y/‖y‖ and of probes orthogonal to it."""
+
     def alignment(gram: Tensor) -> Tensor:
-        return estimators.alignment(projection, estimators.frobenius2(gram))
+        return estimators.alignment(gram[0, 0], estimators.frobenius2(gram, exact=1))
 
     value = alignment(gram)
-    return Estimate(value, estimators.standard_error(alignment, gram) if errors else torch.zeros_like(value))
+    return Estimate(value, estimators.standard_error(alignment, gram, exact=1) if errors else torch.zeros_like(value))

@@ -50,6 +50,8 @@ OF_GRAM = {
     "trace": estimators.trace,
     "frobenius2": estimators.frobenius2,
     "trace2": estimators.trace2,
+    "gaussian_frobenius2": estimators.gaussian_frobenius2,
+    "gaussian_trace2": estimators.gaussian_trace2,
     "cross_frobenius2": estimators.cross_frobenius2,
     "standard_error": lambda G: estimators.standard_error(estimators.frobenius2, G),
     "jackknife": lambda G: estimators.jackknife(G[0]),

@@ -17,13 +17,10 @@ def _pulled(phi, omega, centered):
     return omega.flatten(1) @ phi
 
 
-def _off_diagonal_mean(G):
-    return G[~torch.eye(len(G), dtype=torch.bool)].mean()
-
-
-def _norm2(g, rows):
-    """‖K‖² from pairs of probes, and at least what the trace leaves possible."""
-    return max(_off_diagonal_mean((g @ g.T) ** 2), g.square().sum(1).mean() ** 2 / rows)
+def _norm2(g):
+    """‖K‖² from Gaussian probes: the mean of the squared products of different ones, over all rotations of them."""
+    G, m = g @ g.T, len(g)
+    return (G.square().sum() - G.trace() ** 2 / m) / ((m - 1) * (m + 2))
 
 
 def _complexity(phi, y, omega, n, c, centered):
@@ -35,16 +32,23 @@ def _complexity(phi, y, omega, n, c, centered):
 def _alignment(phi, y, omega, n, c, centered):
     target = oracles.one_hot(y, c)
     target = (target - target.mean(0)).reshape(-1)
-    projection = (phi.T @ target).square().sum()
-    norm2 = _norm2(_pulled(phi, omega, centered), (len(y) - centered) * c)
-    return (norm2.sqrt() * target.square().sum() / projection).log() if projection > 0 else None
+    u = target / target.square().sum().sqrt()
+    omega = omega - omega.mean(1, keepdim=True) if centered else omega
+    omega = omega.flatten(1) @ (torch.eye(len(u), dtype=torch.float64) - torch.outer(u, u))
+    along, g = phi.T @ u, omega @ phi
+    projection = along.square().sum()
+    norm2 = projection**2 + 2 * (g @ along).square().mean() + _norm2(g)
+    trace = projection + g.square().sum(1).mean()
+    least = trace**2 / ((len(y) - centered) * c)  # what the trace leaves possible
+    return (max(norm2, least).sqrt() / projection).log() if projection > 0 else None
 
 
 def _participation_ratio(phi, y, omega, n, c, centered):
     g = _pulled(phi, omega, centered)
-    squares = g.square().sum(1)
-    trace2 = _off_diagonal_mean(torch.outer(squares, squares))
-    return trace2.log() - min(_norm2(g, (len(y) - centered) * c), trace2).log() if trace2 > 0 else None
+    trace = g.square().sum(1).mean()
+    trace2 = trace**2 - 2 * _norm2(g) / len(g)
+    norm2 = max(_norm2(g), trace**2 / ((len(y) - centered) * c))
+    return trace2.log() - min(norm2, trace2).log() if trace2 > 0 else None
 
 
 def _kare(phi, y, omega, n, c, centered):

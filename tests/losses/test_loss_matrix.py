@@ -46,7 +46,7 @@ def test_synced_gradient_is_that_of_the_whole_batch(two_ranks, kind, options, sh
         assert found["synced"][f"{at}/value"] == pytest.approx(float(value.detach()), rel=bound)
         sent, parameters = found["synced"][f"{at}/sent"]
         if LOSSES[kind].probes:
-            assert sent <= (8 + LOSSES[kind].labeled) * parameters + 8 * 3 + 3 + 2 + 2
+            assert sent <= (8 + LOSSES[kind].labeled) * parameters + 8 * (3 + 1) + 3 + 2 + 2
         else:
             assert sent <= max(SHARES[share]) * (4 + 3) + 1  # examples and targets, padded
 

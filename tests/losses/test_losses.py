@@ -86,7 +86,9 @@ def test_norm_is_never_below_what_the_trace_leaves_possible(centered):
         )
         omega = sketches.probes(4, 7, 3, seed=seed, like=x)
         omega = (omega - omega.mean(1, keepdim=True) if centered else omega).reshape(4, -1)
-        trace = float((omega**2).sum()) / 4  # ‖Φᵀω‖ = ‖ω‖
+        target = (oracles.one_hot(y, 3) - oracles.one_hot(y, 3).mean(0)).reshape(-1)
+        along = (omega @ target) ** 2 / target.square().sum()
+        trace = 1 + float((omega**2).sum() - along.sum()) / 4  # ‖Φᵀω‖ = ‖ω‖
         least = 0.5 * math.log(trace**2 / rows)  # yᵀKy/‖y‖² = 1
         assert value >= least - 1e-9
         raised += value <= least + 1e-9
@@ -108,8 +110,9 @@ def test_a_loss_of_ones_own():
     assert torch.autograd.gradcheck(lambda *_: loss(), tuple(model.parameters()))
 
 
-def test_participation_ratio_is_at_least_one():
-    """Of few probes, one far larger than the others, both estimates are small, and the bound of the norm is not."""
+@pytest.mark.parametrize("gram", [torch.diag(torch.tensor([100.0, 0.01, 0.01, 0.01])), torch.ones(4, 4), torch.eye(4)])
+def test_participation_ratio_stays_in_its_range(gram):
+    """It does so for any products of probes, such as those of one probe far larger than the others."""
     reg = ParticipationRatioLoss(nn.Linear(2, 1), probes=4)
-    gram = torch.diag(torch.tensor([100.0, 0.01, 0.01, 0.01]))
-    assert reg._of_kernel(Probed(gram, None, n=2, c=1, drawn_from=2)) == 0
+    value = reg._of_kernel(Probed(gram, 0, n=6, c=1, drawn_from=6))
+    assert -1e-6 <= float(value) <= math.log(5) + 1e-6

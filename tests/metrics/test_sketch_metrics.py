@@ -7,7 +7,7 @@ from cases import build
 from metric_rows import NUMBERS, feed, problem
 from torchmetrics import MetricCollection
 
-from alignreg import TangentFeatures, moments
+from alignreg import TangentFeatures, moments, sketches
 from alignreg.metrics import (
     Estimate,
     LayerwiseAlignment,
@@ -15,6 +15,7 @@ from alignreg.metrics import (
     TangentParticipationRatio,
     TangentTrace,
 )
+from alignreg.metrics.records import canonical_order
 
 ALL = list(NUMBERS)
 
@@ -253,13 +254,36 @@ def test_error_bars_of_layers_cover(centered):
     hits = dict.fromkeys(exact, 0)
     for seed in range(400):
         metric = LayerwiseAlignment(
-            model, 3, method="sketch", probes=24, seed=seed, centered=centered, return_std_error=True
+            model, 3, method="sketch", probes=32, seed=seed, centered=centered, return_std_error=True
         )
         metric.update(x, y)
         for layer, (value, error) in metric.compute().items():
             hits[layer] += int(abs(value - exact[layer]) <= 2 * error)
     print({layer: count / 400 for layer, count in hits.items()})
     assert all(0.91 <= count / 400 <= 0.98 for count in hits.values())
+
+
+@pytest.mark.parametrize("centered", [True, False])
+def test_sketched_layers_against_their_formula(centered):
+    """From features along u = y/‖y‖ and along probes without their part in u; examples are sorted here as there."""
+    model, x, y, _ = problem(30)
+    target = oracles.one_hot(y, 3) - oracles.one_hot(y, 3).mean(0)
+    u = (target / target.norm()).flatten()
+    omega = torch.empty(5, 30, 3, dtype=torch.float64)
+    omega[:, canonical_order(x, target)] = sketches.probes(5, 30, 3, seed=2, like=target)
+    omega = (omega - omega.mean(1, keepdim=True) if centered else omega).flatten(1)
+    omega = omega - torch.outer(omega @ u, u)
+    metric = LayerwiseAlignment(model, 3, method="sketch", probes=5, seed=2, centered=centered)
+    metric.update(x, y)
+    found = metric.compute()
+    jac = oracles.jacobian(model, x)
+    for layer in found:
+        phi = oracles.matrix({name: value for name, value in jac.items() if name.rpartition(".")[0] == layer})
+        along, g = u @ phi, omega @ phi
+        projection, G = along.square().sum(), g @ g.T
+        rest = (G.square().sum() - G.diagonal().square().sum()) / (5 * 4)
+        norm2 = projection**2 + 2 * (g @ along).square().mean() + rest
+        torch.testing.assert_close(found[layer], projection / norm2.sqrt(), rtol=1e-9, atol=0)
 
 
 def test_layers_converge_and_do_not_depend_on_the_deal():

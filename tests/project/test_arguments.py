@@ -227,6 +227,9 @@ CALLS = {
         f"estimators.{function.__name__}": Call(function, BLOCKS)
         for function in (*(estimators.frobenius2, estimators.off_diagonal_mean, estimators.trace2),)
     },
+    "estimators.total": Call(estimators.total, {"columns": VECTOR, "exact": 1}),
+    "estimators.gaussian_frobenius2": Call(estimators.gaussian_frobenius2, {"G": GRAM, "exact": 1}),
+    "estimators.gaussian_trace2": Call(estimators.gaussian_trace2, {"G": GRAM, "exact": 1}),
     "estimators.cross_frobenius2": Call(estimators.cross_frobenius2, {"G12": GRAM}),
     "estimators.alignment": Call(estimators.alignment, {"projection": VECTOR, "frobenius2": VECTOR}),
     "estimators.standard_error": Call(error_of_one_table, {"statistic": torch.mean, "tables": VECTOR, "block": 1}),

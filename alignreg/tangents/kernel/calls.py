@@ -13,8 +13,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from alignreg.tangents.kernel.gradients import Factors, OuterProducts, Rows, TokenSums
+from alignreg.tangents.kernel.gradients import Factors, OuterProducts, Rows
 from alignreg.tangents.kernel.layout import Layout
+from alignreg.tangents.kernel.tokens import TokenSums
 
 
 class Call(Protocol):

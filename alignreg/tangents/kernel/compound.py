@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from alignreg.tangents.kernel.gradients import Close, Gradients, OuterProducts, TokenSums, Vectors, project_rows
+from alignreg.tangents.kernel.gradients import Close, Gradients, OuterProducts, Vectors, project_rows
 from alignreg.tangents.kernel.gram import rows_gram
+from alignreg.tangents.kernel.tokens import TokenSums
 
 
 @final

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from alignreg.sketches import Directions, FactoredDirections, JoinedDirections, RandomDirections
 from alignreg.tangents.kernel import general
-from alignreg.tangents.kernel.gradients import Gradients, TokenSums
+from alignreg.tangents.kernel.gradients import Gradients
 from alignreg.tangents.kernel.passes import Rules
 from alignreg.tangents.kernel.per_example import by_example
 from alignreg.tangents.kernel.taps import Site
+from alignreg.tangents.kernel.tokens import TokenSums
 
 
 def features(rules: Rules, directions: Directions) -> Tensor:

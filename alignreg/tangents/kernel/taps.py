@@ -11,9 +11,10 @@ from torch import Tensor
 from alignreg.tangents.kernel import layout
 from alignreg.tangents.kernel.calls import Call, Lookups
 from alignreg.tangents.kernel.compound import Behind, Parts, Tied
-from alignreg.tangents.kernel.gradients import Factors, Gradients, OuterProducts, Rows, TokenSums
+from alignreg.tangents.kernel.gradients import Factors, Gradients, OuterProducts, Rows
 from alignreg.tangents.kernel.layout import Layout
 from alignreg.tangents.kernel.sources import Source
+from alignreg.tangents.kernel.tokens import TokenSums
 
 
 class Site(NamedTuple):

@@ -190,6 +190,8 @@ class JoinedDirections:
             if first < last:
                 found.append(part.block(name, like, first, last))
             before += part.m
+        if len(found) == 1:
+            return found[0]
         return torch.cat(found) if found else like.new_empty(0, *like.shape)
 
 

@@ -7,9 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from alignreg.sketches import Directions, FactoredDirections, JoinedDirections, RandomDirections
+from alignreg.sketches import Directions, FactoredDirections, RandomDirections, parts_of
 from alignreg.tangents.kernel import general
-from alignreg.tangents.kernel.gradients import Gradients
+from alignreg.tangents.kernel.gradients import Gradients, Sums
 from alignreg.tangents.kernel.passes import Rules
 from alignreg.tangents.kernel.per_example import by_example
 from alignreg.tangents.kernel.taps import Site
@@ -39,23 +39,27 @@ def features(rules: Rules, directions: Directions) -> Tensor:
 
 
 def _along(directions: Directions, rules: Rules, site: Site, gradients: Gradients) -> Tensor:
-    if isinstance(directions, JoinedDirections):
-        return torch.cat([_along(part, rules, site, gradients) for part in directions.parts], dim=-1)
+    parts = parts_of(directions)
+    if len(parts) > 1 and (isinstance(gradients, TokenSums) or any(isinstance(s, FactoredDirections) for s in parts)):
+        return torch.cat([_along(part, rules, site, gradients) for part in parts], dim=-1)
     params, dtype = {kind: rules.at.params[name] for kind, name in site.names.items()}, rules.at.gram_dtype
     if isinstance(directions, FactoredDirections):
         # For a weight that is used at positions t, ⟨Σ_t d_t a_tᵀ, p qᵀ⟩ = Σ_t (p·d_t)(q·a_t).
         factors = {kind: directions.factors(name, params[kind]) for kind, name in site.names.items()}
-        found = gradients.project({kind: (p.to(dtype), q.to(dtype)) for kind, (p, q) in factors.items()})
-        return found.flatten(2)
+        return gradients.project({kind: (p.to(dtype), q.to(dtype)) for kind, (p, q) in factors.items()}).flatten(2)
     draw = directions.block
     numbers = sum(p.numel() for p in params.values())
     if isinstance(gradients, TokenSums) and isinstance(directions, RandomDirections):
         draw = partial(directions.rows, rows=gradients.labels)
         numbers = len(gradients.labels) * params["weight"].shape[1]
         gradients = gradients.compact()
-    parts, step = [], max(1, rules.limit // max(1, numbers))
+    if isinstance(gradients, Sums) and gradients.forms_rows(directions.m):  # once for as many directions as can be
+        step = rules.at.fit(numbers * dtype.itemsize, part=4)
+    else:
+        step = max(1, rules.limit // max(1, numbers))
+    found = []
     for start in range(0, directions.m, step):
         stop = min(start + step, directions.m)
         S = {kind: draw(name, params[kind], start, stop).reshape(stop - start, -1) for kind, name in site.names.items()}
-        parts.append(gradients.along({kind: s.to(dtype) for kind, s in S.items()}, rules.limit))
-    return torch.cat(parts, dim=-1)
+        found.append(gradients.along({kind: s.to(dtype) for kind, s in S.items()}, rules.limit))
+    return torch.cat(found, dim=-1)

@@ -207,9 +207,8 @@ class Sums(Factors, ABC):
     @override
     def along(self, directions: dict[str, Tensor], limit: int) -> Tensor:
         S, (n, c, _, out, t) = directions["weight"], self.d.shape
-        m, p = S.shape
-        # Either Σ_t d_t·(S a_t) or the rows themselves, whichever has fewer multiplications.
-        if t * m * (p + c * out) < c * p * (t + m):
+        m = len(S)
+        if not self.forms_rows(m):
             step = max(1, limit // max(1, n * t * out))
             total = torch.cat([self._moved(S[start : start + step]) for start in range(0, m, step)], dim=-1)
         else:
@@ -218,6 +217,12 @@ class Sums(Factors, ABC):
                 total += rows @ S[:, start : start + rows.shape[-1]].T
                 start += rows.shape[-1]
         return total + self.d.sum(-1).flatten(2) @ directions["bias"].T if self.bias else total
+
+    def forms_rows(self, m: int) -> bool:
+        """Whether products with m directions have fewer multiplications by the rows than as Σ_t d_t·(S a_t)."""
+        _, c, groups, out, t = self.d.shape
+        p = groups * out * self._width()
+        return c * p * (t + m) <= t * m * (p + c * out)
 
     def rows(self, limit: int) -> Iterator[Tensor]:
         """Yield the gradients themselves, ``(n, c, p)`` in chunks of p."""

@@ -34,6 +34,7 @@ from torchmetrics import MetricCollection
 
 from alignreg import TangentFeatures, moments, sketches
 from alignreg.metrics import LayerwiseAlignment, TangentAlignment, TangentParticipationRatio, TangentTrace, pilot
+from alignreg.sketches.directions import JoinedDirections
 
 SIZES = (16, 32, 64, 128)
 STATISTICS = {"alignment": TangentAlignment, "trace": TangentTrace, "participation_ratio": TangentParticipationRatio}
@@ -141,7 +142,7 @@ def errors(args, sizes, *, pilots):
         known = {m: pilot.most(pilots, m) for m in sizes}
         draws = {m: [None] * args.draws for m in sizes}
         for inputs, values in track(batches, description=f"{name}, {steps} steps"):
-            z = features.pushforward(inputs, sketches.JoinedDirections(Q.directions, S))
+            z = features.pushforward(inputs, JoinedDirections(Q.directions, S))
             mean = values.mean(0)
             back = features.pullback(inputs, (values - mean)[None])
             flat = torch.cat([value.flatten() for value in back.values()])

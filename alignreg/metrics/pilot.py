@@ -15,7 +15,7 @@ from alignreg import functional
 from alignreg.distributed.wrappers import broadcast
 from alignreg.metrics.records import digest
 from alignreg.moments import Moments
-from alignreg.sketches import Directions, GivenDirections, JoinedDirections
+from alignreg.sketches.directions import Directions, GivenDirections, JoinedDirections
 from alignreg.tangents import TangentFeatures
 from alignreg.tangents.batch import Batch, as_inputs, flat, map_tensors, tensors
 
@@ -47,7 +47,12 @@ def given(pilot: Any) -> Batch | bool:
         TypeError: if ``pilot`` is neither a flag nor made of tensors.
         ValueError: if the inputs are empty or have a gradient history.
     """
-    return pilot if isinstance(pilot, bool) else as_inputs(pilot)
+    if isinstance(pilot, bool):
+        return pilot
+    try:
+        return as_inputs(pilot)
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("inputs: ", "pilot: expected True, False, or inputs; ", 1)) from None
 
 
 def most(pilot: Batch | bool, sketch_dim: int) -> int:

@@ -8,11 +8,9 @@ its float32 twin. CPU and CUDA draw different Gaussian numbers from the same see
 from alignreg.sketches.directions import Directions as Directions
 from alignreg.sketches.directions import FactoredDirections as FactoredDirections
 from alignreg.sketches.directions import GivenDirections as GivenDirections
-from alignreg.sketches.directions import JoinedDirections as JoinedDirections
 from alignreg.sketches.directions import RandomDirections as RandomDirections
 from alignreg.sketches.directions import factored as factored
 from alignreg.sketches.directions import gaussian as gaussian
-from alignreg.sketches.directions import parts_of as parts_of
 from alignreg.sketches.directions import rademacher as rademacher
 from alignreg.sketches.draws import count_sketch as count_sketch
 from alignreg.sketches.draws import probes as probes

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 from alignreg.checks import deferred
-from alignreg.sketches import Directions, FactoredDirections, parts_of
+from alignreg.sketches.directions import Directions, FactoredDirections, parts_of
 from alignreg.tangents.agreement import agrees, signs
 from alignreg.tangents.batch import flat
 from alignreg.tangents.frozen import failing_module

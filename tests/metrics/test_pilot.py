@@ -131,7 +131,7 @@ def test_how_many():
         patch.setattr(pilot, "NUMBERS", 100)
         assert TangentTrace(net, 3).pilots == 100 // 15
     for wrong in ("x", 3, None):
-        with pytest.raises(TypeError, match="inputs"):
+        with pytest.raises(TypeError, match="pilot: expected"):
             TangentTrace(net, 3, pilot=wrong)
 
 

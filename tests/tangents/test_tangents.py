@@ -303,7 +303,7 @@ def test_directions_along_layers_are_those_that_they_say(name, kind):
     jac = jacobian(model, x, forward_fn or call)
     features = TangentFeatures(model.double(), forward_fn=forward_fn)
     S = {"factored": sketches.factored(2, 3, seed=1), "signs": sketches.rademacher(60, seed=1)}.get(kind)
-    S = S or sketches.JoinedDirections(sketches.gaussian(5, seed=1), sketches.factored(2, 3, seed=1))
+    S = S or sketches.directions.JoinedDirections(sketches.gaussian(5, seed=1), sketches.factored(2, 3, seed=1))
     assert kind != "signs" or 4 * features.outputs(double(x)).shape[1] <= S.m
     expected = 0
     for key, parameter in features.parameters.items():

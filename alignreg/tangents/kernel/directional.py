@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from alignreg.sketches import Directions, FactoredDirections, RandomDirections, parts_of
+from alignreg.sketches.directions import Directions, FactoredDirections, RandomDirections, parts_of
 from alignreg.tangents.kernel import general
 from alignreg.tangents.kernel.gradients import Gradients, Sums
 from alignreg.tangents.kernel.passes import Rules

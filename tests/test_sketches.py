@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from alignreg import sketches
+from alignreg.sketches import random
+from alignreg.sketches.directions import JoinedDirections
 
 
 @pytest.mark.parametrize("make", [sketches.gaussian, sketches.rademacher])
@@ -90,3 +92,45 @@ def test_count_sketch_keeps_squares():
     spread = float(squares.std())
     assert abs(float(squares.mean()) - exact) / (spread / draws**0.5) < 3.5
     assert 0.3 * (2 / size) ** 0.5 < spread / exact < 1.1 * (2 / size) ** 0.5
+
+
+def splitmix64(key, index):
+    """The generator of Steele, Lea and Flood in Python's integers."""
+    mask = 2**64 - 1
+    z = (key + (index + 1) * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)
+
+
+def test_signs_are_the_bits_of_splitmix64():
+    found = random.signs("a key", 3, 5, 130, torch.device("cpu"))
+    base = random.number("signs/a key")
+    for row, stream in zip(found, (3, 4), strict=True):
+        key = splitmix64(base, stream)
+        bits = [splitmix64(key, word) >> bit & 1 for word in range(3) for bit in range(64)][:130]
+        assert row.tolist() == [2.0 * bit - 1 for bit in bits]
+
+
+@pytest.mark.parametrize("width", [1, 5, 64, 100, 128])
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_rows_are_those_of_the_whole(distribution, width):
+    S, like = sketches.RandomDirections(6, 2, distribution), torch.zeros(50, width)
+    rows = torch.tensor([49, 0, 7, 7, 31])
+    found = S.rows("weight", like, 1, 5, rows)
+    assert torch.equal(found, S.block("weight", like, 1, 5)[:, rows])
+
+
+def test_signs_in_pieces(monkeypatch):
+    whole = random.signs("key", 0, 9, 700, torch.device("cpu"))
+    monkeypatch.setattr(random, "_AT_ONCE", 1000)
+    assert torch.equal(random.signs("key", 0, 9, 700, torch.device("cpu")), whole)
+
+
+def test_joined_directions():
+    one, two, like = sketches.gaussian(3, 0), sketches.rademacher(4, 1), torch.zeros(2, 5)
+    S = JoinedDirections(one, two)
+    whole = torch.cat([one.block("w", like, 0, 3), two.block("w", like, 0, 4)])
+    assert S.m == 7
+    for start, stop in ((0, 7), (0, 3), (2, 5), (3, 7), (4, 4)):
+        assert torch.equal(S.block("w", like, start, stop), whole[start:stop])

@@ -1,0 +1,85 @@
+"""Compare the two ways to features along random directions: from the gradients of layers, and in forward mode.
+
+    python benchmarks/pushforward.py [--networks MLP ResNet] [--outputs 1 3 10 30] [--sizes 16 64]
+                                     [--json benchmarks/pushforward.json]
+
+The networks are in evaluation mode and float32, with random signs for directions, on one thread; the times are CPU time
+of one call of each way, one after the other. ``right`` says whether the library chose the faster way, or one within a
+tenth of it. ``difference`` is that of the results, relative to their norm.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import exact_kernel
+import torch
+from _gpu_networks import GPT, ViT
+
+from alignreg import TangentFeatures, sketches
+from alignreg.tangents import pushforward
+
+BATCH = {"MLP": 100, "VGG": 20, "ResNet": 10, "Transformer": 10, "ViT": 4, "GPT": 8}
+NEVER, ALWAYS = 10**9, 0
+
+
+def problem(name, c):
+    torch.manual_seed(0)
+    n = BATCH[name]
+    if name == "ViT":
+        return ViT(c, layers=4).eval(), torch.randn(n, 3, 32, 32)
+    if name == "GPT":
+        model = GPT(c, vocabulary=1000, width=128, layers=4, heads=4, positions=64)
+        return model.eval(), torch.randint(1000, (n, 32))
+    return exact_kernel.problem(name.lower(), n=n, c=c)
+
+
+def measure(model, x, m, outputs_per_direction):
+    features = TangentFeatures(model)
+    pushforward.FEW_OUTPUTS = outputs_per_direction
+    start = time.process_time()
+    z = features.pushforward(x, sketches.rademacher(m, seed=0))
+    return time.process_time() - start, z
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=BATCH, default=list(BATCH))
+    parser.add_argument("--outputs", type=int, nargs="+", default=[1, 3, 10, 30])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    few, rows = pushforward.FEW_OUTPUTS, []
+    for name in args.networks:
+        for c in args.outputs:
+            model, x = problem(name, c)
+            measure(model, x, 4, ALWAYS)  # to begin with
+            for m in args.sizes:
+                layers, z = measure(model, x, m, ALWAYS)
+                forward, other = measure(model, x, m, NEVER)
+                chosen, best = (layers if few * c <= m else forward), min(layers, forward)
+                row = {
+                    "network": name,
+                    "n": len(x),
+                    "outputs": c,
+                    "m": m,
+                    "layers_seconds": layers,
+                    "forward_seconds": forward,
+                    "right": chosen < 1.1 * best,
+                    "difference": float((z - other).norm() / other.norm()),
+                }
+                rows.append(row)
+                print(
+                    f"{name:12} n={len(x):<4} c={c:<4} m={m:<4} layers {layers:7.3f} s, forward mode {forward:7.3f} s "
+                    f"({forward / layers:5.2f}x), {'right' if row['right'] else 'wrong'}, "
+                    f"difference {row['difference']:.0e}",
+                    flush=True,
+                )
+    print(f"chosen right: {sum(row['right'] for row in rows)} of {len(rows)}")
+    args.json.write_text(json.dumps({"rows": rows, "torch": torch.__version__}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

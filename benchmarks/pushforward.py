@@ -55,7 +55,8 @@ def main():
     for name in args.networks:
         for c in args.outputs:
             model, x = problem(name, c)
-            measure(model, x, 4, ALWAYS)  # to begin with
+            for route in (ALWAYS, NEVER):  # to begin with
+                measure(model, x, 4, route)
             for m in args.sizes:
                 layers, z = measure(model, x, m, ALWAYS)
                 forward, other = measure(model, x, m, NEVER)

@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from unittest import mock
 
 import exact_kernel
 import torch
@@ -21,7 +22,6 @@ from alignreg import TangentFeatures, sketches
 from alignreg.tangents import pushforward
 
 BATCH = {"MLP": 100, "VGG": 20, "ResNet": 10, "Transformer": 10, "ViT": 4, "GPT": 8}
-NEVER, ALWAYS = 10**9, 0
 
 
 def problem(name, c):
@@ -35,12 +35,20 @@ def problem(name, c):
     return exact_kernel.problem(name.lower(), n=n, c=c)
 
 
-def measure(model, x, m, outputs_per_direction):
+def measure(model, x, m, *, layers):
     features = TangentFeatures(model)
-    pushforward.FEW_OUTPUTS = outputs_per_direction
-    start = time.process_time()
-    z = features.pushforward(x, sketches.rademacher(m, seed=0))
-    return time.process_time() - start, z
+    outputs = mock.patch.object(pushforward, "FEW_OUTPUTS", 0 if layers else 10**9)
+    with outputs, mock.patch.object(pushforward, "_layers_are_quicker", return_value=True):
+        start = time.process_time()
+        z = features.pushforward(x, sketches.rademacher(m, seed=0))
+        return time.process_time() - start, z
+
+
+def by_layers(model, x, m):
+    """Return whether the library goes by layers."""
+    with mock.patch.object(pushforward, "by_layers", side_effect=InterruptedError) as chosen:
+        TangentFeatures(model).pushforward(x, sketches.rademacher(m, seed=0))
+    return chosen.called
 
 
 def main():
@@ -51,16 +59,16 @@ def main():
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    few, rows = pushforward.FEW_OUTPUTS, []
+    rows = []
     for name in args.networks:
         for c in args.outputs:
             model, x = problem(name, c)
-            for route in (ALWAYS, NEVER):  # to begin with
-                measure(model, x, 4, route)
+            for layers in (True, False):  # to begin with
+                measure(model, x, 4, layers=layers)
             for m in args.sizes:
-                layers, z = measure(model, x, m, ALWAYS)
-                forward, other = measure(model, x, m, NEVER)
-                chosen, best = (layers if few * c <= m else forward), min(layers, forward)
+                layers, z = measure(model, x, m, layers=True)
+                forward, other = measure(model, x, m, layers=False)
+                chosen, best = layers if by_layers(model, x, m) else forward, min(layers, forward)
                 row = {
                     "network": name,
                     "n": len(x),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
+from typing_extensions import override
 
 from alignreg.distributed.sharding import is_sharded
 from alignreg.distributed.wrappers import unwrap
@@ -120,6 +121,21 @@ class TangentMetric(Metric, ABC):
             ImportError: if matplotlib is missing.
         """
         raise NotImplementedError
+
+    @override
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add the state of a metric with the same options.
+
+        Raises:
+            ValueError: if its options differ.
+        """
+        theirs = incoming_state.metric_state if isinstance(incoming_state, Metric) else incoming_state
+        if not self._defaults.keys() <= theirs.keys():
+            raise ValueError(
+                f"merge_state: expected the state of a {type(self).__name__} with the same options, got another. Give "
+                "both the same parameters, sizes, seed and pilot."
+            )
+        super().merge_state(incoming_state)
 
     def _require_whole(self, model: nn.Module) -> None:
         if not self._gathers and is_sharded(unwrap(model)):

@@ -38,6 +38,8 @@ class Pilot(NamedTuple):
     """Q: k orthonormal directions, or fewer and zeros."""
     overlap: Tensor
     """QᵀS ``(k, m)``, in float64."""
+    found: int
+    """The number of directions that are not zero."""
 
 
 def given(pilot: Any) -> Batch | bool:
@@ -52,7 +54,7 @@ def given(pilot: Any) -> Batch | bool:
     try:
         return as_inputs(pilot)
     except (TypeError, ValueError) as error:
-        raise type(error)(str(error).replace("inputs: ", "pilot: expected True, False, or inputs; ", 1)) from None
+        raise type(error)(f"pilot: expected True, False or inputs of a few examples. {error}") from None
 
 
 def most(pilot: Batch | bool, sketch_dim: int) -> int:
@@ -98,14 +100,19 @@ class Source:
         if isinstance(examples, bool):
             return none(features, self.k, sketch)
         try:
-            return of(features, examples, self.k, sketch, centered=self._centered)
+            pilot = of(features, examples, self.k, sketch, centered=self._centered)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # noqa: BLE001 - a sketch needs less than a kernel
+        except Exception as error:
             if batch is not None:
                 features.outputs(batch)  # raises what is wrong with the batch itself
-            rank_zero_warn(f"the sketch has no pilot, so its error is larger: {error}", UserWarning)
+            if self._examples is not True:
+                raise ValueError(f"pilot: expected inputs that the model takes, one by one. {error}") from error
+            _warn(f"found no directions ({error}).")  # a sketch needs less than a kernel
             return none(features, self.k, sketch)
+        if pilot.found < self.k:
+            _warn(f"found {pilot.found} of {self.k} directions.")
+        return pilot
 
     @contextmanager
     def restored_on_error(self) -> Iterator[None]:
@@ -146,7 +153,7 @@ def key(pilot: Batch | bool) -> Any:
 
 def none(features: TangentFeatures, k: int, sketch: Directions) -> Pilot:
     """Return a pilot that has found no directions."""
-    return Pilot(_given(_zeros(features, k)), torch.zeros(k, sketch.m, dtype=torch.float64))
+    return Pilot(_given(_zeros(features, k)), torch.zeros(k, sketch.m, dtype=torch.float64), 0)
 
 
 def of(features: TangentFeatures, examples: Batch, k: int, sketch: Directions, *, centered: bool) -> Pilot:
@@ -183,7 +190,7 @@ def of(features: TangentFeatures, examples: Batch, k: int, sketch: Directions, *
     for name, value in back.items():
         Q = directions[name]
         Q[:rank] = (change.to(value) @ value).reshape(rank, *Q.shape[1:])
-    return Pilot(_given(directions), _overlap(features, directions, sketch))
+    return Pilot(_given(directions), _overlap(features, directions, sketch), rank)
 
 
 def without_overlap(sums: Moments, low: Tensor, high: Tensor, *, replaceable: bool) -> Moments:
@@ -204,7 +211,9 @@ def without_overlap(sums: Moments, low: Tensor, high: Tensor, *, replaceable: bo
     if not replaceable:
         raise RuntimeError(f"pilot: expected the merged sums to have the same pilot, got several. {advice}")
     rank_zero_warn(
-        f"The merged sums have several pilots, so only the random directions are used. {advice}", UserWarning
+        f"The sums were merged, or loaded and continued, with several pilots, so only the random directions are used. "
+        f"{advice}",
+        UserWarning,
     )
     return sums.without(len(low))
 
@@ -213,7 +222,7 @@ def agree(pilot: Pilot, group: ProcessGroup | None) -> Pilot:
     """Return the pilot of the first rank, on all ranks."""
     directions = {name: broadcast(value, group) for name, value in pilot.directions.tensors.items()}
     device = next(iter(directions.values())).device
-    return Pilot(_given(directions), broadcast(pilot.overlap.to(device), group).cpu())
+    return pilot._replace(directions=_given(directions), overlap=broadcast(pilot.overlap.to(device), group).cpu())
 
 
 def _overlap(features: TangentFeatures, directions: dict[str, Tensor], sketch: Directions) -> Tensor:
@@ -228,6 +237,14 @@ def _overlap(features: TangentFeatures, directions: dict[str, Tensor], sketch: D
         total = total + torch.cat(parts, dim=1).double()
     assert isinstance(total, Tensor)
     return total
+
+
+def _warn(found: str) -> None:
+    rank_zero_warn(
+        f"The pilot of a sketch metric {found} The error may be larger than without one. Pass pilot=x with about 32 "
+        "varied examples, or pilot=False.",
+        UserWarning,
+    )
 
 
 def _zeros(features: TangentFeatures, k: int) -> dict[str, Tensor]:

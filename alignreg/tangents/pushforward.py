@@ -19,13 +19,16 @@ from alignreg.tangents.kernel.passes import Rules
 from alignreg.tangents.linearization import Linearization
 from alignreg.tangents.primitives import Primitives
 
-FEW_OUTPUTS = 4
+FEW_OUTPUTS = 2
 """The least number of directions per output for which the gradients of layers are used: they need one backward pass for
 each output, forward mode one forward pass for each direction (``benchmarks/pushforward.py``)."""
 Route = Callable[[Linearization, Params], Tensor]
 """Features ``(n, c, m)`` along directions ``(m, *shape)`` by parameter name."""
 
 
+_REUSE = 64
+"""How many times the activations of an example the parameters may be: far more in an MLP, less in networks with many
+positions."""
 _CACHE = 2**25
 """The number of bytes that stay in the caches of a CPU, about."""
 
@@ -37,7 +40,7 @@ def pushforward(rules: Rules, directions: Directions) -> Tensor:
         return at.y.new_empty(at.n, at.c, 0)
     failures: list[Exception] = []
     factored = any(isinstance(part, FactoredDirections) for part in parts_of(directions))
-    if factored or (not at.create_graph and FEW_OUTPUTS * at.c <= directions.m and rules.hold_for_most):
+    if factored or (FEW_OUTPUTS * at.c <= directions.m and _layers_are_quicker(rules)):
         try:
             return by_layers(rules, directions)
         except torch.OutOfMemoryError:
@@ -137,6 +140,13 @@ def _by_rows(at: Linearization, directions: Params) -> Tensor:
         return torch.cat([torch.stack(part).sum(0) for part in parts])
 
     return at.reduce_rows(project)
+
+
+def _layers_are_quicker(rules: Rules) -> bool:
+    at = rules.at
+    # Where weights are used once for an example, products with them cost as much as forward mode does.
+    reused = _REUSE * at.activation_bytes >= at.n * sum(p.numel() * p.element_size() for p in at.params.values())
+    return reused and not at.create_graph and rules.hold_for_most
 
 
 def _directions_at_once(at: Linearization) -> int:

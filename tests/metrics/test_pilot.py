@@ -84,6 +84,19 @@ def test_several_pilots_leave_the_random_directions():
     one.merge_state(other)
     with pytest.raises(RuntimeError, match="the same pilot"):
         one.compute()
+    with pytest.raises(ValueError, match="merge_state: expected the state of a TangentTrace with the same options"):
+        TangentTrace(model, 3, pilot=x[:9]).merge_state(TangentTrace(model, 3, pilot=x[:8]))
+
+
+def test_a_pilot_that_the_model_cannot_take_is_refused():
+    model, x, *_ = problem()
+    for wrong in (x[:, :3], x * torch.nan):
+        metric = TangentTrace(model, 3, pilot=wrong)
+        with pytest.raises(ValueError, match="pilot: expected inputs that the model takes"):
+            metric.update(x)
+        assert metric._source.pilot is None
+    with pytest.warns(UserWarning, match="found 6 of 32 directions"):
+        TangentTrace(model, 3, pilot=x[:3]).update(x)
 
 
 def test_the_first_update_brings_the_pilot():
@@ -160,7 +173,7 @@ def test_models_without_a_kernel_have_a_sketch_without_a_pilot():
 
     model, x = Mixed(), torch.randn(20, 4)
     metric = TangentTrace(model, 3, centered=False)
-    with pytest.warns(UserWarning, match="no pilot"):
+    with pytest.warns(UserWarning, match="found no directions"):
         metric.update(x)
     exact = 3 * (x - x.mean(0)).square().sum()
     with warnings.catch_warnings():

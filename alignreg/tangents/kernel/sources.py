@@ -77,14 +77,15 @@ class Source(NamedTuple):
                 is_grads_batched=at_once,
             )
 
-        columns: Sequence[Sequence[Tensor | None]]
-        try:
-            if not batched:
-                raise NotImplementedError
-            columns = [[column] for column in pull(cotangents, at_once=True)]
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # an operation has no batching rule
+        columns: Sequence[Sequence[Tensor | None]] = ()
+        if batched:
+            try:
+                columns = [[column] for column in pull(cotangents, at_once=True)]
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # an operation has no batching rule
+                pass
+        if not columns:
             columns = list(zip(*(pull(one, at_once=False) for one in cotangents), strict=True))
             columns = [[None if g is None else g.to_dense()[None] for g in column] for column in columns]
         return {
